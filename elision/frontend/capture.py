@@ -1,0 +1,211 @@
+"""A PyTorch model becomes an FX graph of ``aten`` operators, with its weights beside it (torch.export).
+
+The user's model is never touched: the export runs on a copy that shares its parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from elision.errors import BadInput, UnsupportedModel
+from elision.frontend import huggingface
+
+Kind = Literal["param", "const", "token", "position"]
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A captured model.
+
+    ``graph``: its placeholders are weights and inputs, its output is the flat list of output values.
+    ``params``: parameters, buffers and constants by fully qualified name; tied weights are there once.
+    ``source``: placeholder name to the name in ``params``.
+    ``kinds``: placeholder name to ``param`` (weight), ``const`` (buffer, constant), ``token`` (user input
+    whose values are the data) or ``position``.
+    ``inputs``, ``outputs``: names of user inputs and of outputs, in order (``logits``).
+    """
+
+    graph: fx.Graph
+    params: dict[str, Tensor]
+    source: dict[str, str]
+    kinds: dict[str, Kind]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Execute the graph with torch on the given user inputs; returns the outputs by name."""
+        if set(inputs) != set(self.inputs):
+            raise BadInput(f"inputs {sorted(inputs)} were given, expected exactly {sorted(self.inputs)}")
+        values = [
+            self.params[self.source[node.name]] if node.name in self.source else inputs.get(node.name)
+            for node in self.graph.nodes
+            if node.op == "placeholder"
+        ]
+        with torch.no_grad():
+            results = fx.Interpreter(fx.GraphModule(nn.Module(), self.graph)).run(*values)
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Captured:
+    """Export ``model`` (in evaluation mode) with dynamic batch and length, without in-place operators.
+
+    ``example``: example inputs, keyword (mapping) or positional (tuple). Not needed for models of
+    ``transformers`` that read ``input_ids``: these are exported without a cache and with explicit positions,
+    and attention is one operator (``elision.frontend.attention``) if the model, run on the example, still
+    gives the same result; a model with its own attention code keeps it. Raises ``BadInput`` if examples are
+    needed and missing, and ``UnsupportedModel`` if torch.export refuses the model.
+    """
+    private = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    if not huggingface.recognises(model):
+        if example is None:
+            raise BadInput(
+                f"{type(model).__name__} was given without example inputs; a plain nn.Module is traced by "
+                "running it once, so pass example=(tensor, ...) or example={name: tensor, ...}"
+            )
+        args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
+        return _export(private, args, kwargs, Dim.AUTO)
+    if isinstance(example, tuple):
+        example = dict(zip(inspect.signature(model.forward).parameters, example, strict=False))
+    kwargs = huggingface.inputs(private, dict(example or {}))
+    with torch.no_grad():
+        expected = private(**kwargs)
+    with huggingface.one_attention(private):
+        captured = _export(private, (), kwargs, Dim.DYNAMIC)
+    if not _agrees(captured, kwargs, expected):
+        captured = _export(private, (), kwargs, Dim.DYNAMIC)
+        if not _agrees(captured, kwargs, expected):
+            raise UnsupportedModel(
+                f"the exported graph of {type(model).__name__} does not reproduce the model's own outputs; "
+                "the model depends on something besides its inputs and weights"
+            )
+    return captured
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Captured:
+    given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    shapes = {name: pytree.tree_map(lambda x: _dims(x, dynamic), value) for name, value in given.items()}
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+    except Exception as error:  # torch.export raises many unrelated types for models that it cannot trace
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be traced with dynamic batch and length: {reason} "
+            "(control flow that depends on values, dynamic RoPE for example, must be made static)"
+        ) from error
+    return _captured(program)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs and prints whole graphs before it raises; the error says what the user needs."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _dims(value: Any, dynamic: Any) -> dict[int, Any] | None:
+    if not isinstance(value, Tensor):
+        return None
+    # Batch varies, and the length of integer inputs (tokens); Dim.AUTO lets torch.export keep what is fixed.
+    varying = value.dim() if dynamic is Dim.AUTO or not value.is_floating_point() else min(value.dim(), 1)
+    return dict.fromkeys(range(varying), dynamic)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and bool(node.all_input_nodes)
+
+
+def _agrees(captured: Captured, kwargs: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Most rows of the outputs are equal up to rounding. Not all need be: a rounding may flip an expert."""
+    found = captured.run(**{name: kwargs[name] for name in captured.inputs})
+    for name, value in found.items():
+        if name not in expected or not isinstance(expected[name], Tensor):
+            continue
+        want = expected[name].double()
+        error = (value.double() - want).abs().amax(-1) / want.abs().amax(-1).clamp(min=1e-30)
+        tolerance = 1e-3 if torch.finfo(expected[name].dtype).bits >= 32 else 0.1
+        if not float(error.median()) <= tolerance:
+            return False
+    return True
+
+
+def _captured(program: ExportedProgram) -> Captured:
+    signature = program.graph_signature
+    kinds: dict[str, Kind] = {}
+    source: dict[str, str] = {}
+    inputs: list[str] = []
+    for spec in signature.input_specs:
+        name = spec.arg.name
+        if spec.kind == InputKind.USER_INPUT:
+            if isinstance(spec.arg, TensorArgument):
+                kinds[name] = "position" if name == "position_ids" else "token"
+                inputs.append(name)
+        elif spec.target is not None:
+            kinds[name] = "param" if spec.kind == InputKind.PARAMETER else "const"
+            source[name] = spec.target
+    graph = fx.Graph()
+    flat: Any = graph.graph_copy(program.graph, {})
+    values = [
+        value
+        for spec, value in zip(signature.output_specs, flat, strict=True)
+        if spec.kind == OutputKind.USER_OUTPUT  # the rest writes buffers back
+    ]
+    outputs = [p for p in zip(_output_names(program), values, strict=True) if isinstance(p[1], fx.Node)]
+    outputs = [p for p in outputs if p[0] == "logits"] or outputs
+    graph.output([value for _, value in outputs])
+    graph.eliminate_dead_code()
+    stored = {**program.state_dict, **program.constants}
+    _merge_tied(graph, source, stored)
+    params = {name: stored[name].detach() for name in dict.fromkeys(source.values())}
+    return Captured(graph, params, source, kinds, tuple(inputs), tuple(name for name, _ in outputs))
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    spec = program.call_spec.out_spec
+    if spec is None:
+        raise UnsupportedModel("the exported program has no output")
+    names = []
+    for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * spec.num_leaves, spec))[0]:
+        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        names.append(".".join(parts) or "output")
+    return names
+
+
+def _merge_tied(graph: fx.Graph, source: dict[str, str], stored: Mapping[str, Tensor]) -> None:
+    """Placeholders that read the same memory become one; placeholders of weights without a reader go away."""
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "placeholder" or node.name not in source:
+            continue
+        tensor = stored[source[node.name]]
+        if node.users and isinstance(tensor, Tensor) and tensor.numel():
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            owner = first.setdefault(key, node)
+            if owner is not node:
+                node.replace_all_uses_with(owner)
+        if not node.users:
+            graph.erase_node(node)
+            del source[node.name]

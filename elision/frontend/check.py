@@ -1,0 +1,94 @@
+"""Is what was raised what was captured? Numerical checks of every template and of the whole model.
+
+A check compares in float64, with float casts widened on both sides, so that what is left is rounding only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from elision.errors import UnsupportedModel
+from elision.frontend.anchors import TOLERANCE
+from elision.frontend.capture import Captured
+from elision.frontend.evaluate import evaluate
+from elision.frontend.structure import Segment
+from elision.frontend.token_major import Layouts, check_tokens
+from elision.ir.interp import Interpreter
+from elision.ir.mask import Mask
+from elision.ir.program import Program
+from elision.ir.states import KV, Float
+from elision.ir.tokens import Tokens
+from elision.ir.types import FLOATS, Tensor as TensorType
+from elision.ir.value import Builder, Graph, Value, rewrite
+
+#: Whole model in its own dtype: largest difference relative to the largest logit.
+MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+def check_template(
+    graph: Graph, segment: Segment, captured: Captured, layouts: Layouts, extra: list[Tensor], mask: Mask | None
+) -> None:
+    """Evaluate the template and the captured block on the same random stream. Raises UnsupportedModel on a difference."""
+    layout = layouts.of(segment.start)
+    end = layouts.of(segment.end)
+    assert layout is not None and end is not None
+    x = layout.random(2, 5, seed=0)
+    positions, at = check_tokens(2, 5, first=3)
+    given: dict[fx.Node, Tensor] = {segment.start: x}
+    want = end.tokens(evaluate(captured, [segment.end], positions, given=given, wide=True)[0])
+    weights = [captured.params[captured.source[p.name]] for p in segment.params]
+    inputs = [layout.tokens(x), *(w.double() if w.is_floating_point() else w for w in (*weights, *extra))]
+    wide = widen(graph)
+    env = {"mask": mask} if mask is not None else {}
+    found = Interpreter(Program(graph.name), {}).run(wide, _named(wide, inputs), {"t": at}, env)[0]
+    error = float((found - want).abs().max()) / max(1e-30, float(want.abs().max()))
+    if not error <= TOLERANCE:
+        raise UnsupportedModel(
+            f"template {graph.name} of layer {segment.layer} differs from the model by {error:.2e} (relative, float64); "
+            f"expected at most {TOLERANCE:.0e}. This is a fault of the frontend: please report the model"
+        )
+
+
+def check_program(program: Program, weights: dict[str, Tensor], captured: Captured) -> None:
+    """Compare the raised model's logits with the captured one's on random tokens, in the model's own dtype."""
+    ids = torch.randint(0, program.meta["vocab"], (2, 9), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(9).expand(2, 9).contiguous()
+    given = {"input_ids": ids, "position_ids": positions}
+    want = captured.run(**{n: given[n] for n in captured.inputs})[captured.outputs[0]].flatten(0, 1)
+    at = Tokens.chunk([9, 9], [0, 0])
+    found = Interpreter(program, weights).run(program.entries["score"], {"ids": ids.flatten()}, {"t": at})[0]
+    error = float((found - want).abs().max()) / max(1e-30, float(want.abs().max()))
+    if not error <= MODEL_TOLERANCE[want.dtype]:
+        raise UnsupportedModel(
+            f"the raised {program.name} differs from the model by {error:.2e} of the largest logit; expected at most "
+            f"{MODEL_TOLERANCE[want.dtype]:.0e}. This is a fault of the frontend: please report the model"
+        )
+
+
+def widen(graph: Graph) -> Graph:
+    """The same graph in float64 throughout."""
+
+    def wide(type: TensorType) -> TensorType:
+        return type.with_dtype("f64") if type.dtype in FLOATS else type
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        if v.op == "input":
+            return b.input(v.attr("name"), wide(v.tensor))
+        attrs = dict(v.attrs)
+        if v.op == "map" and attrs.get("dtype") in FLOATS:
+            attrs["dtype"] = "f64"
+        if isinstance(attrs.get("type"), KV):
+            cache = attrs["type"]
+            attrs["type"] = replace(cache, segments=tuple(replace(s, k=Float("f64"), v=Float("f64")) for s in cache.segments))
+        if isinstance(attrs.get("results"), TensorType):
+            attrs["results"] = wide(attrs["results"])
+        return b.add_with(v.op, args, attrs, None)
+
+    return rewrite(graph, rule)
+
+
+def _named(graph: Graph, values: list[Tensor]) -> dict[str, Tensor]:
+    return {graph.names[v]: x for v, x in zip(graph.inputs, values, strict=True)}

@@ -1,0 +1,91 @@
+"""Evaluate some values of a captured graph, running only the nodes that they need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from elision.frontend.capture import Captured
+
+
+def evaluate(
+    captured: Captured,
+    nodes: Sequence[fx.Node],
+    positions: Tensor,
+    *,
+    given: Mapping[fx.Node, Any] | None = None,
+    wide: bool = False,
+) -> list[Any]:
+    """The values of ``nodes`` (of ``captured.graph``) for ``positions [B, T]`` (int64).
+
+    The graph is cut at ``given``: these nodes take the given values and nothing above them runs. Weights come
+    from ``captured``. Token inputs are zeros of shape ``[B, T, ...]``, so a value that depends on tokens is
+    meaningful only if it is reached through ``given``. Intermediate values are freed after their last use. With
+    ``wide`` weights are float64 and every cast to a float type is one to float64: the exact value of the graph.
+    """
+    given = given or {}
+    order = _needed(nodes, given)
+    readers = Counter(used for node in order if node not in given for used in set(node.all_input_nodes))
+    readers.update(nodes)
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in order:
+            if node in given:
+                values[node] = given[node]
+            elif node.op == "placeholder":
+                found = _input(captured, node, positions)
+                values[node] = _widen(found) if wide else found
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                if wide:
+                    args, kwargs = tree_map(_widen, (args, kwargs))
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                for used in set(node.all_input_nodes):
+                    readers[used] -= 1
+                    if not readers[used]:
+                        del values[used]
+    return [values[node] for node in nodes]
+
+
+def ancestors(nodes: Sequence[fx.Node], given: Mapping[fx.Node, Any] | None = None) -> set[fx.Node]:
+    """``nodes`` and everything that they are computed from, up to and including the nodes in ``given``."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if given is None or node not in given:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def _needed(nodes: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    # FX nodes compare by their place in the graph, which is a topological order.
+    return sorted(ancestors(nodes, given))
+
+
+def _input(captured: Captured, node: fx.Node, positions: Tensor) -> Any:
+    if node.name in captured.source:
+        return captured.params[captured.source[node.name]]
+    kind = captured.kinds.get(node.name)
+    if kind == "position":
+        return positions
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return value
+    sizes = list(positions.shape) + [1] * value.dim()
+    shape = [n if isinstance(n, int) else sizes[axis] for axis, n in enumerate(value.shape)]
+    return torch.zeros(shape, dtype=value.dtype)
+
+
+def _widen(value: Any) -> Any:
+    """float64 for a floating dtype or tensor; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,298 @@
+"""Captured nodes to IR values, one by one: what is not part of an anchor.
+
+Every rule is about one operator, never about a model. An operator without a rule becomes an opaque `aten` op between `pad` and
+`unpad` if its operands are token values, and is counted in the coverage report.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from elision.errors import BadInput, UnsupportedModel
+from elision.frontend.anchors import Anchor
+from elision.frontend.attention import ATTENTION
+from elision.frontend.normalise import operator_name
+from elision.frontend.token_major import Layout, Layouts
+from elision.ir.expr import canonical, number
+from elision.ir.states import KV, Dense, Float, Segment
+from elision.ir.types import NAMES, Tensor as TensorType
+from elision.ir.value import Builder, Value
+
+Slot = Value | tuple[Value, ...]
+
+
+class Lowering:
+    """Lowers the nodes of one graph (a template, the prologue or the epilogue) into ``builder``.
+
+    ``outside(node)`` gives the value of something that is not a token value (a weight); ``mask`` is how the graph names the mask
+    of an attention node. ``opaque`` collects the operators without a rule.
+    """
+
+    def __init__(
+        self, builder: Builder, layouts: Layouts, outside: Callable[[fx.Node], Value], mask: Callable[[fx.Node], Any]
+    ) -> None:
+        self._b, self._layouts, self._outside, self._mask = builder, layouts, outside, mask
+        self._values: dict[fx.Node, Slot] = {}
+        self.opaque: list[str] = []
+
+    def give(self, node: fx.Node, value: Value) -> None:
+        """The value of a node that comes from outside (the stream, the token ids)."""
+        self._values[node] = value
+
+    def value(self, node: fx.Node) -> Value:
+        """The value of a node that has been lowered, or comes from outside."""
+        found = self._values.get(node)
+        if found is None:
+            return self._outside(node)
+        assert isinstance(found, Value)
+        return found
+
+    def run(self, nodes: tuple[fx.Node, ...], anchors: list[Anchor], frequencies: Callable[[Tensor], Value]) -> None:
+        """Lower the nodes in order, the anchors as one op each."""
+        ends = {a.end: a for a in anchors}
+        needed = _needed(nodes, ends)
+        for node in nodes:
+            if node not in needed:
+                continue
+            self._values[node] = self._anchor(ends[node], frequencies) if node in ends else self._lower(node)
+
+    def _anchor(self, anchor: Anchor, frequencies: Callable[[Tensor], Value]) -> Value:
+        x = self.value(anchor.start)
+        if anchor.op == "rope":
+            assert anchor.inv_freq is not None
+            return self._add("rope", x, frequencies(anchor.inv_freq), **anchor.attrs)
+        return self._add(anchor.op, x, *(self._outside(p) for p in anchor.params), **anchor.attrs)
+
+    def _add(self, op: str, *args: Value, **attrs: Any) -> Value:
+        found = self._b.add(op, *args, **attrs)
+        assert isinstance(found, Value)
+        return found
+
+    def _lower(self, node: fx.Node) -> Slot:
+        rule = _RULES.get(operator_name(node))
+        if node.target is ATTENTION:
+            return self._attention(node)
+        if node.target is operator.getitem:
+            found = self._values[node.args[0]]  # type: ignore[index]
+            assert isinstance(found, tuple)
+            return found[node.args[1]]  # type: ignore[index]
+        try:
+            found = rule(self, node) if rule is not None else None
+        except BadInput:
+            found = None  # the op's own type rule refused: the operator stays opaque
+        return found if found is not None else self._keep(node)
+
+    def _attention(self, node: fx.Node) -> Value:
+        q, k, v, mask, sinks, scale, softcap, window, causal = node.args
+        args = [self.value(n) for n in (q, k, v) if isinstance(n, fx.Node)]
+        _, heads, dim = args[1].tensor.axes
+        vdim = args[2].tensor.axes[-1]
+        assert isinstance(heads, int) and isinstance(dim, int) and isinstance(vdim, int)
+        encoding = Float(args[1].tensor.dtype)
+        cache = KV(heads, dim, vdim, (Segment(Dense(), encoding, encoding),))
+        fresh = self._add("fresh", args[1], args[2], type=cache, name="kv")
+        attrs: dict[str, Any] = {"mask": self._mask(node), "scale": scale}
+        if softcap:
+            attrs["softcap"] = softcap
+        extra: list[Value] = []
+        if isinstance(sinks, fx.Node):
+            attrs["extras"], extra = ("sinks",), [self._outside(sinks)]
+        return self._add("attend", args[0], fresh, *extra, name="o", **attrs)
+
+    def _keep(self, node: fx.Node) -> Value:
+        """The operator as it is, on padded operands."""
+        name = operator_name(node).removeprefix("aten::")
+        layout, value = self._layouts.of(node), node.meta.get("val")
+        if not operator_name(node).startswith("aten::") or layout is None or not layout.leading or not isinstance(value, Tensor):
+            raise UnsupportedModel(f"operator {node.target} has no rule and cannot be kept as it is: {node.format_node()}")
+        operands: list[Value] = []
+
+        def fill(item: Any) -> Any:
+            if isinstance(item, fx.Node):
+                given = self.value(item)
+                found = self._layouts.of(item)
+                if found is not None and not found.leading:
+                    raise UnsupportedModel(f"operator {node.target} reads a transposed value and has no rule")
+                operands.append(self._add("pad", given) if given.tensor.tokens is not None else given)
+                return ("arg", len(operands) - 1)
+            if isinstance(item, list | tuple):
+                return ("list", *map(fill, item))
+            return ("dtype", str(item).removeprefix("torch.")) if isinstance(item, torch.dtype) else item
+
+        template = tuple(fill(a) for a in node.args)
+        first = next(v for n in node.all_input_nodes if (v := self.value(n)).tensor.tokens is not None)
+        padded = next(v for v in operands if v.op == "pad")
+        rows, length = padded.tensor.axes[:2]
+        results = TensorType((rows, length, *layout.features), NAMES[value.dtype])
+        overload = str(node.target).removeprefix("aten.")
+        self.opaque.append(name)
+        return self._add("unpad", first, self._add("aten", *operands, function=overload, template=template, results=results))
+
+    # --- rules; None or BadInput means: keep the operator as it is ---
+
+    def _linear(self, node: fx.Node) -> Value | None:
+        args = [self.value(a) for a in node.args if isinstance(a, fx.Node)]
+        return self._add("linear", *args, name="y")
+
+    def _embedding(self, node: fx.Node) -> Value | None:
+        table, ids = node.args[:2]
+        assert isinstance(table, fx.Node) and isinstance(ids, fx.Node)
+        return self._add("embed", self.value(ids), self._outside(table), name="h")
+
+    def _reshape(self, node: fx.Node) -> Value | None:
+        before, after = self._layout_of_first(node), self._layouts.of(node)
+        if before is None or after is None:
+            return None
+        x = self.value(node.args[0])  # type: ignore[arg-type]
+        if after.features == before.features:
+            return x
+        return self._add("view", x, shape=after.features, name="x") if before.leading and after.leading else None
+
+    def _same_features(self, node: fx.Node) -> Value | None:
+        """A move of axes that leaves the features in order."""
+        before, after = self._layout_of_first(node), self._layouts.of(node)
+        if before is None or after is None:
+            return None
+        moved = [a for d in node.args[1:] if isinstance(d, int) and (a := before.axis(d)) is not None]
+        dims = node.args[1] if isinstance(node.args[1], list | tuple) else None
+        order = [a for d in dims if (a := before.axis(int(d))) is not None] if dims is not None else None  # type: ignore[arg-type]
+        keeps = order == sorted(order) if order is not None else len(moved) < 2 and _adjacent(before, node.args[1:3])
+        return self.value(node.args[0]) if keeps else None  # type: ignore[arg-type]
+
+    def _cast(self, node: fx.Node) -> Value | None:
+        x = self.value(node.args[0])  # type: ignore[arg-type]
+        value = node.meta["val"]
+        return self._add("map", x, expr="x0", dtype=NAMES[value.dtype]) if x.tensor.dtype != NAMES[value.dtype] else x
+
+    def _slice(self, node: fx.Node) -> Value | None:
+        layout = self._layout_of_first(node)
+        _, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        if layout is None or step != 1 or not isinstance(dim, int):
+            return None
+        return self._cut(node, layout, dim, start or 0, end)
+
+    def _cut(self, node: fx.Node, layout: Layout, dim: int, start: Any, end: Any) -> Value | None:
+        axis = layout.axis(dim)
+        if axis is None or axis != len(layout.features) - 1:
+            return None
+        start, stop, _ = slice(start, end).indices(layout.features[axis])
+        return self._add("slice", self.value(node.args[0]), start=start, stop=stop)  # type: ignore[arg-type]
+
+    def _pieces(self, node: fx.Node) -> Slot | None:
+        layout = self._layout_of_first(node)
+        parts = node.meta["val"]
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        if layout is None or not isinstance(dim, int):
+            return None
+        cuts: list[Value] = []
+        start = 0
+        for part in parts:
+            size = part.shape[dim]
+            cut = self._cut(node, layout, dim, start, start + size) if isinstance(size, int) else None
+            if cut is None:
+                return None
+            cuts.append(cut)
+            start += size
+        return tuple(cuts)
+
+    def _concat(self, node: fx.Node) -> Value | None:
+        parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        after = self._layouts.of(node)
+        if after is None or not isinstance(dim, int) or after.axis(dim) != len(after.features) - 1:
+            return None
+        return self._add("concat", *(self.value(p) for p in parts))  # type: ignore[union-attr, arg-type]
+
+    def _mean(self, node: fx.Node) -> Value | None:
+        layout = self._layout_of_first(node)
+        dims = node.args[1]
+        one = isinstance(dims, list | tuple) and len(dims) == 1 and isinstance(dims[0], int)
+        if layout is None or not one or layout.axis(dims[0]) != len(layout.features) - 1:  # type: ignore[index, arg-type]
+            return None
+        keepdim = bool(node.args[2]) if len(node.args) > 2 else False
+        kind = operator_name(node).removeprefix("aten::").replace("amax", "max")
+        return self._add("reduce", self.value(node.args[0]), kind=kind, keepdim=keepdim)  # type: ignore[arg-type]
+
+    def _layout_of_first(self, node: fx.Node) -> Layout | None:
+        first = node.args[0]
+        return self._layouts.of(first) if isinstance(first, fx.Node) else None
+
+
+def _needed(nodes: tuple[fx.Node, ...], ends: dict[fx.Node, Anchor]) -> set[fx.Node]:
+    """The nodes that must be lowered: what others read, back to where the graph begins, past the inside of anchors."""
+    inside, found = set(nodes), set()
+    stack = [n for n in nodes if any(u not in inside for u in n.users)]
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            stack.extend((ends[node].start,) if node in ends else node.all_input_nodes)
+    return found
+
+
+def _adjacent(before: Layout, dims: tuple[Any, ...]) -> bool:
+    """Swapping these two axes leaves the features in order: no feature other than the one moved lies between them."""
+    low, high = sorted(int(d) % (len(before.features) + 2) for d in dims)
+    return not any(before.axis(d) is not None for d in range(low + 1, high)) or all(before.axis(d) is None for d in (low, high))
+
+
+def _pointwise(expr: str) -> Callable[[Lowering, fx.Node], Value | None]:
+    """A rule for ``expr`` over the operands, numbers written into the expression."""
+
+    def rule(self: Lowering, node: fx.Node) -> Value | None:
+        alpha = node.kwargs.get("alpha", 1)
+        text, operands = expr, []
+        for i, arg in enumerate(node.args):
+            if isinstance(arg, fx.Node):
+                text = text.replace(f"x{i}", f"y{len(operands)}")
+                operands.append(self.value(arg))
+            elif isinstance(arg, int | float):
+                text = text.replace(f"x{i}", f"({number(arg)})")
+        if alpha != 1 or any(k not in ("alpha",) for k in node.kwargs):
+            return None
+        dtype = NAMES[node.meta["val"].dtype]
+        mixed = {v.tensor.dtype for v in operands} != {dtype}
+        return self._add("map", *operands, expr=canonical(text.replace("y", "x")), **({"dtype": dtype} if mixed else {}))
+
+    return rule
+
+
+def _gelu(self: Lowering, node: fx.Node) -> Value | None:
+    expr = "gelu_tanh(x0)" if node.kwargs.get("approximate") == "tanh" else "gelu(x0)"
+    return self._add("map", self.value(node.args[0]), expr=expr)  # type: ignore[arg-type]
+
+
+_RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
+    "aten::linear": Lowering._linear,
+    "aten::embedding": Lowering._embedding,
+    "aten::reshape": Lowering._reshape,
+    "aten::flatten": Lowering._reshape,
+    "aten::unsqueeze": Lowering._reshape,
+    "aten::transpose": Lowering._same_features,
+    "aten::permute": Lowering._same_features,
+    "aten::to": Lowering._cast,
+    "aten::_to_copy": Lowering._cast,
+    "aten::slice": Lowering._slice,
+    "aten::split": Lowering._pieces,
+    "aten::split_with_sizes": Lowering._pieces,
+    "aten::chunk": Lowering._pieces,
+    "aten::cat": Lowering._concat,
+    "aten::mean": Lowering._mean,
+    "aten::sum": Lowering._mean,
+    "aten::amax": Lowering._mean,
+    "aten::gelu": _gelu,
+    "aten::add": _pointwise("x0 + x1"),
+    "aten::sub": _pointwise("x0 - x1"),
+    "aten::mul": _pointwise("x0 * x1"),
+    "aten::div": _pointwise("x0 / x1"),
+    "aten::neg": _pointwise("-x0"),
+    "aten::pow": _pointwise("x0 ** x1"),
+    **{
+        f"aten::{name}": _pointwise(f"{name}(x0)")
+        for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "erf", "sin", "cos", "abs", "sigmoid", "relu", "silu", "softplus")
+    },
+}

@@ -1,0 +1,155 @@
+"""How entries move between the segments of a cache (`flush`), leave it (`select`), and change encoding
+(`recode`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from elision.errors import BadInput, IllegalProgram
+from elision.ir.states import Encoding, Ring
+
+if TYPE_CHECKING:
+    from elision.ir.store import KVStore
+
+_HELP = {
+    "address": "evict from Dense, Budget or Paged segments that this cache owns, or declare keep=per_head",
+    "encoding": "move and evict whole token groups, or recode the segment to groups of channels",
+}
+
+
+def flush(store: KVStore, rows: torch.Tensor, frm: int, to: int, n: int, what: str) -> None:
+    """`KVStore.flush`."""
+    if not 0 <= to < frm <= store.tail or what not in ("k", "v", "kv") or n < 0:
+        raise BadInput(
+            f"flush({frm} -> {to}, n={n}, {what!r}): expected main segments, {frm} after {to}, and k, v or kv"
+        )
+    source, target = store.segments[frm], store.segments[to]
+    if source.segment.shared or target.segment.shared or isinstance(source.segment.slots, Ring):
+        raise _illegal(
+            "address", f"flush from {source.segment} to {target.segment}", "one is shared or a Ring"
+        )
+    for name in what:
+        length, a, z = store.len[name], source.planes[name].enc, target.planes[name].enc
+        if n % a.token_group or n % z.token_group:
+            raise _illegal("encoding", f"flush of {n} rows from {a} to {z}", "it cuts a token group")
+        if bool(length[to + 1 : frm, rows].any()) or bool((length[frm, rows] < n).any()):
+            raise BadInput(
+                f"flush of {n} rows from {frm} to {to}: fewer rows there, or rows in a segment between them"
+            )
+        if bool((length[to, rows] + n > target.slots).any()):
+            raise BadInput(
+                f"flush of {n} rows: {target.segment.slots} of {target.slots} rows has no room for them"
+            )
+    b, oldest = rows[:, None, None], torch.arange(n).expand(len(rows), len(store.groups), n)
+    for name in what:
+        length = store.len[name]
+        end = length[to, rows][..., None] + oldest
+        length[to, rows] += n
+        store.resize(to)
+        if source.planes[name].enc == target.planes[name].enc:
+            target.copy(name, source, b, store.heads, oldest, end)
+        else:
+            target.write(name, b, store.heads, end, source.read(name, b, store.heads, oldest, store.dtype))
+        length[frm, rows] -= n
+        left = length[frm, rows][..., None]
+        slot = torch.arange(int(left.max()) if len(rows) else 0).expand(*left.shape[:2], -1)
+        _compact(store, name, frm, rows, slot + n, slot < left)
+    store.resize(frm)
+
+
+def select(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
+    """`KVStore.select`."""
+    groups = len(store.groups)
+    if keep.dim() != 3 or len(keep) != len(rows):
+        raise BadInput(f"select: keep of shape {list(keep.shape)}; expected [{len(rows)}, 1 or heads, N]")
+    if bool((keep == keep[:, :1]).all()):
+        keep = keep[:, :1]
+    if keep.shape[1] not in (1, groups):
+        raise _illegal(
+            "address",
+            f"select with {keep.shape[1]} sets of entries",
+            f"the cache has keep={store.type.keep!r}",
+        )
+    keep = keep.expand(-1, groups, -1)
+    ascending = (keep[..., 1:] < 0) | ((keep[..., :-1] >= 0) & (keep[..., 1:] > keep[..., :-1]))
+    if not bool(ascending.all()) or bool((keep >= store.totals()[rows][..., None]).any()):
+        raise BadInput("select: expected ascending entries below the cache's length, then -1")
+    plans = [(what, s, *_kept(store, what, s, rows, keep)) for what in "kv" for s in range(store.tail + 1)]
+    pos = store.pos[rows]
+    pos[..., : keep.shape[2]] = torch.where(
+        keep >= 0, pos.gather(2, keep.clamp(min=0)), pos[..., : keep.shape[2]]
+    )
+    store.pos[rows] = pos
+    for what, s, src, valid in plans:
+        _compact(store, what, s, rows, src, valid)
+        store.len[what][s, rows] = valid.sum(-1)
+    for s in range(store.tail + 1):
+        if not store.segments[s].segment.shared:
+            store.resize(s)
+
+
+def recode(store: KVStore, segment: int, k: Encoding, v: Encoding) -> None:
+    """`KVStore.recode`."""
+    rows = store.segments[segment]
+    if rows.segment.shared:
+        raise _illegal("address", f"recode of {rows.segment}", "a shared segment is read-only")
+    for name, enc in (("k", k), ("v", v)):
+        if bool((store.len[name][segment] % enc.token_group).any()):
+            raise _illegal(
+                "encoding", f"recode of a segment to {enc}", "its length is not a multiple of the group"
+            )
+    changed = store.type.with_segment(segment, type(rows.segment)(rows.segment.slots, k, v))
+    if segment == store.tail and store.type.scratch is not None:  # drafted rows must look as committed ones
+        index = len(store.type.segments) - 1
+        changed = changed.with_segment(index, type(rows.segment)(store.type.scratch.slots, k, v))
+        store.segments[index].recode(k, v, store.dtype)
+    rows.recode(k, v, store.dtype)
+    store.type = changed
+
+
+def _kept(
+    store: KVStore, what: str, s: int, rows: torch.Tensor, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots of segment s that ``keep [R, G, N]`` keeps, ``[R, G, m]``, and which of these are not
+    padding."""
+    segment, length = store.segments[s], store.len[what][s, rows][..., None]
+    start = store.len[what][:s, rows].sum(0)[..., None]
+    inside = (keep >= start) & (keep < start + length)  # one run of the list, because it ascends
+    count = inside.sum(-1, keepdim=True)
+    i = torch.arange(int(count.max()) if count.numel() else 0)
+    first = inside.int().argmax(-1, keepdim=True) if keep.shape[2] else count
+    slot = keep.gather(2, (first + i).clamp(max=max(keep.shape[2] - 1, 0))) - start
+    valid = i < count
+    if (segment.segment.shared or isinstance(segment.segment.slots, Ring)) and bool((count != length).any()):
+        raise _illegal(
+            "address", f"select drops rows of {segment.segment}", "a shared or Ring segment is kept whole"
+        )
+    group = segment.planes[what].enc.token_group
+    whole = (slot % group == i % group) & (slot // group == (slot - i % group) // group)
+    heads = slot - i % group  # the first slot of the group that each row must be in
+    cut = bool((count % group).any()) or bool((valid & ~whole).any())
+    if cut or bool((valid & (heads != heads.gather(2, (i - i % group).expand_as(heads)))).any()):
+        raise _illegal(
+            "encoding", f"select from rows in token groups of {group}", "it keeps a part of a group"
+        )
+    return slot, valid
+
+
+def _compact(
+    store: KVStore, what: str, s: int, rows: torch.Tensor, src: torch.Tensor, valid: torch.Tensor
+) -> None:
+    """Move slot ``src[r, g, i]`` to slot i, in whole token groups, where ``valid [R, G, m]``."""
+    segment = store.segments[s]
+    group = segment.planes[what].enc.token_group
+    src = torch.unflatten(src, 2, (-1, group))
+    slots = torch.arange(valid.shape[2]).view(-1, group)
+    r, g, i = (torch.unflatten(valid, 2, (-1, group))[..., 0] & (src != slots)[..., 0]).nonzero(as_tuple=True)
+    if len(r):
+        h = store.heads if len(store.groups) == 1 else g[:, None, None]
+        segment.copy(what, segment, rows[r][:, None, None], h, src[r, g, i][:, None], slots[i][:, None])
+
+
+def _illegal(rule: str, what: str, because: str) -> IllegalProgram:
+    return IllegalProgram(rule, what, sides="a state op on this cache", because=because, help=_HELP[rule])

@@ -1,0 +1,134 @@
+"""Scalar expressions: what `map` computes for every element.
+
+An expression is Python text over the operands ``x0, x1, ..`` in a closed set of functions, for example ``silu(x0) * x1``.
+It is parsed with `ast`, never executed as code, and kept in canonical form, so that equal expressions are equal strings.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from elision.errors import BadInput
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "abs": torch.abs,
+    "floor": torch.floor,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+    "minimum": lambda a, b: torch.clamp(a, max=b) if not isinstance(b, torch.Tensor) else torch.minimum(a, b),
+    "maximum": lambda a, b: torch.clamp(a, min=b) if not isinstance(b, torch.Tensor) else torch.maximum(a, b),
+    "where": torch.where,
+}
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+    ast.Mod: lambda a, b: a % b,
+    ast.Pow: lambda a, b: a**b,
+}
+_COMPARE: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+}
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> ast.expr:
+    """The checked syntax tree. Raises BadInput for anything outside the closed set."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+        raise BadInput(f"map: {text!r} is not an expression: {err}") from err
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", "?")
+            if name not in FUNCTIONS or node.keywords:
+                raise BadInput(f"map: unknown function {name!r} in {text!r}; expected one of {', '.join(FUNCTIONS)}")
+        elif isinstance(node, ast.Name):
+            if node.id not in FUNCTIONS and not (node.id[:1] == "x" and node.id[1:].isdigit()):
+                raise BadInput(f"map: unknown name {node.id!r} in {text!r}; operands are x0, x1, ...")
+        elif isinstance(node, ast.Constant):
+            if not isinstance(node.value, int | float) or isinstance(node.value, bool):
+                raise BadInput(f"map: {node.value!r} in {text!r} is not a number")
+        elif not isinstance(node, _SYNTAX):
+            raise BadInput(f"map: {type(node).__name__} is not allowed in {text!r}")
+    return tree
+
+
+_SYNTAX = (ast.BinOp, ast.UnaryOp, ast.USub, ast.Compare, ast.expr_context, *_BINARY, *_COMPARE)
+
+
+def canonical(text: str) -> str:
+    """The expression's one spelling."""
+    return ast.unparse(parse(text))
+
+
+@lru_cache(maxsize=4096)
+def operands(text: str) -> int:
+    """How many operands the expression reads: one more than the largest index."""
+    return max((int(n.id[1:]) + 1 for n in ast.walk(parse(text)) if isinstance(n, ast.Name) and n.id not in FUNCTIONS), default=0)
+
+
+@lru_cache(maxsize=4096)
+def flops(text: str) -> int:
+    """Arithmetic operations per element: one per operator or function."""
+    return sum(isinstance(n, ast.BinOp | ast.UnaryOp | ast.Compare | ast.Call) for n in ast.walk(parse(text)))
+
+
+@lru_cache(maxsize=4096)
+def compiled(text: str) -> Callable[..., torch.Tensor]:
+    """A function of the operands, as tensors, in their dtype."""
+    return _build(parse(text))
+
+
+def _build(node: ast.expr) -> Callable[..., Any]:
+    if isinstance(node, ast.Constant):
+        value = node.value
+        return lambda *x: value
+    if isinstance(node, ast.Name):
+        index = int(node.id[1:])
+        return lambda *x: x[index]
+    if isinstance(node, ast.UnaryOp):
+        inner = _build(node.operand)
+        return lambda *x: -inner(*x)
+    if isinstance(node, ast.BinOp):
+        left, right, act = _build(node.left), _build(node.right), _BINARY[type(node.op)]
+        return lambda *x: act(left(*x), right(*x))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        left, right, act = _build(node.left), _build(node.comparators[0]), _COMPARE[type(node.ops[0])]
+        return lambda *x: act(left(*x), right(*x))
+    if isinstance(node, ast.Call):
+        function, args = FUNCTIONS[getattr(node.func, "id", "")], [_build(a) for a in node.args]
+        return lambda *x: function(*(a(*x) for a in args))
+    raise BadInput(f"map: {ast.unparse(node)!r} is not allowed")
+
+
+def number(value: float) -> str:
+    """A constant as expression text. Raises BadInput if it is not finite."""
+    if not math.isfinite(value):
+        raise BadInput(f"map: constant {value!r} is not finite")
+    return repr(value)

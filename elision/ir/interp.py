@@ -1,0 +1,157 @@
+"""The reference interpreter: runs graphs op by op with the ops' bodies, on the real storage layouts.
+
+A graph is planned once (bodies looked up, arguments turned into slots) and run many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elision.ir.op import bind_axes, lookup, substitute
+from elision.ir.program import Program, Weights
+from elision.ir.tokens import Tokens
+from elision.ir.types import Axis, Tensor
+from elision.ir.value import Env, Graph, Value
+
+Axes = dict[Axis, Tokens]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One op of a plan: which slots it reads, where its result goes, and what the body needs besides."""
+
+    body: Any
+    args: tuple[int, ...]
+    out: tuple[int, ...]
+    kwargs: dict[str, Any]
+    at: Axis | None
+    makes: Axis | None
+    value: Value | None
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    size: int
+    weights: tuple[tuple[int, str], ...]
+    steps: tuple[_Step, ...]
+    outputs: tuple[int, ...]
+
+
+class Interpreter:
+    """Runs the graphs of one program with its weights. Holds no state of a run: safe to use from several threads."""
+
+    def __init__(self, program: Program, weights: Weights) -> None:
+        self.program, self.weights = program, weights
+        self._targets = program.targets
+        self._plans: dict[tuple[int, str], _Plan] = {}
+        self._graphs: list[Graph] = []  # keeps graphs alive while their id is a key
+
+    def run(
+        self, graph: Graph, inputs: Mapping[str, Any], axes: Mapping[str, Tokens], env: Mapping[str, Any] | None = None
+    ) -> tuple[Any, ...]:
+        """The outputs of a graph for ``inputs`` by name; ``axes`` gives the tokens of each input axis by the axis's name."""
+        bound: Axes = {}
+        for value in graph.inputs:
+            if isinstance(value.type, Tensor):
+                bound.update({d: axes[d.name] for d in value.type.axes if isinstance(d, Axis) and d.name in axes})
+        return self._execute(graph, [inputs[graph.names[v]] for v in graph.inputs], bound, env or {})
+
+    def _execute(self, graph: Graph, inputs: list[Any], axes: Axes, env: Mapping[str, Any]) -> tuple[Any, ...]:
+        plan = self._plan(graph, env)
+        slots: list[Any] = [None] * plan.size
+        slots[: len(inputs)] = inputs
+        for slot, name in plan.weights:
+            slots[slot] = self.weights[name]
+        for step in plan.steps:
+            args = [slots[i] for i in step.args]
+            if step.value is not None:
+                result = step.body(*args, run=self._runner(step.value, axes), **step.kwargs)
+            elif step.at is not None:
+                result = step.body(*args, at=axes[step.at], **step.kwargs)
+            else:
+                result = step.body(*args, **step.kwargs)
+            if step.makes is not None:
+                result, axes[step.makes] = result
+            if len(step.out) == 1:
+                slots[step.out[0]] = result
+            else:
+                for slot, part in zip(step.out, result, strict=True):
+                    slots[slot] = part
+            for slot in step.dead:
+                slots[slot] = None
+        return tuple(slots[i] for i in plan.outputs)
+
+    def _runner(self, value: Value, axes: Axes) -> Any:
+        """What `call` and its kin use to run their target on the caller's axes."""
+
+        def run(target: str, args: tuple[Any, ...], env: dict[str, Any]) -> tuple[Any, ...]:
+            graph = self._targets[target]
+            given = value.args[len(value.args) - len(graph.inputs) :]
+            mapping = bind_axes([v.type for v in graph.inputs], [a.type for a in given])
+            inner: Axes = {formal: axes[actual] for formal, actual in mapping.items() if actual in axes}
+            known = set(inner)
+            found = self._execute(graph, list(args), inner, env)
+            for axis in set(inner) - known:
+                axes[substitute(axis, mapping)] = inner[axis]
+            return found
+
+        return run
+
+    def _plan(self, graph: Graph, env: Mapping[str, Any]) -> _Plan:
+        key = (id(graph), repr(sorted(env.items())) if env else "")
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = _make_plan(graph, env)
+            self._graphs.append(graph)
+        return found
+
+
+def _make_plan(graph: Graph, env: Mapping[str, Any]) -> _Plan:
+    slot: dict[Value, int] = {v: i for i, v in enumerate(graph.inputs)}
+    for v in graph.values:
+        if not isinstance(v.type, tuple):
+            slot.setdefault(v, len(slot))
+    parts: dict[Value, list[int]] = {}
+    for v in graph.values:
+        if v.op == "item":
+            parts.setdefault(v.args[0], []).append(slot[v])
+    last: dict[int, Value] = {}
+    for v in graph.values:
+        for a in v.args:
+            if a in slot and v.op != "item":
+                last[slot[a]] = v
+    keep = {slot[v] for v in graph.outputs}
+    weights = tuple((slot[v], v.attr("name")) for v in graph.values if v.op == "param")
+    steps: list[_Step] = []
+    for v in graph.values:
+        if v.op in ("input", "param", "item"):
+            continue
+        op = lookup(v.op)
+        out = tuple(parts[v]) if isinstance(v.type, tuple) else (slot[v],)
+        kwargs = {k: env[a.name] if isinstance(a, Env) else a for k, a in v.attrs}
+        at = _first_axis(v) if op.wants_at else None
+        made = v.type.tokens if op.makes_axis and isinstance(v.type, Tensor) else None
+        dead = tuple(i for i in {slot[a] for a in v.args if a in slot} if last.get(i) is v and i not in keep)
+        steps.append(_Step(op.body, tuple(slot[a] for a in v.args), out, kwargs, at, made, v if op.runs else None, dead))
+    return _Plan(len(slot), weights, tuple(steps), tuple(slot[v] for v in graph.outputs))
+
+
+def _first_axis(value: Value) -> Axis:
+    for a in value.args:
+        if isinstance(a.type, Tensor) and a.type.tokens is not None:
+            return a.type.tokens
+    raise AssertionError(f"{value.op} has no token axis")
+
+
+def run_entry(program: Program, weights: Weights, entry: str, ids: torch.Tensor, at: Tokens, states: Mapping[str, Any]) -> Any:
+    """One run of an entry over ``ids [n]`` at those tokens: its first output. For tests and checks; a run keeps its interpreter."""
+    graph = program.entries[entry]
+    first = graph.inputs[0]
+    axis = first.tensor.tokens
+    assert axis is not None
+    return Interpreter(program, weights).run(graph, {graph.names[first]: ids, **states}, {axis.name: at})[0]

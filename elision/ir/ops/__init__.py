@@ -1,0 +1,5 @@
+"""The op set. Importing this package registers every op with `elision.ir.op`."""
+
+from elision.ir.ops import aten, axes, dense, program, state
+
+__all__ = ["aten", "axes", "dense", "program", "state"]

@@ -1,0 +1,80 @@
+"""Ops that were not raised, and the padded layout that they run in.
+
+An opaque op is typed and executed by torch between ``pad`` and ``unpad``. It is never a failure, and always counted in the coverage
+report. Passes that change a token axis are refused across it (rule axis).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.op import need, op, token_axis
+from elision.ir.tokens import Tokens
+from elision.ir.types import Axis, Tensor
+
+
+def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results: Tensor) -> Tensor:
+    resolve(function)
+    return results
+
+
+@op(_aten_type)
+def aten(*x: torch.Tensor, function: str, template: tuple[Any, ...], results: Tensor) -> Any:
+    """Call ``torch.ops.aten.<function>`` with positional arguments ``template``, in which ``("arg", i)`` stands for operand i and
+    ``("list", ...)`` for a list. ``results`` is the type of the (one) result."""
+    return resolve(function)(*(_fill(t, x) for t in template))
+
+
+def _fill(item: Any, x: tuple[torch.Tensor, ...]) -> Any:
+    if isinstance(item, tuple) and item and item[0] == "arg":
+        return x[item[1]]
+    if isinstance(item, tuple) and item and item[0] == "list":
+        return [_fill(i, x) for i in item[1:]]
+    if isinstance(item, tuple) and item and item[0] == "dtype":
+        return getattr(torch, item[1])
+    return item
+
+
+def resolve(name: str) -> Any:
+    """The overload ``packet.overload`` of the aten namespace. Raises BadInput for anything else."""
+    packet, _, overload = name.partition(".")
+    found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None) if packet.isidentifier() else None
+    if not isinstance(found, torch._ops.OpOverload):
+        raise BadInput(f"no aten op {name!r}")
+    return found
+
+
+def _pad_type(x: Tensor) -> Tensor:
+    axis = token_axis(x)
+    return x.with_axes(Axis("rows", parent=axis), Axis("length", parent=axis), *x.axes[1:])
+
+
+@op(_pad_type)
+def pad(x: torch.Tensor, *, at: Tokens) -> torch.Tensor:
+    """Token-major ``[t, ..]`` to padded ``[rows, length, ..]``, zeros on the right."""
+    row, column, length = _places(at)
+    y = x.new_zeros((at.rows, length, *x.shape[1:]))
+    y[row, column] = x
+    return y
+
+
+def _unpad_type(x: Tensor, y: Tensor) -> Tensor:
+    need(len(y.axes) >= 2, f"expected a padded tensor [rows, length, ..], got {y}")
+    return y.with_axes(token_axis(x), *y.axes[2:])
+
+
+@op(_unpad_type)
+def unpad(x: torch.Tensor, y: torch.Tensor, *, at: Tokens) -> torch.Tensor:
+    """Back from padded ``y [rows, length, ..]`` to the token axis of ``x``."""
+    row, column, _ = _places(at)
+    return y[row, column]
+
+
+def _places(at: Tokens) -> tuple[torch.Tensor, torch.Tensor, int]:
+    counts = torch.bincount(at.row, minlength=at.rows)
+    first = torch.cumsum(counts, 0) - counts
+    column = torch.arange(len(at)) - first[at.row]
+    return at.row, column, int(counts.max()) if len(at) else 0

@@ -1,0 +1,161 @@
+"""Ops of the generation program: calls, control flow, and the round of draft, verify and commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from elision.ir import tree
+from elision.ir.op import Cost, bind_axes, need, op, substitute_type, token_axis
+from elision.ir.requests import Requests
+from elision.ir.states import KV, Array
+from elision.ir.tokens import Tokens
+from elision.ir.types import Axis, Host, Tensor
+from elision.ir.value import Graph, Type, Types, Value
+
+Run = Callable[[str, tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]
+
+
+def origin(state: Value) -> Value:
+    """Where a state value begins (an input, `fresh` or `empty`), back through every op that consumed it."""
+    while (before := consumes(state)) is not None:
+        state = before
+    return state
+
+
+def consumes(state: Value) -> Value | None:
+    """The state value that this one follows, or None for one that begins here (an input, `fresh`, `empty`)."""
+    if state.op == "item":
+        call, index = state.args[0], state.attr("index")
+        assert isinstance(call.type, tuple)
+        before = sum(isinstance(t, KV | Array) for t in call.type[:index])
+        return [a for a in call.args if a.is_state][before]
+    return next((a for a in state.args if a.is_state), None)
+
+
+def _call_type(*types: Types, graph: Graph, target: str, label: str = "", env: Any = ()) -> Types:
+    need(len(types) == len(graph.inputs), f"{target} takes {len(graph.inputs)} operands, got {len(types)}")
+    mapping = bind_axes([v.type for v in graph.inputs], list(types))
+    actual: dict[Value, Any] = dict(zip(graph.inputs, types, strict=True))
+    results: list[Type] = []
+    for formal, given in actual.items():
+        need(type(formal.type) is type(given), f"{graph.names[formal]} of {target} is a {type(formal.type).__name__}")
+    for out in graph.outputs:
+        assert not isinstance(out.type, tuple)
+        results.append(actual.get(origin(out), out.type) if out.is_state else substitute_type(out.type, mapping))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+@op(_call_type, cost=lambda *_: Cost())
+def call(*x: Any, target: str, label: str = "", env: Any = (), run: Run) -> Any:
+    """Run a template or an entry. ``label`` is ``<layer>.<half>`` for a block; ``env`` gives the template's `Env` attributes."""
+    found = run(target, x, dict(env))
+    return found[0] if len(found) == 1 else found
+
+
+def _same(graph: Graph, types: tuple[Types, ...]) -> Types:
+    results = _call_type(*types, graph=graph, target=graph.name)
+    given = results if isinstance(results, tuple) else (results,)
+    need(tuple(types[: len(given)]) == tuple(given), f"{graph.name} must give back its first operands' types")
+    return results
+
+
+def _when_type(cond: Tensor, *types: Types, graph: Graph, target: str) -> Types:
+    need(cond.dtype == "bool" and cond.axes == (), f"expected a condition bool[], got {cond}")
+    need(len(graph.outputs) == 1, f"{target} must give one result")
+    return _same(graph, types)
+
+
+@op(_when_type, cost=lambda *_: Cost())
+def when(cond: torch.Tensor, *x: Any, target: str, run: Run) -> Any:
+    """Run the template if the condition holds; otherwise its first operand passes through."""
+    return run(target, x, {})[0] if bool(cond) else x[0]
+
+
+def _repeat_type(*types: Types, graph: Graph, target: str, n: int) -> Types:
+    need(n >= 1, f"n={n}; expected n >= 1")
+    return _same(graph, types)
+
+
+@op(_repeat_type, cost=lambda *_: Cost())
+def repeat(*x: Any, target: str, n: int, run: Run) -> Any:
+    """Run the template n times (at least once), its results taking the place of its first operands."""
+    out: tuple[Any, ...] = ()
+    for _ in range(n):
+        out = run(target, (*out, *x[len(out) :]), {})
+    return out[0] if len(out) == 1 else out
+
+
+def _checkpoint_type(S: KV | Array, *, depth: int) -> KV | Array:
+    need(depth >= 1, f"depth={depth}; expected at least 1")
+    return S
+
+
+@op(_checkpoint_type)
+def checkpoint(S: Any, *, depth: int) -> Any:
+    """Open a round on a state: up to ``depth`` tokens from here on can be taken back until `commit`."""
+    S.checkpoint()
+    return S
+
+
+def _root_type(last: Tensor, *, axis: str) -> Tensor:
+    need(last.dtype == "i64" and len(last.axes) == 1 and axis.isidentifier(), f"expected the last tokens i64[b], got {last}")
+    return Tensor((Axis(axis, draft=True),), "i64")
+
+
+@op(_root_type, makes_axis=True)
+def root(last: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+    """The empty draft: a tree with only its root, the last committed token of each row ``[b]`` (plain decoding)."""
+    trees = [tree.Tree([-1]) for _ in range(len(at))]
+    row, pos, anc, _ = tree.pack(trees, at.pos.tolist())
+    return last, Tokens(at.row[row], pos, at.rows, torch.full_like(row, -1), anc)
+
+
+def _warp_type(logits: Tensor, requests: Host) -> Tensor:
+    need(len(logits.axes) == 2, f"expected logits [t, vocab], got {logits}")
+    return logits.with_dtype("f32")
+
+
+@op(_warp_type)
+def warp(logits: torch.Tensor, requests: Requests, *, at: Tokens) -> torch.Tensor:
+    """Probabilities ``[t, vocab]`` after each row's penalties, temperature, top-k, top-p and min-p, along each node's ancestors."""
+    return requests.warp(logits, at)
+
+
+def _verify_type(ids: Tensor, logits: Tensor, requests: Host, last: Tensor) -> tuple[Host, Tensor]:
+    axis = token_axis(ids, logits)
+    need(axis == axis.root, "the tokens that verify reads cannot be restricted (rule axis)")
+    return Host("paths"), last
+
+
+@op(_verify_type)
+def verify(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, last: torch.Tensor, *, at: Tokens) -> Any:
+    """Accept a path of each row's tree by its request's rule and draw the token after it: ``(paths, next [b])``.
+
+    ``paths``: for each sequence, the accepted node indices, the root first (`elision.ir.verify`); empty for one not in the call.
+    """
+    return requests.verify(ids, logits, at)
+
+
+def _commit_type(S: KV | Array, paths: Host) -> KV | Array:
+    return S
+
+
+@op(_commit_type)
+def commit(S: Any, paths: list[list[int]]) -> Any:
+    """Close the round: the accepted nodes join the state by the ordinary append, the rest is dropped."""
+    S.commit(paths)
+    return S
+
+
+def _emit_type(ids: Tensor, paths: Host, nxt: Tensor) -> Host:
+    return Host("tokens")
+
+
+@op(_emit_type)
+def emit(ids: torch.Tensor, paths: list[list[int]], nxt: torch.Tensor, *, at: Tokens) -> list[list[int]]:
+    """The tokens that the round produced, per sequence: the accepted drafts (without the root) and the drawn one."""
+    drawn = iter(nxt.tolist())
+    return [[*ids[at.of_row(r)[p[1:]]].tolist(), next(drawn)] if p else [] for r, p in enumerate(paths)]

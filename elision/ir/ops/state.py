@@ -1,0 +1,213 @@
+"""Ops on states. Each consumes a state value once and gives the next; the bodies act on the storage (`elision.ir.store`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from elision.ir import attend as attention
+from elision.ir.mask import Mask
+from elision.ir.op import Cost, Sizes, need, op, token_axis
+from elision.ir.states import KV, Array, Encoding
+from elision.ir.store import ArrayStore, KVStore
+from elision.ir.tokens import Tokens
+from elision.ir.types import Axis, Tensor
+
+
+def _kv_rows(k: Tensor, v: Tensor, S: KV) -> None:
+    token_axis(k, v)
+    need(k.axes[1:] == (S.heads, S.dim), f"expected keys [t, {S.heads}, {S.dim}], got {k}")
+    need(v.axes[1:] == (S.heads, S.vdim), f"expected values [t, {S.heads}, {S.vdim}], got {v}")
+
+
+def _kv_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, Any]) -> Cost:
+    moved = {i: float(sizes.bytes(t)) for i, t in enumerate(types) if isinstance(t, Tensor)}
+    return Cost(0.0, moved, sum(moved.values()))
+
+
+def _fresh_type(k: Tensor, v: Tensor, *, type: KV) -> KV:
+    _kv_rows(k, v, type)
+    return type
+
+
+@op(_fresh_type, cost=_kv_cost)
+def fresh(k: torch.Tensor, v: torch.Tensor, *, type: KV, at: Tokens) -> KVStore:
+    """A cache that holds just these keys and values: what attention without a cache looks at."""
+    store = KVStore(type, at.rows, len(at), k.dtype)
+    store.append(at, k, v)
+    return store
+
+
+def _empty_type(x: Tensor, *, type: KV) -> KV:
+    token_axis(x)
+    return type
+
+
+@op(_empty_type, cost=lambda *_: Cost())
+def empty(x: torch.Tensor, *, type: KV, at: Tokens) -> KVStore:
+    """An empty cache that lives for this call only, with room for the tokens of x."""
+    return KVStore(type, at.rows, max(1, len(at)), torch.float32)
+
+
+def _append_type(S: KV, k: Tensor, v: Tensor) -> KV:
+    _kv_rows(k, v, S)
+    return S
+
+
+@op(_append_type, cost=_kv_cost)
+def append(S: KVStore, k: torch.Tensor, v: torch.Tensor, *, at: Tokens) -> KVStore:
+    """Append the keys ``[t, heads, dim]`` and values of the tokens. Drafted tokens go to Scratch, by node."""
+    S.append(at, k, v)
+    return S
+
+
+def _attend_type(
+    q: Tensor,
+    S: KV,
+    *extra: Tensor,
+    mask: Any,
+    scale: Any,
+    softcap: Any = None,
+    extras: tuple[str, ...] = (),
+    results: tuple[str, ...] = (),
+) -> Any:
+    axis = token_axis(q)
+    need(len(q.axes) == 3 and q.axes[2] == S.dim, f"expected queries [t, heads, {S.dim}], got {q}")
+    heads = q.axes[1]
+    need(isinstance(heads, int) and heads % S.heads == 0, f"{heads} query heads over {S.heads} key heads")
+    need(len(extra) == len(extras) and set(extras) <= {"sinks", "slopes"}, f"extras {extras} for {len(extra)} operands")
+    need(set(results) <= {"lse", "mass"}, f"results {results}; expected lse or mass")
+    out: list[Tensor] = [Tensor((axis, heads, S.vdim), q.dtype)]
+    for name in results:
+        out.append(Tensor((axis, heads) if name == "lse" else (Axis("rows"), S.heads, Axis("entries")), q.dtype))
+    return tuple(out) if results else out[0]
+
+
+def _attend_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, Any]) -> Cost:
+    from elision.ir.layout import row_bytes
+
+    q, S = types[0], types[1]
+    pairs = sizes.of(q.axes[0]) * sizes.context
+    flops = 2.0 * pairs * q.axes[1] * (S.dim + S.vdim)
+    cache = float(sizes.rows * sizes.context * row_bytes(S))
+    out = result[0] if isinstance(result, tuple) else result
+    return Cost(flops, {0: float(sizes.bytes(q)), 1: cache}, float(sizes.bytes(out)))
+
+
+@op(_attend_type, cost=_attend_cost)
+def attend(
+    q: torch.Tensor,
+    S: KVStore,
+    *extra: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    extras: tuple[str, ...] = (),
+    results: tuple[str, ...] = (),
+    at: Tokens,
+) -> Any:
+    """Softmax attention of queries ``[t, heads, dim]`` over every visible entry of the cache (see `elision.ir.attend`).
+
+    ``extras`` names further operands: ``sinks [heads]`` (a logit that takes mass and gives nothing), ``slopes [heads]`` (ALiBi).
+    ``results``: ``lse [t, heads]`` and ``mass [rows, kv heads, entries]``, the column sums of the probabilities.
+    """
+    named = dict(zip(extras, extra, strict=True))
+    found = attention.attend(q, S, at, mask, scale, softcap, results=results, **named)
+    return found if results else found[0]
+
+
+def _entries_type(S: KV, rows: Tensor) -> Tensor:
+    return Tensor((token_axis(rows), S.heads, Axis("entries")), "i64")
+
+
+@op(_entries_type)
+def entries(S: KVStore, rows: torch.Tensor) -> torch.Tensor:
+    """Positions ``[b, heads, entries]`` held by the sequences ``rows [b]``, in logical order; -1 where there is none."""
+    return S.positions()[rows]
+
+
+def _keep_type(score: Tensor, pos: Tensor, *, n: int, recent: int = 0, sinks: int = 0) -> Tensor:
+    need(score.axes == pos.axes and len(pos.axes) == 3, f"expected [b, heads, entries] twice, got {score}, {pos}")
+    need(n >= recent + sinks, f"n={n} is less than recent={recent} + sinks={sinks}")
+    return pos.with_axes(*pos.axes[:2], n)
+
+
+@op(_keep_type)
+def keep(score: torch.Tensor, pos: torch.Tensor, *, n: int, recent: int = 0, sinks: int = 0) -> torch.Tensor:
+    """Which ``n`` entries to keep: the first ``sinks`` and last ``recent`` positions, then the largest scores, ties to the smaller
+    position. Logical indices ``[b, heads, n]``, ascending; -1 where there are fewer entries."""
+    there = pos >= 0
+    newest = torch.where(there, pos, -1).amax(-1, keepdim=True)
+    protect = there & ((pos < sinks) | (pos > newest - recent))
+    rank = torch.where(protect, torch.inf, torch.where(there, score.double(), -torch.inf))
+    by_pos = torch.argsort(torch.where(there, pos, torch.iinfo(torch.int64).max), dim=-1, stable=True)
+    order = torch.argsort(rank.gather(-1, by_pos), dim=-1, descending=True, stable=True)
+    best = by_pos.gather(-1, order)[..., :n]
+    best = torch.where(there.gather(-1, best), best, torch.iinfo(torch.int64).max).sort(-1).values
+    best = torch.where(best == torch.iinfo(torch.int64).max, -1, best)
+    short = n - best.shape[-1]
+    return best if short <= 0 else torch.nn.functional.pad(best, (0, short), value=-1)
+
+
+def _select_type(S: KV, kept: Tensor, rows: Tensor) -> KV:
+    token_axis(kept, rows)
+    need(kept.dtype == "i64" and len(kept.axes) == 3 and kept.axes[1] in (1, S.heads), f"expected i64[b, heads, n], got {kept}")
+    return S
+
+
+@op(_select_type)
+def select(S: KVStore, kept: torch.Tensor, rows: torch.Tensor) -> KVStore:
+    """Evict: of the sequences ``rows [b]`` keep just the logical entries ``kept [b, heads or 1, n]``."""
+    S.select(kept, rows)
+    return S
+
+
+def _flush_type(S: KV, rows: Tensor, *, frm: int, to: int, n: int, what: str = "kv") -> KV:
+    need(0 <= to == frm - 1 and frm < len(S.main), f"flush goes from a main segment to the one before it, not {frm} to {to}")
+    need(what in ("k", "v", "kv") and n > 0, f"what={what!r}, n={n}; expected k, v or kv and n > 0")
+    return S
+
+
+@op(_flush_type)
+def flush(S: KVStore, rows: torch.Tensor, *, frm: int, to: int, n: int, what: str = "kv") -> KVStore:
+    """Move the oldest ``n`` rows of segment ``frm`` to the end of segment ``to``, in the encoding of ``to``."""
+    S.flush(rows, frm, to, n, what)
+    return S
+
+
+def _recode_type(S: KV, *, segment: int, k: Encoding, v: Encoding) -> KV:
+    from dataclasses import replace
+
+    need(0 <= segment < len(S.segments), f"no segment {segment} in {len(S.segments)}")
+    return S.with_segment(segment, replace(S.segments[segment], k=k, v=v))
+
+
+@op(_recode_type)
+def recode(S: KVStore, *, segment: int, k: Encoding, v: Encoding) -> KVStore:
+    """Store a segment in another encoding."""
+    S.recode(segment, k, v)
+    return S
+
+
+def _read_type(S: Array, rows: Tensor) -> Tensor:
+    return Tensor((token_axis(rows), *S.shape), S.dtype)
+
+
+@op(_read_type)
+def read(S: ArrayStore, rows: torch.Tensor) -> torch.Tensor:
+    """The value of an array state for the sequences ``rows [b]``."""
+    return S.read()[rows]
+
+
+def _write_type(S: Array, x: Tensor) -> Array:
+    token_axis(x)
+    need(x.axes[1:] == S.shape and x.dtype == S.dtype, f"expected {S.dtype}[t, {', '.join(map(str, S.shape))}], got {x}")
+    return S
+
+
+@op(_write_type)
+def write(S: ArrayStore, x: torch.Tensor, *, at: Tokens) -> ArrayStore:
+    """Set the array state from per-token values: each row's last token wins; at drafted tokens the values wait for commit."""
+    S.write(at, x)
+    return S

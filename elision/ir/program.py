@@ -1,0 +1,167 @@
+"""A program: templates, the entries that run them as a stream of blocks, states, and the round that generates.
+
+Entries share one raised graph: ``prefill`` (committed tokens, logits of each row's last), ``step`` (drafted tokens, all logits) and
+``score`` (the model's own forward). ``round`` is generation itself; ``ticks`` run on the clock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.states import StateType
+from elision.ir.types import Axis, Host, Tensor
+from elision.ir.value import Builder, Graph, Rule, Value, rewrite
+
+QUALITIES = ("exact", "distribution", "approximate")
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Run ``graph`` for the sequences whose committed position is 0 mod ``every``, and once after prefill."""
+
+    every: int
+    graph: Graph
+
+
+@dataclass
+class Program:
+    """``params`` are the types of the weights; ``meta`` holds plain facts of the model (``vocab``, ``positions``, ``hidden`` ...).
+
+    ``applied`` is the text of the passes so far, ``quality`` the join of theirs.
+    """
+
+    name: str
+    params: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, StateType] = field(default_factory=dict)
+    templates: dict[str, Graph] = field(default_factory=dict)
+    entries: dict[str, Graph] = field(default_factory=dict)
+    round: Graph | None = None
+    ticks: tuple[Tick, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+    applied: tuple[str, ...] = ()
+    quality: str = "exact"
+
+    def copy(self) -> Program:
+        """A program that can be changed without changing this one (graphs are immutable and shared)."""
+        copied = {f: dict(getattr(self, f)) for f in ("params", "states", "templates", "entries", "meta")}
+        return replace(self, **copied)
+
+    @property
+    def targets(self) -> dict[str, Graph]:
+        """What a `call` can name: templates and entries."""
+        return {**self.templates, **self.entries}
+
+    def graphs(self) -> dict[str, Graph]:
+        """Every graph by name: templates, entries, the round, the ticks."""
+        found = dict(self.targets)
+        if self.round is not None:
+            found[self.round.name] = self.round
+        found.update({t.graph.name: t.graph for t in self.ticks})
+        return found
+
+    def rewrite(self, rule: Rule, *entries: str) -> None:
+        """Rewrite the named entries (all of them if none is named) in place."""
+        for name in entries or tuple(self.entries):
+            self.entries[name] = rewrite(self.entries[name], rule, self.targets)
+
+    @property
+    def layers(self) -> dict[int, Layer]:
+        """The layers of the stream that are left, by their index in the raised model."""
+        labels = {v.attr("label") for g in self.entries.values() for v in g.calls()}
+        indices = {int(m[1]) for label in labels if (m := re.match(r"(\d+)\.", label))}
+        return {i: Layer(self, i) for i in sorted(indices)}
+
+    def drop_unused(self) -> None:
+        """Leave out states, parameters and templates that no entry uses any more."""
+        used = {v.attr("name") for g in self.graphs().values() for v in g.values if v.op == "param"}
+        self.params = {n: t for n, t in self.params.items() if n in used}
+        called = {v.attr("target") for g in self.graphs().values() for v in g.values if v.attr("target")}
+        self.templates = {n: g for n, g in self.templates.items() if n in called}
+        taken = {n for g in self.entries.values() for v in g.inputs if v.is_state for n in [g.names[v]] if _used(g, v)}
+        gone = set(self.states) - taken - {g.names[v] for t in self.ticks for g in [t.graph] for v in g.inputs if v.is_state}
+        self.states = {n: t for n, t in self.states.items() if n not in gone}
+        for name, graph in self.entries.items():
+            self.entries[name] = without_states(graph, gone, self.targets)
+        if self.round is not None:
+            self.round = round_of(self)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The i-th layer of the stream, with halves ``attn`` and ``mlp`` (a parallel-residual family has one part, ``block``)."""
+
+    program: Program
+    index: int
+
+    @property
+    def parts(self) -> list[str]:
+        found: list[str] = []
+        for graph in self.program.entries.values():
+            for v in graph.calls():
+                number, _, part = v.attr("label").partition(".")
+                if number == str(self.index) and part not in found:
+                    found.append(part)
+        return found
+
+    def bypass(self, part: str | None = None) -> None:
+        """Leave the layer (or one of its parts) out of every entry: the stream passes by, its states are gone."""
+        if part is not None and part not in self.parts:
+            raise BadInput(f"layer {self.index} has no half {part!r}; it has {', '.join(self.parts)}")
+        labels = {f"{self.index}.{p}" for p in self.parts if part in (None, p)}
+
+        def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | tuple[Value, ...] | None:
+            if v.op != "call" or v.attr("label") not in labels:
+                return None
+            states = tuple(a for a in args if a.is_state)
+            return (args[0], *states) if isinstance(v.type, tuple) else args[0]
+
+        self.program.rewrite(rule)
+        self.program.drop_unused()
+
+
+def _used(graph: Graph, state: Value) -> bool:
+    return any(state in v.args for v in graph.values)
+
+
+def without_states(graph: Graph, names: set[str], targets: Mapping[str, Graph]) -> Graph:
+    """The entry without the inputs of those names and the outputs that only pass them through."""
+    if not any(graph.names.get(v) in names for v in graph.inputs):
+        return graph
+    gone = {v for v in graph.inputs if graph.names[v] in names}
+    outputs = tuple(v for v in graph.outputs if v not in gone)
+    trimmed = Graph(graph.name, tuple(v for v in graph.inputs if v not in gone), graph.values, outputs, graph.names)
+    kept = tuple(v for v in graph.values if v not in gone)
+    return rewrite(replace(trimmed, values=kept), lambda b, v, a: None, targets)
+
+
+def state_inputs(graph: Graph) -> dict[str, Value]:
+    """The states that an entry takes, by name."""
+    return {graph.names[v]: v for v in graph.inputs if v.is_state}
+
+
+def round_of(program: Program, depth: int = 1) -> Graph:
+    """The generation program with an empty draft: checkpoint, step over the root, verify, commit, emit."""
+    step = program.entries["step"]
+    b = Builder("round", program.targets)
+    last = b.input("last", Tensor((Axis("b"),), "i64"))
+    requests = b.input("requests", Host("requests"))
+    states = [b.input(n, program.states[n]) for n in state_inputs(step)]
+    marked = [b.add("checkpoint", s, depth=depth, name="mark") for s in states]
+    ids = b.add("root", last, axis="d", name="ids")
+    found = b.add("call", ids, *marked, target="step")
+    logits, *written = found if isinstance(found, tuple) else (found,)
+    paths, nxt = b.add("verify", ids, b.named(logits, "logits"), requests, last)
+    b.named(paths, "paths")
+    b.named(nxt, "next")
+    done = [b.add("commit", s, paths, name="done") for s in written]
+    tokens = b.add("emit", ids, paths, nxt, name="tokens")
+    return b.build(tokens, nxt, *done)
+
+
+Weights = Mapping[str, torch.Tensor]

@@ -1,0 +1,215 @@
+"""State types: what a program remembers between calls, with the contract that the verifier checks.
+
+A KV cache is a list of segments under one softmax; the bytes that it occupies follow from its type
+(`elision.ir.layout`), so a saving that does not exist cannot be reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from elision.errors import BadInput
+from elision.ir.types import FLOATS
+
+# --- encodings: how the rows of a segment are stored -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Float:
+    """Rows stored in a float dtype: ``f64 f32 f16 bf16``."""
+
+    dtype: str = "f32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOATS:
+            raise BadInput(f"unknown float encoding {self.dtype!r}; expected one of {', '.join(FLOATS)}")
+
+    @property
+    def token_group(self) -> int:
+        """Rows that can only be written and dropped together."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Int:
+    """Rows stored as ``bits``-bit codes with an fp32 scale (and minimum, if ``zero``) per group.
+
+    ``axis="channel"``: groups of ``group`` channels within one row; ``axis="token"``: groups of ``group`` rows within
+    one channel, written and dropped only together (KIVI's keys).
+    """
+
+    bits: int = 8
+    axis: str = "channel"
+    group: int = 32
+    zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or self.axis not in ("channel", "token") or self.group < 1:
+            raise BadInput(f"unknown encoding {self}; expected bits 4 or 8, axis channel or token, group >= 1")
+
+    @property
+    def token_group(self) -> int:
+        return self.group if self.axis == "token" else 1
+
+
+Encoding = Float | Int
+
+# --- slots: which rows of a segment are in use, and where the next one goes ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Rows in order of arrival, up to the capacity that the run asks for."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The first ``sinks`` rows and the last ``window``: a row is visible while ``q_pos - k_pos < window`` or
+    ``k_pos < sinks``. ``chunk`` is the most rows that one append may bring (``chunk - 1`` slots more)."""
+
+    window: int
+    sinks: int = 0
+    chunk: int = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most ``n`` rows; `select` makes room, and an append that does not fit is an error."""
+
+    n: int
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Rows in pages of ``page`` rows from a pool, taken as they are needed."""
+
+    page: int = 16
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Rows of drafted tokens, by node index; dropped or moved by `commit`."""
+
+    n: int = 64
+
+
+Slots = Dense | Ring | Budget | Paged | Scratch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One part of a cache. ``shared`` segments are read-only (a forked prefix)."""
+
+    slots: Slots
+    k: Encoding = Float()
+    v: Encoding = Float()
+    shared: bool = False
+
+
+# --- states ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Present:
+    """Which positions exist in this layer: ``all``; ``subset`` of the positions of the axis named ``of``; ``nested`` (a
+    later token's active layers are a subset of every earlier token's); ``masked`` (holes are declared per entry)."""
+
+    kind: str = "all"
+    of: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("all", "subset", "nested", "masked"):
+            raise BadInput(f"unknown presence {self.kind!r}; expected all, subset, nested or masked")
+
+
+@dataclass(frozen=True)
+class KV:
+    """A key/value cache of one attention site. Per row b and head h: ``pos [B, heads, C]``, ``len [B, heads]``.
+
+    ``dim``/``vdim``: channels of a key / of a value. Rows are appended to the last segment that is not Scratch.
+    ``keyed_by``: ``position`` (entry i holds position i) or ``explicit`` (once entries can be evicted).
+    ``keep``: entries are chosen for all layers (``shared``), ``per_layer`` or ``per_head``.
+    ``rope``: keys are rotated ``on_write`` or ``on_read``. ``ragged``: rows may differ in length.
+    ``storage``: ``owned``, or ``external`` (the caller's tensors).
+    """
+
+    heads: int
+    dim: int
+    vdim: int
+    segments: tuple[Segment, ...]
+    keyed_by: str = "position"
+    keep: str = "per_layer"
+    rope: str = "on_write"
+    present: Present = Present()
+    ragged: bool = True
+    storage: str = "owned"
+
+    def __post_init__(self) -> None:
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise BadInput(f"KV: {field}={getattr(self, field)!r}; expected one of {', '.join(allowed)}")
+        main = [s for s in self.segments if not isinstance(s.slots, Scratch)]
+        if not main or any(isinstance(s.slots, Scratch) for s in self.segments[: len(main)]):
+            raise BadInput("KV: expected at least one main segment, and at most one Scratch, the last")
+        if len(self.segments) - len(main) > 1:
+            raise BadInput("KV: more than one Scratch segment")
+        tail = main[-1]
+        if tail.shared:
+            raise BadInput("KV: the last main segment is appended to and cannot be shared")
+        for s in (tail, *self.segments[len(main) :]):
+            if s.k.token_group > 1 or s.v.token_group > 1:
+                raise BadInput(f"KV: rows are appended one by one, so {s.slots} cannot have token-grouped encodings")
+        if any(isinstance(s.slots, Ring) for s in main[:-1]):
+            raise BadInput("KV: a Ring overwrites its oldest row, so only the last main segment can be one")
+
+    @property
+    def main(self) -> tuple[Segment, ...]:
+        """The segments that hold committed rows."""
+        return tuple(s for s in self.segments if not isinstance(s.slots, Scratch))
+
+    @property
+    def scratch(self) -> Segment | None:
+        last = self.segments[-1]
+        return last if isinstance(last.slots, Scratch) else None
+
+    def with_segment(self, index: int, segment: Segment) -> KV:
+        segments = list(self.segments)
+        segments[index] = segment
+        return replace(self, segments=tuple(segments))
+
+
+_CHOICES = {
+    "keyed_by": ("position", "explicit"),
+    "keep": ("shared", "per_layer", "per_head"),
+    "rope": ("on_write", "on_read"),
+    "storage": ("owned", "external"),
+}
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Values written at the nodes of a draft of up to ``depth`` tokens are kept apart; commit takes the accepted one."""
+
+    depth: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint copies the value; a commit that does not accept every drafted token restores it."""
+
+
+Undo = Journal | Snapshot
+
+
+@dataclass(frozen=True)
+class Array:
+    """Any other state: one array of ``shape`` per row (a recurrent state, a score accumulator, a table), filled with
+    ``init``. An ``undo`` of None means that it may not be written inside a round."""
+
+    shape: tuple[int, ...]
+    dtype: str = "f32"
+    init: float = 0.0
+    undo: Undo | None = None
+
+
+StateType = KV | Array

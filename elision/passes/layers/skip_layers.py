@@ -1,0 +1,45 @@
+"""Leave layers out of the model, or one of their halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from elision.errors import BadInput
+from elision.ir.program import Program
+from elision.passes.base import Pass, register
+
+
+@register
+@dataclass(frozen=True)
+class SkipLayers(Pass):
+    """Static layer skipping: the residual stream passes by the layers named.
+
+    The rewrite in one sentence: every entry's calls of those blocks are replaced by their stream operand, and their caches
+    and weights are dropped. ``layers``: indices in the model as it was raised, from 0 (text: ``3+7-9``). ``half``: ``attn`` or
+    ``mlp`` to leave out just that part. Positions and masks do not change. Identity setting: no layers. This is ShortGPT's
+    edit (Men et al. 2024) without its choice of layers, and LayerDrop's inference (Fan et al. 2019).
+    """
+
+    layers: tuple[int, ...] = ()
+    half: str = ""
+
+    name: ClassVar[str] = "skip-layers"
+    family: ClassVar[str] = "layers"
+    changes: ClassVar[str] = "blocks"
+
+    def apply(self, program: Program) -> None:
+        there = program.layers
+        if self.half not in ("", "attn", "mlp"):
+            raise BadInput(f"skip-layers: half={self.half!r}; expected attn or mlp")
+        for index in self.layers:
+            if index not in there:
+                left = _spans(sorted(there))
+                raise BadInput(f"skip-layers: there is no layer {index}; the layers of {program.name} are {left}")
+            there[index].bypass(self.half or None)
+
+
+def _spans(indices: list[int]) -> str:
+    if indices and indices == list(range(indices[0], indices[-1] + 1)):
+        return f"{indices[0]} to {indices[-1]}"
+    return ", ".join(map(str, indices)) or "none"

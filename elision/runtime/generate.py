@@ -1,0 +1,131 @@
+"""The generation loop: prefill, then rounds until every row has finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from elision.ir.interp import Interpreter
+from elision.ir.requests import Requests
+from elision.runtime.options import Options
+from elision.runtime.session import Session
+from elision.runtime.text import StopStrings, TextStream, Tokenizer
+
+#: Called with (row, new tokens, new text); returning False ends the row (finish reason "cancelled").
+OnTokens = Callable[[int, list[int], str], bool | None]
+
+
+@dataclass
+class Row:
+    """One sequence of a run: its prompt, its new tokens, its text so far and why it ended (None while it runs)."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+
+
+@dataclass
+class Stats:
+    """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    time_to_first_token: float = 0.0
+    decode_time: float = 0.0
+    state_bytes: int = 0
+    finish: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after each row's first, over the time of the rounds."""
+        after = self.new_tokens - len(self.finish)
+        return after / self.decode_time if self.decode_time else 0.0
+
+
+def generate(
+    interpreter: Interpreter,
+    prompts: list[list[int]],
+    options: Options,
+    tokenizer: Tokenizer | None,
+    limit: int,
+    on_tokens: OnTokens | None = None,
+) -> tuple[list[Row], Stats]:
+    """Continue every prompt by ``options``, up to ``limit`` positions; stops a row at EOS, a stop string or its length."""
+    start = time.perf_counter()
+    longest = max(map(len, prompts))
+    new = min(options.max_new_tokens, limit - longest)
+    session = Session(interpreter, len(prompts), longest + new)
+    rows = [Row(list(p)) for p in prompts]
+    readers = [_Reader(tokenizer, options.stop) if tokenizer is not None else None for _ in rows]
+    stats = Stats(prompt_tokens=sum(map(len, prompts)), state_bytes=session.bytes())
+
+    def take(r: int, tokens: list[int]) -> None:
+        """Give row r its new tokens, up to where it ends."""
+        row, reader, text = rows[r], readers[r], ""
+        taken: list[int] = []
+        for token in tokens:
+            taken.append(token)
+            row.tokens.append(token)
+            text += reader.push(token) if reader else ""
+            if token in options.eos:
+                row.finish = "eos"
+            elif reader and reader.stopped:
+                row.finish = "stop"
+            elif len(row.tokens) >= min(options.max_new_tokens, limit - len(row.prompt)):
+                row.finish = "length"
+            if row.finish:
+                text += reader.finish() if reader else ""
+                break
+        row.text += text
+        stats.new_tokens += len(taken)
+        if on_tokens is not None and on_tokens(r, taken, text) is False:
+            row.finish = "cancelled"
+
+    logits = session.prefill(prompts)
+    first = _requests(rows, options).first(logits)
+    stats.time_to_first_token = time.perf_counter() - start
+    begun = time.perf_counter()
+    for r, token in enumerate(first):
+        take(r, [token])
+    while running := {r: row.tokens[-1] for r, row in enumerate(rows) if row.finish is None}:
+        produced = session.round(running, _requests(rows, options))
+        stats.rounds += 1
+        for r in running:
+            stats.accepted += len(produced[r]) - 1
+            take(r, produced[r])
+    stats.decode_time = time.perf_counter() - begun
+    stats.finish = [row.finish or "" for row in rows]
+    return rows, stats
+
+
+def _requests(rows: list[Row], options: Options) -> Requests:
+    """The requests of this moment: EOS is suppressed where a row has not reached the least number of new tokens."""
+    items = [
+        replace(q, warp=replace(q.warp, suppress=options.eos)) if len(row.tokens) < options.min_new_tokens else q
+        for q, row in zip(options.requests, rows, strict=True)
+    ]
+    return Requests(items, [torch.tensor(row.prompt + row.tokens) for row in rows])
+
+
+class _Reader:
+    """A row's tokens to text, cut at the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self._stream, self._stops = TextStream(tokenizer), StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
+
+    def push(self, token: int) -> str:
+        return self._stops.push(self._stream.push(token))
+
+    def finish(self) -> str:
+        return self._stops.push(self._stream.finish()) + self._stops.finish()

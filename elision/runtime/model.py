@@ -1,0 +1,226 @@
+"""A compiled model: generate, run forward, save. What `elision.compile` and `elision.load` return."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.interp import Interpreter
+from elision.ir.program import Program
+from elision.ir.tokens import Tokens
+from elision.runtime import generate as loop
+from elision.runtime.options import resolve
+from elision.runtime.text import Tokenizer
+
+
+class Output(dict[str, torch.Tensor]):
+    """A forward's outputs by name, also as attributes and by index, as transformers gives them."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; the outputs are {', '.join(self)}") from None
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class Model:
+    """A program with its weights. Calls may run at the same time from several threads; each has its own states."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        tokenizer: Tokenizer | None,
+        defaults: Mapping[str, Any],
+        coverage: Mapping[str, Any],
+        max_context: int,
+        max_batch: int = 8,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise BadInput(f"threads={threads}; expected at least 1")
+        self.program, self.weights, self.tokenizer = program, weights, tokenizer
+        self.defaults, self.coverage = dict(defaults), dict(coverage)
+        self.max_context, self.max_batch, self.threads = max_context, max_batch, threads
+        self.stats: loop.Stats | None = None
+        self._interpreter = Interpreter(program, weights)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was compiled: coverage, quality class, passes, bytes of weights and of state per token and row, cost per token."""
+        from elision.runtime.report import report
+
+        return report(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an artefact that `elision.load` opens, without transformers and without a compiler."""
+        from elision.runtime.artefact import save
+
+        save(self, path)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | str | Sequence[str],
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        num_return_sequences: int = 1,
+        seed: int | Sequence[int] = 0,
+        streamer: Any = None,
+    ) -> Any:
+        """Continue the prompts.
+
+        ``inputs``: token ids ``[B, T]`` (left-padded; ``attention_mask`` marks the padding), or texts. Ids give ids ``[B * n, T + new]``:
+        the padded prompt, then the new tokens, filled with the pad token; texts give the new texts. None means the model's
+        generation config; ``eos_token_id=[]`` never ends at a token; temperature 0 is greedy. ``stop`` strings end a row and are cut
+        from its text, but kept in its tokens. ``seed``: one for the call or one per prompt; a row's tokens do not depend on the other
+        rows. ``streamer``: an object with ``put``/``end`` (one row, as in transformers), or a function of (row, tokens, text)
+        that ends a row by returning False.
+        """
+        if "step" not in self.program.entries:
+            raise BadInput(f"{self.program.name} has no decoder: call it as m(...) for its outputs")
+        if num_return_sequences < 1:
+            raise BadInput(f"num_return_sequences={num_return_sequences}; expected at least 1")
+        prompts = self._prompts(inputs, attention_mask)
+        options = resolve(
+            self.defaults,
+            rows=len(prompts),
+            copies=num_return_sequences,
+            longest=max(map(len, prompts)),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=eos_token_id,
+            stop=stop,
+            seed=seed,
+        )
+        if options.stop and self.tokenizer is None:
+            raise BadInput("stop strings need a tokenizer, and this model came without one")
+        prompts = [p for p in prompts for _ in range(num_return_sequences)]
+        if len(prompts) > self.max_batch:
+            raise BadInput(f"{len(prompts)} sequences, but the model was compiled for max_batch={self.max_batch}")
+        on_tokens = _callback(streamer, prompts)
+        with self._threads(), torch.inference_mode():
+            rows, stats = loop.generate(self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens)
+        if hasattr(streamer, "end"):
+            streamer.end()
+        self.stats = stats
+        if isinstance(inputs, torch.Tensor):
+            most = max(len(row.tokens) for row in rows)
+            new = torch.tensor([row.tokens + [options.pad] * (most - len(row.tokens)) for row in rows])
+            return torch.cat((inputs.repeat_interleave(num_return_sequences, 0), new), 1)
+        texts = [row.text for row in rows]
+        return texts[0] if isinstance(inputs, str) and num_return_sequences == 1 else texts
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None, **other: Any
+    ) -> Output:
+        """The model's own forward: logits of every token, and its other outputs, ``[B, T, ...]`` (zeros at padding)."""
+        given = [name for name, value in other.items() if value is not None and not (name in _IGNORED and not value)]
+        if given:
+            raise BadInput(f"forward arguments {', '.join(given)} are not supported; expected input_ids, attention_mask, position_ids")
+        ids, mask = self._check_ids(input_ids, attention_mask)
+        row, column = mask.nonzero(as_tuple=True)
+        if position_ids is None:
+            pos = torch.arange(ids.shape[1]).expand_as(ids)[row, column]
+        else:
+            pos = position_ids.expand_as(ids)[row, column]
+        self._check_length(int(pos.max()) + 1)
+        graph = self.program.entries["score"]
+        with self._threads(), torch.inference_mode():
+            found = self._interpreter.run(graph, {"ids": ids[row, column]}, {"t": Tokens(row, pos, len(ids))})
+        outputs = Output()
+        for name, value in zip(self.program.meta["outputs"], found, strict=True):
+            padded = value.new_zeros((*ids.shape, *value.shape[1:]))
+            padded[row, column] = value
+            outputs[name] = padded
+        return outputs
+
+    def _prompts(self, inputs: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
+        if isinstance(inputs, torch.Tensor):
+            ids, mask = self._check_ids(inputs, attention_mask)
+            prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        else:
+            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            if not texts or not all(isinstance(t, str) for t in texts):
+                raise BadInput(f"inputs: expected a LongTensor [B, T], a text or a list of texts, got {inputs!r:.80}")
+            if self.tokenizer is None:
+                raise BadInput("text needs a tokenizer, and this model came without one: pass token ids [B, T]")
+            if attention_mask is not None:
+                raise BadInput("attention_mask goes with token ids, not with texts")
+            prompts = [self.tokenizer.encode(t) for t in texts]
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise BadInput(f"prompt {i} is empty: expected at least one token")
+            self._check_length(len(prompt) + 1)
+        return prompts
+
+    def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or ids.numel() == 0:
+            shown = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise BadInput(f"token ids: expected a LongTensor [B, T] with at least one token, got {shown}")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if mask.shape != ids.shape:
+            raise BadInput(f"attention_mask {list(mask.shape)} does not fit the token ids {list(ids.shape)}")
+        keep = mask.bool()
+        vocab = self.program.meta["vocab"]
+        if bool(((ids < 0) | (ids >= vocab))[keep].any()):
+            raise BadInput(f"token ids from {int(ids.min())} to {int(ids.max())}; the vocabulary has 0 to {vocab - 1}")
+        return ids, keep
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_context:
+            raise BadInput(f"{length} positions are needed, but the model has {self.max_context} (max_context)")
+
+    @contextmanager
+    def _threads(self) -> Any:
+        """Torch's threads for the time of a call (they are the process's: the last caller wins while calls overlap)."""
+        if self.threads is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+_IGNORED = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+
+
+def _callback(streamer: Any, prompts: list[list[int]]) -> loop.OnTokens | None:
+    if streamer is None or not hasattr(streamer, "put"):
+        if streamer is not None and not callable(streamer):
+            raise BadInput(f"streamer: expected an object with put and end, or a function, got {type(streamer).__name__}")
+        return streamer  # type: ignore[no-any-return]
+    if len(prompts) != 1:
+        raise BadInput(f"a streamer with put and end takes one sequence, got {len(prompts)}: use a function of (row, tokens, text)")
+    streamer.put(torch.tensor(prompts))
+
+    def put(row: int, tokens: list[int], text: str) -> None:
+        streamer.put(torch.tensor(tokens))
+
+    return put

@@ -1,0 +1,110 @@
+"""The arguments of `generate`, checked and completed from the model's own generation defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elision.errors import BadInput
+from elision.ir.verify import Request
+from elision.ir.warp import Warp
+
+#: New tokens when neither the caller nor the model's generation config says how many.
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """One call's settings. ``eos``: ids that end a sequence; ``requests[r]``: how row r draws its tokens."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    eos: tuple[int, ...]
+    pad: int
+    stop: tuple[str, ...]
+    requests: tuple[Request, ...]
+
+
+def resolve(
+    defaults: Mapping[str, Any],
+    *,
+    rows: int,
+    copies: int,
+    longest: int,
+    max_new_tokens: int | None,
+    min_new_tokens: int,
+    do_sample: bool | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    eos_token_id: int | Sequence[int] | None,
+    stop: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+) -> Options:
+    """Complete the arguments of `generate` for ``rows`` prompts, ``copies`` sequences each, the longest of ``longest`` tokens.
+
+    None means the model's generation config. Raises BadInput naming the argument.
+    """
+    greedy = _greedy(defaults, do_sample, temperature)
+    warp = Warp(
+        temperature=1.0 if greedy else _or(temperature, defaults, "temperature", 1.0),
+        top_k=0 if greedy else _or(top_k, defaults, "top_k", 0),
+        top_p=1.0 if greedy else _or(top_p, defaults, "top_p", 1.0),
+        min_p=0.0 if greedy else _or(min_p, defaults, "min_p", 0.0),
+        repetition_penalty=_or(repetition_penalty, defaults, "repetition_penalty", 1.0),
+    )
+    new = _or(max_new_tokens, defaults, "max_new_tokens", None)
+    if new is None:
+        limit = defaults.get("max_length")
+        new = limit - longest if limit and limit > longest else DEFAULT_NEW_TOKENS
+    if not isinstance(new, int) or new < 1:
+        raise BadInput(f"max_new_tokens={new!r}; expected at least 1")
+    if not 0 <= min_new_tokens <= new:
+        raise BadInput(f"min_new_tokens={min_new_tokens!r}; expected 0 to max_new_tokens={new}")
+    eos = _ids(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
+    pad = defaults.get("pad_token_id")
+    keys = _keys(seed, rows, copies)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    return Options(
+        max_new_tokens=new,
+        min_new_tokens=min_new_tokens,
+        eos=eos,
+        pad=pad if pad is not None else eos[0] if eos else 0,
+        stop=stops,
+        requests=tuple(Request(warp, greedy, *key) for key in keys),
+    )
+
+
+def _greedy(defaults: Mapping[str, Any], do_sample: bool | None, temperature: float | None) -> bool:
+    if temperature is not None and temperature < 0:
+        raise BadInput(f"temperature={temperature!r}; expected 0 (greedy) or more")
+    if temperature == 0:
+        if do_sample:
+            raise BadInput("temperature=0 is greedy, but do_sample=True asks for sampling: leave one of them out")
+        return True
+    if do_sample is not None:
+        return not do_sample
+    return temperature is None and not defaults.get("do_sample", False)
+
+
+def _or(given: Any, defaults: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    found = defaults.get(name) if given is None else given
+    return otherwise if found is None else found
+
+
+def _ids(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, int) else tuple(int(i) for i in given)
+
+
+def _keys(seed: int | Sequence[int], rows: int, copies: int) -> list[tuple[int, int]]:
+    """The noise key (seed, row) of every sequence: one seed counts the sequences, a seed per row counts its copies."""
+    if isinstance(seed, int):
+        return [(seed, r) for r in range(rows * copies)]
+    if len(seed) != rows:
+        raise BadInput(f"seed: expected one integer or one per row ({rows}), got {len(seed)}")
+    return [(int(s), c) for s in seed for c in range(copies)]

@@ -1,0 +1,85 @@
+"""One run over a batch of sequences: its states, and the steps of the program on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.interp import Interpreter
+from elision.ir.requests import Requests
+from elision.ir.states import KV
+from elision.ir.store import ArrayStore, KVStore
+from elision.ir.tokens import Tokens
+from elision.ir.types import DTYPES
+
+CHUNK = 512  # tokens of a row in one prefill call: bounds the memory of activations and scores
+
+
+class Session:
+    """States for ``rows`` sequences of up to ``capacity`` positions each, and what has been committed to them.
+
+    Every run has its own, so concurrent runs of one model do not meet.
+    """
+
+    def __init__(self, interpreter: Interpreter, rows: int, capacity: int) -> None:
+        self._interpreter, self.rows, self.capacity = interpreter, rows, capacity
+        program = interpreter.program
+        wide = DTYPES[program.meta["dtype"]]
+        self._stores: dict[str, Any] = {
+            name: KVStore(type, rows, capacity, wide) if isinstance(type, KV) else ArrayStore(type, rows)
+            for name, type in program.states.items()
+        }
+        self.committed = [0] * rows
+
+    def bytes(self) -> int:
+        """Bytes allocated for states."""
+        return sum(store.bytes() for store in self._stores.values())
+
+    def prefill(self, prompts: list[list[int]], chunk: int = CHUNK) -> torch.Tensor:
+        """Commit the prompts; the logits ``[rows, vocab]`` after the last token of each."""
+        graph = self._interpreter.program.entries["prefill"]
+        final: list[torch.Tensor | None] = [None] * self.rows
+        for start in range(0, max(map(len, prompts)), chunk):
+            parts = [p[start : start + chunk] for p in prompts]
+            at = Tokens.chunk([len(p) for p in parts], self.committed)
+            ids = torch.tensor([t for p in parts for t in p], dtype=torch.int64)
+            logits, *_ = self._run(graph, {"ids": ids}, at)
+            there = [r for r in range(self.rows) if parts[r]]
+            for r, row_logits in zip(there, logits, strict=True):
+                final[r] = row_logits
+                self.committed[r] += len(parts[r])
+        self._tick(range(self.rows), always=True)
+        return torch.stack([f for f in final if f is not None])
+
+    def round(self, last: dict[int, int], requests: Requests) -> list[list[int]]:
+        """One round of generation for the sequences of ``last`` (row to its last token, which is not in the states yet).
+
+        Returns the new tokens of every sequence, empty for one that took no part.
+        """
+        program = self._interpreter.program
+        assert program.round is not None
+        rows = sorted(last)
+        at = Tokens(torch.tensor(rows), torch.tensor([self.committed[r] for r in rows]), self.rows)
+        ids = torch.tensor([last[r] for r in rows], dtype=torch.int64)
+        tokens, *_ = self._run(program.round, {"last": ids, "requests": requests}, at)
+        for r in rows:
+            self.committed[r] += len(tokens[r])
+        self._tick(rows)
+        return tokens  # type: ignore[no-any-return]
+
+    def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:
+        if int(at.pos.max()) >= self.capacity:
+            raise BadInput(f"position {int(at.pos.max())} is beyond the {self.capacity} that this run has room for")
+        axis = next(d for d in graph.inputs[0].tensor.axes)
+        return self._interpreter.run(graph, {**self._stores, **inputs}, {axis.name: at})
+
+    def _tick(self, rows: Iterable[int], always: bool = False) -> None:
+        """Run what is due on the clock: for the rows whose committed position is 0 mod every, after prefill for all."""
+        for tick in self._interpreter.program.ticks:
+            due = [r for r in rows if always or self.committed[r] % tick.every == 0]
+            if due:
+                at = Tokens(torch.tensor(due), torch.tensor([self.committed[r] for r in due]), self.rows)
+                self._run(tick.graph, {"rows": torch.tensor(due)}, at)
