@@ -127,10 +127,9 @@ def _kept(
             "address", f"select drops rows of {segment.segment}", "a shared or Ring segment is kept whole"
         )
     group = segment.planes[what].enc.token_group
-    whole = (slot % group == i % group) & (slot // group == (slot - i % group) // group)
-    heads = slot - i % group  # the first slot of the group that each row must be in
-    cut = bool((count % group).any()) or bool((valid & ~whole).any())
-    if cut or bool((valid & (heads != heads.gather(2, (i - i % group).expand_as(heads)))).any()):
+    head = slot - i % group  # where the group of this row must begin: at a multiple, and all its rows agree
+    cut = valid & ((head % group != 0) | (head != head.gather(2, (i - i % group).expand_as(head))))
+    if bool((count % group).any()) or bool(cut.any()):
         raise _illegal(
             "encoding", f"select from rows in token groups of {group}", "it keeps a part of a group"
         )

@@ -8,6 +8,7 @@ import torch
 
 from elision.ir import verify as rules
 from elision.ir.tokens import Tokens
+from elision.ir.warp import warp
 
 
 @dataclass
@@ -17,9 +18,42 @@ class Requests:
     items: list[rules.Request]
     histories: list[torch.Tensor]
 
+    def first(self, logits: torch.Tensor) -> list[int]:
+        """The first token of every sequence after its prompt, from ``logits [rows, V]``."""
+        return [
+            rules.RULES[item.rule](row, history, item, len(history))
+            for item, history, row in zip(self.items, self.histories, logits, strict=True)
+        ]
+
     def verify(self, ids: torch.Tensor, logits: torch.Tensor, at: Tokens) -> tuple[list[list[int]], torch.Tensor]:
         """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is."""
-        raise NotImplementedError
+        assert at.parent is not None
+        paths: list[list[int]] = [[] for _ in self.items]
+        drawn: list[int] = []
+        for r in at.row.unique().tolist():
+            mine = at.of_row(r)
+            root = int(at.pos[mine[0]])
+            parent = at.parent[mine].tolist()
+            paths[r], token = rules.verify(ids[mine], parent, root, logits[mine], self.histories[r], self.items[r])
+            drawn.append(token)
+        return paths, torch.tensor(drawn, dtype=torch.int64)
 
-    def warp(self, logits: torch.Tensor, at: Tokens) -> torch.Tensor:
-        raise NotImplementedError
+    def warp(self, logits: torch.Tensor, at: Tokens, ids: torch.Tensor) -> torch.Tensor:
+        """Probabilities ``[n, V]`` of every node by its row's request, penalties along the node's own ancestors."""
+        out = torch.empty(logits.shape, dtype=torch.float32)
+        for i, r in enumerate(at.row.tolist()):
+            history = torch.cat((self.histories[r], self._ancestors(i, at, ids)))
+            out[i] = warp(logits[i : i + 1], [history], self.items[r].warp)[0]
+        return out
+
+    @staticmethod
+    def _ancestors(node: int, at: Tokens, ids: torch.Tensor) -> torch.Tensor:
+        """Drafted tokens on the way from the root (exclusive: it is in the history) to a node."""
+        assert at.parent is not None
+        mine = at.of_row(int(at.row[node]))
+        place = int((mine == node).nonzero())
+        found: list[int] = []
+        while place > 0:
+            found.append(int(ids[mine[place]]))
+            place = int(at.parent[mine[place]])
+        return ids.new_tensor(found[::-1])

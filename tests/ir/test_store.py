@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cases import (
     ARRANGEMENTS,
@@ -108,7 +108,7 @@ def random_life(
     rng = random.Random(seed)
     store, start = make(kv(*ARRANGEMENTS[name], keep=keep), rows, poison)
     at = [start] * rows
-    for _ in range(rng.randint(1, 6)):
+    for _ in range(rng.randint(1, 7)):
         counts = [rng.randint(0, 5) for _ in range(rows)]
         append(store, Tokens.chunk(counts, at))
         at = [p + n for p, n in zip(at, counts, strict=True)]
@@ -134,14 +134,11 @@ def draft(rng: random.Random, at: list[int]) -> Tokens:
     return Tokens(columns[0], columns[1], len(at), columns[2], columns[3])
 
 
+@pytest.mark.parametrize("name", sorted(ARRANGEMENTS))
 @given(
-    NAMES,
-    SEEDS,
-    st.integers(1, 3),
-    st.sampled_from(["per_layer", "per_head"]),
-    st.sampled_from(MASKS),
-    st.data(),
+    SEEDS, st.integers(1, 3), st.sampled_from(["per_layer", "per_head"]), st.sampled_from(MASKS), st.data()
 )
+@settings(max_examples=10)
 def test_attend_is_plain_softmax_attention(
     name: str, seed: int, rows: int, keep: str, mask: Mask, data: st.DataObject
 ) -> None:
@@ -161,7 +158,9 @@ def test_attend_is_plain_softmax_attention(
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
-@given(NAMES, SEEDS, st.integers(1, 3), st.sampled_from(["per_layer", "per_head"]))
+@pytest.mark.parametrize("name", sorted(ARRANGEMENTS))
+@given(SEEDS, st.integers(1, 3), st.sampled_from(["per_layer", "per_head"]))
+@settings(max_examples=8)
 def test_unwritten_slots_do_not_matter(name: str, seed: int, rows: int, keep: str) -> None:
     found = []
     for poison in (1e4, -7.5):
@@ -176,7 +175,9 @@ def test_unwritten_slots_do_not_matter(name: str, seed: int, rows: int, keep: st
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
-@given(NAMES, SEEDS, st.integers(1, 3), st.sampled_from(["per_layer", "per_head"]))
+@pytest.mark.parametrize("name", sorted(ARRANGEMENTS))
+@given(SEEDS, st.integers(1, 3), st.sampled_from(["per_layer", "per_head"]))
+@settings(max_examples=8)
 def test_entries_are_the_rows_that_were_appended(name: str, seed: int, rows: int, keep: str) -> None:
     """Every entry holds the key and value of its position: exactly in Float, within the encodings' error
     otherwise."""
@@ -265,6 +266,23 @@ def test_pages_come_back() -> None:
     store.select(torch.tensor([[[0, 7, 19]]]), [0])
     assert len(store.segments[0].free) == free - 2
     assert store.positions()[0, 0, :4].tolist() == [0, 7, 19, -1]
+
+
+def test_an_ancestor_that_skipped_this_layer_is_not_seen() -> None:
+    """Round two drafts node 1 only; what round one left at node 0 is not its ancestor."""
+    store, _ = make(kv(seg(Dense())), 1)
+    append(store, Tokens.chunk([2], [0]))
+    one = Tokens(torch.tensor([0]), torch.tensor([2]), 1, torch.tensor([-1]), torch.tensor([1]))
+    append(store, one)
+    store.commit([[]])
+    second = Tokens(torch.tensor([0]), torch.tensor([3]), 1, torch.tensor([0]), torch.tensor([3]))
+    append(store, second)
+    found = attend(queries(second), store, second, Mask(), 0.6)[0]
+    plain, _ = make(kv(seg(Dense())), 1)
+    append(plain, Tokens.chunk([2], [0]))
+    last = Tokens.chunk([1], [3])
+    append(plain, last)
+    torch.testing.assert_close(found, attend(queries(last), plain, last, Mask(), 0.6)[0], rtol=0, atol=1e-12)
 
 
 def test_nothing_visible_gives_zeros() -> None:

@@ -11,6 +11,7 @@ from elision.ir import tree
 from elision.ir.op import Cost, bind_axes, need, op, substitute_type, token_axis
 from elision.ir.requests import Requests
 from elision.ir.states import KV, Array
+from elision.ir.store import ArrayStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Graph, Type, Types, Value
@@ -96,7 +97,8 @@ def _checkpoint_type(S: KV | Array, *, depth: int) -> KV | Array:
 @op(_checkpoint_type)
 def checkpoint(S: Any, *, depth: int) -> Any:
     """Open a round on a state: up to ``depth`` tokens from here on can be taken back until `commit`."""
-    S.checkpoint()
+    if isinstance(S, ArrayStore):  # a KV cache needs nothing: drafted tokens go to its Scratch
+        S.checkpoint()
     return S
 
 
@@ -108,20 +110,20 @@ def _root_type(last: Tensor, *, axis: str) -> Tensor:
 @op(_root_type, makes_axis=True)
 def root(last: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
     """The empty draft: a tree with only its root, the last committed token of each row ``[b]`` (plain decoding)."""
-    trees = [tree.Tree([-1]) for _ in range(len(at))]
-    row, pos, anc, _ = tree.pack(trees, at.pos.tolist())
-    return last, Tokens(at.row[row], pos, at.rows, torch.full_like(row, -1), anc)
+    row, pos, parent, anc = tree.pack([tree.Tree((-1,))] * len(at), at.pos.tolist())
+    return last, Tokens(at.row[row], pos, at.rows, parent, anc)
 
 
-def _warp_type(logits: Tensor, requests: Host) -> Tensor:
+def _warp_type(ids: Tensor, logits: Tensor, requests: Host) -> Tensor:
+    token_axis(ids, logits)
     need(len(logits.axes) == 2, f"expected logits [t, vocab], got {logits}")
     return logits.with_dtype("f32")
 
 
 @op(_warp_type)
-def warp(logits: torch.Tensor, requests: Requests, *, at: Tokens) -> torch.Tensor:
+def warp(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, *, at: Tokens) -> torch.Tensor:
     """Probabilities ``[t, vocab]`` after each row's penalties, temperature, top-k, top-p and min-p, along each node's ancestors."""
-    return requests.warp(logits, at)
+    return requests.warp(logits, at, ids)
 
 
 def _verify_type(ids: Tensor, logits: Tensor, requests: Host, last: Tensor) -> tuple[Host, Tensor]:

@@ -1,0 +1,24 @@
+"""Elision: a compiler for transformer inference.
+
+``compile`` turns a model into a program that does less work, ``load`` opens one that was saved.
+"""
+
+from __future__ import annotations
+
+from elision.compiler import compile
+from elision.errors import ArtefactError, BadInput, ElisionError, IllegalProgram, UnsupportedModel
+from elision.runtime.artefact import load
+from elision.runtime.model import Model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtefactError",
+    "BadInput",
+    "ElisionError",
+    "IllegalProgram",
+    "Model",
+    "UnsupportedModel",
+    "compile",
+    "load",
+]

@@ -1,0 +1,77 @@
+"""The way from a model to a `Model`: load, capture, raise, rewrite, run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from elision.errors import BadInput
+from elision.ir.types import parse_dtype
+
+if TYPE_CHECKING:
+    from elision.passes.base import Pass
+    from elision.runtime.model import Model
+
+log = logging.getLogger("elision")
+
+TARGETS = ("cpu",)
+
+
+def compile(
+    model: nn.Module | str | os.PathLike[str],
+    passes: Sequence[str | Pass] = (),
+    target: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    kv_dtype: str | torch.dtype | None = None,
+    threads: int | None = None,
+    max_context: int | None = None,
+    max_batch: int = 8,
+) -> Model:
+    """Compile a model.
+
+    ``model``: an `nn.Module`, a Hugging Face directory, a GGUF file, or ``"smollm2"``. ``passes``: text or Pass objects, such as
+    ``["skip-layers:layers=3"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the model's own).
+    ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
+
+    Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a composition of
+    passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
+    """
+    from elision.frontend.capture import capture
+    from elision.frontend.coverage import coverage
+    from elision.frontend.raising import raise_model
+    from elision.frontend.source import load_source
+    from elision.passes import InsertCache
+    from elision.passes.pipeline import resolve, run
+    from elision.runtime.model import Model
+    from elision.runtime.text import Tokenizer
+
+    if target not in TARGETS:
+        raise BadInput(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
+    if max_batch < 1 or (max_context is not None and max_context < 2):
+        raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
+    chosen: list[Any] = resolve(passes)
+    source = load_source(model, dtype)
+    if max_context is not None and max_context > source.positions:
+        raise BadInput(f"max_context={max_context}, but {source.name} has {source.positions} positions")
+    captured = capture(source.model)
+    log.info("captured %s: %d operators", source.name, len(captured.graph.nodes))
+    raised = raise_model(captured, source.name, positions=source.positions)
+    if raised.program.meta["causal"]:
+        chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
+    program = run(raised.program, chosen)
+    log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
+    return Model(
+        program,
+        {n: raised.weights[n] for n in program.params},
+        tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
+        defaults=source.defaults,
+        coverage=coverage(raised, program),
+        max_context=max_context or source.positions,
+        max_batch=max_batch,
+        threads=threads,
+    )

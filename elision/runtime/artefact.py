@@ -1,0 +1,98 @@
+"""The artefact: a compiled model in one file, and how it is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from elision.errors import ArtefactError, BadInput
+from elision.ir.layout import nbytes
+from elision.ir.parser import parse_program
+from elision.ir.printer import print_program
+from elision.runtime.archive import Archive, write_archive
+from elision.runtime.tensors import pack_tensors, unpack_tensors
+from elision.runtime.text import Tokenizer
+
+if TYPE_CHECKING:
+    from elision.runtime.model import Model
+
+FORMAT = 1
+_FIELDS = {
+    "format", "name", "passes", "quality", "targets", "coverage", "state_bytes", "tensors", "defaults", "max_context", "max_batch",
+    "text",
+}  # fmt: skip
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to ``path``, all of it or nothing."""
+    table, chunks = pack_tensors(model.weights)
+    program = model.program
+    manifest = {
+        "format": FORMAT,
+        "name": program.name,
+        "passes": list(program.applied),
+        "quality": program.quality,
+        "targets": ["reference"],
+        "coverage": model.coverage,
+        "state_bytes": {n: nbytes(t, 1, model.max_context) for n, t in program.states.items()},
+        "tensors": table,
+        "defaults": model.defaults,
+        "max_context": model.max_context,
+        "max_batch": model.max_batch,
+        "text": model.tokenizer is not None,
+    }
+    text = model.tokenizer.to_members() if model.tokenizer is not None else {}
+    members: dict[str, Any] = {
+        "manifest.json": json.dumps(manifest, indent=1).encode(),
+        "program.txt": print_program(program).encode(),
+        **text,
+        "weights.bin": chunks,
+    }
+    write_archive(path, members)
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True) -> Model:
+    """Open an artefact; its weights are mapped, not read. ``verify=False`` skips the check of the weights' bytes only.
+
+    Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign or of another version.
+    """
+    from elision.runtime.model import Model
+
+    archive = Archive.open(path, verify)
+    manifest = _manifest(archive)
+    tokenizer = None
+    if manifest["text"]:
+        tokenizer = Tokenizer.from_json(bytes(archive["tokenizer.json"]), json.loads(bytes(archive["text.json"])))
+    try:
+        program = parse_program(bytes(archive["program.txt"]).decode())
+    except (BadInput, UnicodeDecodeError) as err:
+        raise ArtefactError(f"{path}: the program cannot be read: {err}; write the artefact anew") from err
+    weights = unpack_tensors(manifest["tensors"], archive["weights.bin"])
+    for name, type in program.params.items():
+        if name not in weights or tuple(weights[name].shape) != type.axes:
+            raise ArtefactError(f"{path}: the weight {name} is missing or not of the type {type}")
+    return Model(
+        program,
+        weights,
+        tokenizer=tokenizer,
+        defaults=manifest["defaults"],
+        coverage=manifest["coverage"],
+        max_context=manifest["max_context"],
+        max_batch=manifest["max_batch"],
+        threads=threads,
+    )
+
+
+def _manifest(archive: Archive) -> dict[str, Any]:
+    try:
+        manifest = json.loads(bytes(archive["manifest.json"]))
+    except (ValueError, RecursionError) as err:
+        raise ArtefactError(f"{archive.path}: the manifest is not JSON: {err}") from err
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ArtefactError(f"{archive.path}: the manifest does not say its format version")
+    if manifest["format"] != FORMAT:
+        raise ArtefactError(f"{archive.path} has format version {manifest['format']!r}, this Elision reads {FORMAT}: compile the model again")
+    if set(manifest) != _FIELDS:
+        raise ArtefactError(f"{archive.path}: the manifest has not the fields {', '.join(sorted(_FIELDS))}")
+    return manifest
