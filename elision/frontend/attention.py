@@ -21,7 +21,7 @@ def reference_attention(
     window: int,
     causal: bool,
 ) -> Tensor:
-    """Softmax attention with grouped heads, materialised scores and a float32 softmax.
+    """Softmax attention with grouped heads, materialised scores and a softmax in float32 at least.
 
     ``q [B, H, T, D]``, ``k [B, Hkv, S, D]``, ``v [B, Hkv, S, Dv]`` give ``[B, T, H, Dv]``; query head ``h``
     reads key head ``h // (H / Hkv)``. ``mask`` broadcasts to ``[B, H, T, S]``: boolean (True attends) or
@@ -50,11 +50,12 @@ def reference_attention(
         if window > 0:
             hidden = hidden | (i - j >= window)
         scores = scores.masked_fill(hidden, lowest)
+    wide = torch.promote_types(scores.dtype, torch.float32)
     if sinks is None:
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        probabilities = torch.softmax(scores, dim=-1, dtype=wide)
     else:
         sink = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
-        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)[
+        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[
             ..., :-1
         ]
     out = torch.matmul(probabilities.to(values.dtype), values)

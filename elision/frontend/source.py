@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,8 @@ def _of_files(folder: Path, dtype: torch.dtype | None, gguf: str | None, *, name
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        model = _auto_class(folder, gguf).from_pretrained(folder, dtype=wanted, local_files_only=True, **extra)
+        with redirect_stderr(io.StringIO()):  # a progress bar of the GGUF reader that has no switch
+            model = _auto_class(folder, gguf).from_pretrained(folder, dtype=wanted, local_files_only=True, **extra)
         log.info("weights loaded from %s", folder / gguf if gguf else folder)
         tokenizer = _tokenizer(folder, extra)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as err:
