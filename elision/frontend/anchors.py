@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class AnchorFinder:
             layout = self._layouts.of(start)
             if layout is None or not layout.features or layout.features[-1] == 1:
                 continue
-            region = self._region(start, inside, lambda n: self._vector(n, layout.features[-1]))
+            region = self._region(start, inside, partial(self._vector, layout.features[-1]))
             for end in reversed([n for n in region if rsqrt in ancestors([n], {start: None}) and self._layouts.of(n) == layout]):
                 used = [n for n in region if n in ancestors([end], {start: None})]
                 weights = [w for n in used for w in n.all_input_nodes if self._taint.param_only(w) and w.op == "placeholder"]
@@ -108,7 +109,7 @@ class AnchorFinder:
         error = {c: float((dense.norm(x, *weights, **attrs, cast=c) - want).abs().double().sum()) for c in ("late", "early")}
         return min(error, key=lambda c: error[c])
 
-    def _vector(self, node: fx.Node, width: int) -> bool:
+    def _vector(self, width: int, node: fx.Node) -> bool:
         value = node.meta.get("val")
         return self._taint.param_only(node) and isinstance(value, Tensor) and tuple(value.shape) == (width,)
 
@@ -153,7 +154,7 @@ class AnchorFinder:
             positions, at = check_tokens(2, 5, first=3)
             want = layout.tokens(evaluate(self._captured, [end], positions, given={start: x}, wide=True)[0])
             for style in ("half", "interleaved"):
-                attrs = {"style": style, "scale": float(table.scale)}
+                attrs: dict[str, Any] = {"style": style, "scale": float(table.scale)}
                 if 2 * len(table.inv_freq) > layout.features[-1]:
                     continue
                 if close(dense.rope(layout.tokens(x), table.inv_freq.double(), at=at, **attrs), want):

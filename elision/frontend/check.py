@@ -21,7 +21,8 @@ from elision.ir.mask import Mask
 from elision.ir.program import Program
 from elision.ir.states import KV, Float
 from elision.ir.tokens import Tokens
-from elision.ir.types import FLOATS, Tensor as TensorType
+from elision.ir.types import FLOATS
+from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Graph, Value, rewrite
 
 #: Whole model in its own dtype: largest difference relative to the largest logit.

@@ -20,7 +20,8 @@ from elision.frontend.normalise import operator_name
 from elision.frontend.token_major import Layout, Layouts
 from elision.ir.expr import canonical, number
 from elision.ir.states import KV, Dense, Float, Segment
-from elision.ir.types import NAMES, Tensor as TensorType
+from elision.ir.types import NAMES
+from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Value
 
 Slot = Value | tuple[Value, ...]
@@ -82,10 +83,10 @@ class Lowering:
             assert isinstance(found, tuple)
             return found[node.args[1]]  # type: ignore[index]
         try:
-            found = rule(self, node) if rule is not None else None
+            lowered = rule(self, node) if rule is not None else None
         except BadInput:
-            found = None  # the op's own type rule refused: the operator stays opaque
-        return found if found is not None else self._keep(node)
+            lowered = None  # the op's own type rule refused: the operator stays opaque
+        return lowered if lowered is not None else self._keep(node)
 
     def _attention(self, node: fx.Node) -> Value:
         q, k, v, mask, sinks, scale, softcap, window, causal = node.args
@@ -137,7 +138,8 @@ class Lowering:
 
     def _linear(self, node: fx.Node) -> Value | None:
         args = [self.value(a) for a in node.args if isinstance(a, fx.Node)]
-        return self._add("linear", *args, name="y")
+        weight = args[1].attr("name", "").removesuffix(".weight").rpartition(".")[2]
+        return self._add("linear", *args, name=weight.removesuffix("_proj") or "y")
 
     def _embedding(self, node: fx.Node) -> Value | None:
         table, ids = node.args[:2]
@@ -171,7 +173,8 @@ class Lowering:
 
     def _slice(self, node: fx.Node) -> Value | None:
         layout = self._layout_of_first(node)
-        _, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        given: tuple[Any, ...] = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        _, dim, start, end, step = given
         if layout is None or step != 1 or not isinstance(dim, int):
             return None
         return self._cut(node, layout, dim, start or 0, end)
@@ -245,7 +248,8 @@ def _pointwise(expr: str) -> Callable[[Lowering, fx.Node], Value | None]:
 
     def rule(self: Lowering, node: fx.Node) -> Value | None:
         alpha = node.kwargs.get("alpha", 1)
-        text, operands = expr, []
+        text = expr
+        operands: list[Value] = []
         for i, arg in enumerate(node.args):
             if isinstance(arg, fx.Node):
                 text = text.replace(f"x{i}", f"y{len(operands)}")

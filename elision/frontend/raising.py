@@ -20,11 +20,12 @@ from elision.frontend.normalise import normalise
 from elision.frontend.structure import Segment, Structure, find_structure, is_attention
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts
+from elision.ir.fuse import fuse_maps
 from elision.ir.mask import Mask
 from elision.ir.program import Program
-from elision.ir.types import NAMES, Axis, Tensor as TensorType
+from elision.ir.types import NAMES, Axis
+from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Env, Graph, Value
-from elision.ir.fuse import fuse_maps
 
 log = logging.getLogger("elision")
 
@@ -124,9 +125,10 @@ class _Raiser:
         return next(iter(found), None)
 
     def _mask(self, node: fx.Node) -> Mask:
-        mask, window, causal = node.args[3], node.args[7], node.args[8]
+        args: tuple[Any, ...] = node.args
+        mask, window, causal = args[3], args[7], args[8]
         if mask is None:
-            return Mask("window", int(window)) if window else Mask("causal" if causal else "full")  # type: ignore[call-overload]
+            return Mask("window", window) if window else Mask("causal" if causal else "full")
         assert isinstance(mask, fx.Node)
         if mask not in self.masks:
             found = classify_mask(self.captured, mask, limit=self.positions)
@@ -161,10 +163,10 @@ class _Raiser:
         for segment, template, extra, mask in calls:
             weights = [self._param(b, p) for p in segment.params]
             shared = [b.param(k, program.params[k]) for k in extra]
-            env = (("mask", mask),) if mask is not None else ()
+            env = {"env": (("mask", mask),)} if mask is not None else {}
             part = {"both": "block", "other": "block"}.get(segment.kind, segment.kind)
             label = f"{segment.layer}.{part}" if segment.layer is not None else part
-            h = b.add("call", h, *weights, *shared, target=template, label=label, env=env, name="h")
+            h = b.add("call", h, *weights, *shared, target=template, label=label, name="h", **env)
         epilogue = self._between(self.structure.stream[-1], self.structure.result)
         low.give(self.structure.stream[-1], h)
         low.run(epilogue, self.anchors.find(epilogue, self.structure.stream[-1]), _no_frequencies)
@@ -215,7 +217,6 @@ class _Raiser:
             "outputs": ("logits",),
             "vocab": logits.width,
             "hidden": h.width,
-            "layers": self.structure.layers,
             "dtype": h.dtype,
             "positions": self.positions,
             "causal": all(m.kind != "full" for s in self.structure.segments if (m := self._mask_of(s)) is not None),

@@ -95,10 +95,10 @@ def _of_files(folder: Path, dtype: torch.dtype | None, gguf: str | None, *, name
         raise BadInput("loading a model needs transformers: pip install transformers") from err
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     wanted: Any = dtype or (torch.float32 if gguf else "auto")
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logs: Any = transformers.utils.logging
+    bars, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar of the GGUF reader that has no switch
             model = _auto_class(folder, gguf).from_pretrained(folder, dtype=wanted, local_files_only=True, **extra)
@@ -108,9 +108,9 @@ def _of_files(folder: Path, dtype: torch.dtype | None, gguf: str | None, *, name
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise BadInput(f"{folder / (gguf or '')} cannot be loaded: {reason}") from err
     finally:
-        transformers.utils.logging.set_verbosity(level)
+        logs.set_verbosity(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            logs.enable_progress_bar()
     return Source(name, model.eval(), tokenizer, _defaults(model))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from elision.errors import BadInput
 from elision.ir.types import Axis, Tensor
@@ -27,6 +27,7 @@ class Cost:
 
 
 CostRule = Callable[..., Cost]
+Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 @dataclass
@@ -46,10 +47,12 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(infer: Callable[..., Types], *, cost: CostRule | None = None, makes_axis: bool = False, name: str | None = None) -> Any:
+def op(
+    infer: Callable[..., Types], *, cost: CostRule | None = None, makes_axis: bool = False, name: str | None = None
+) -> Callable[[Body], Body]:
     """Register the decorated body as an op with this type rule."""
 
-    def register(body: Callable[..., Any]) -> Callable[..., Any]:
+    def register(body: Body) -> Body:
         key = name or body.__name__
         wants = inspect.signature(body).parameters
         OPS[key] = Op(key, body, infer, cost, "at" in wants, "run" in wants, makes_axis)
@@ -78,7 +81,7 @@ def infer_type(name: str, args: tuple[Value, ...], attrs: Mapping[str, Any], tar
             need(attrs["target"] in targets, f"no template or entry {attrs['target']!r}; there are {', '.join(targets)}")
             return found.infer(*types, graph=targets[attrs["target"]], **attrs)
         return found.infer(*types, **attrs)
-    except (BadInput, TypeError, AttributeError, IndexError, KeyError) as err:
+    except (BadInput, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
         given = ", ".join(str(t) if isinstance(t, Tensor) else type(t).__name__ for t in types)
         shown = ", ".join(f"{k}={v!r}" for k, v in attrs.items())
         raise BadInput(f"{name}({given}; {shown}): {err}") from err

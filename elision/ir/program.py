@@ -49,8 +49,14 @@ class Program:
 
     def copy(self) -> Program:
         """A program that can be changed without changing this one (graphs are immutable and shared)."""
-        copied = {f: dict(getattr(self, f)) for f in ("params", "states", "templates", "entries", "meta")}
-        return replace(self, **copied)
+        return replace(
+            self,
+            params=dict(self.params),
+            states=dict(self.states),
+            templates=dict(self.templates),
+            entries=dict(self.entries),
+            meta=dict(self.meta),
+        )
 
     @property
     def targets(self) -> dict[str, Graph]:

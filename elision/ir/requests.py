@@ -21,7 +21,7 @@ class Requests:
     def first(self, logits: torch.Tensor) -> list[int]:
         """The first token of every sequence after its prompt, from ``logits [rows, V]``."""
         return [
-            rules.RULES[item.rule](row, history, item, len(history))
+            rules.draw(row, history, item)
             for item, history, row in zip(self.items, self.histories, logits, strict=True)
         ]
 
@@ -30,7 +30,7 @@ class Requests:
         assert at.parent is not None
         paths: list[list[int]] = [[] for _ in self.items]
         drawn: list[int] = []
-        for r in at.row.unique().tolist():
+        for r in sorted(set(at.row.tolist())):
             mine = at.of_row(r)
             root = int(at.pos[mine[0]])
             parent = at.parent[mine].tolist()

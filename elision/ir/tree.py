@@ -22,7 +22,7 @@ class Tree:
         if not 1 <= len(self.parent) <= MAX_NODES:
             raise BadInput(f"a token tree of {len(self.parent)} nodes; expected 1 to {MAX_NODES}")
         if self.parent[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parent) if i):
-            raise BadInput(f"token tree parents {self.parent}; expected -1 first, then each node after its parent")
+            raise BadInput(f"tree parents {self.parent}; expected -1 first, then each node after its parent")
 
     @property
     def depth(self) -> list[int]:
@@ -57,8 +57,10 @@ def signed(bits: int) -> int:
     return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
-def pack(trees: Sequence[Tree], positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One tree per row, roots at ``positions``, one after the other: ``(row, pos, parent, anc)``, each int64 ``[N]``.
+def pack(
+    trees: Sequence[Tree], positions: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One tree per row, roots at ``positions``, concatenated: ``(row, pos, parent, anc)``, each int64 ``[N]``.
 
     ``row`` is the index of the tree; ``parent`` counts within it; bit j of ``anc`` is node j of it.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elision.ir.states import Array, KV
+from elision.ir.states import KV, Array
 from elision.ir.types import Host, Tensor
 
 Type = Tensor | KV | Array | Host
@@ -65,9 +65,17 @@ class Graph:
 
     def key(self) -> tuple[Any, ...]:
         """The graph's structure with input names, without the names of inner values."""
-        number = {v: i for i, v in enumerate(self.values)}
-        rows = tuple((v.op, tuple(number[a] for a in v.args), v.attrs, v.type) for v in self.values)
-        return rows, tuple(number[v] for v in self.outputs)
+        refs: dict[Value, Any] = {}
+        rows: list[Any] = []
+        for v in self.values:
+            if v.op == "param":
+                refs[v] = (v.attr("name"), v.type)
+            elif v.op == "item":
+                refs[v] = (refs[v.args[0]], v.attr("index"))
+            else:
+                refs[v] = len(rows)
+                rows.append((v.op, tuple(refs[a] for a in v.args), v.attrs, v.type))
+        return tuple(rows), tuple(refs[v] for v in self.outputs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self.name == other.name and repr(self.key()) == repr(other.key())

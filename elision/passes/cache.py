@@ -43,7 +43,7 @@ class InsertCache(Pass):
         for entry in ("prefill", "step"):
             found, states = self._stateful(plain, entry, program, caches)
             program.entries[entry] = found
-            program.states = states
+            program.states = dict(states)
         program.round = round_of(program)
 
     def stored(self, fresh: KV) -> KV:

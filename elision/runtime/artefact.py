@@ -92,7 +92,9 @@ def _manifest(archive: Archive) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ArtefactError(f"{archive.path}: the manifest does not say its format version")
     if manifest["format"] != FORMAT:
-        raise ArtefactError(f"{archive.path} has format version {manifest['format']!r}, this Elision reads {FORMAT}: compile the model again")
+        raise ArtefactError(
+            f"{archive.path} has format version {manifest['format']!r}, this Elision reads {FORMAT}: compile the model again"
+        )
     if set(manifest) != _FIELDS:
         raise ArtefactError(f"{archive.path}: the manifest has not the fields {', '.join(sorted(_FIELDS))}")
     return manifest

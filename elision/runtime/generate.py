@@ -106,11 +106,14 @@ def generate(
 
 
 def _requests(rows: list[Row], options: Options) -> Requests:
-    """The requests of this moment: EOS is suppressed where a row has not reached the least number of new tokens."""
-    items = [
-        replace(q, warp=replace(q.warp, suppress=options.eos)) if len(row.tokens) < options.min_new_tokens else q
-        for q, row in zip(options.requests, rows, strict=True)
-    ]
+    """The requests of this moment: EOS is suppressed up to each row's least number of new tokens."""
+    items = list(options.requests)
+    if options.min_new_tokens:
+        until = [len(row.prompt) + options.min_new_tokens for row in rows]
+        items = [
+            replace(q, warp=replace(q.warp, suppress=options.eos, suppress_before=position))
+            for q, position in zip(items, until, strict=True)
+        ]
     return Requests(items, [torch.tensor(row.prompt + row.tokens) for row in rows])
 
 

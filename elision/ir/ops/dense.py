@@ -39,7 +39,7 @@ def _linear_cost(sizes: Sizes, types: list[Tensor], result: Any, attrs: dict[str
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None, *, splits: tuple[int, ...] = ()) -> Tensors:
     """``x [.., in] @ w [out, in].T + b [out]``; ``splits`` cuts the result into several along ``out``."""
     y = F.linear(x, w, b)
-    return torch.split(y, splits, dim=-1) if splits else y
+    return torch.split(y, list(splits), dim=-1) if splits else y
 
 
 def _matmul_type(a: Tensor, b: Tensor) -> Tensor:

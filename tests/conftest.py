@@ -1,0 +1,11 @@
+"""Settings of every test: the hypothesis profile, by the environment variable HYPOTHESIS_PROFILE (``ci`` or ``nightly``)."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("nightly", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
