@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 WORKERS ?= 2
 
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --no-compile --progress-bar off --quiet
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --no-compile --progress-bar off -qq
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test lint nightly clean

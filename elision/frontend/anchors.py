@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from elision.frontend.capture import Captured
-from elision.frontend.classify import classify_rope
+from elision.frontend.classify import RopeTable, classify_rope
 from elision.frontend.evaluate import ancestors, evaluate
 from elision.frontend.normalise import operator_name
 from elision.frontend.taint import Taint
@@ -29,7 +29,7 @@ TOLERANCE = 1e-9  # largest relative difference of a raise to the sub-graph that
 @dataclass(frozen=True)
 class Anchor:
     """``end`` is the op ``op`` of ``start`` and of ``params`` (weights of the graph) with ``attrs``; ``inner`` are the nodes that it
-    stands for. A rotation names its frequencies in ``inv_freq`` instead of weights."""
+    stands for. A rotation names its ``tables`` (cosine, sine) instead of weights."""
 
     op: str
     start: fx.Node
@@ -37,7 +37,7 @@ class Anchor:
     inner: frozenset[fx.Node]
     params: tuple[fx.Node, ...]
     attrs: dict[str, Any]
-    inv_freq: Tensor | None = None
+    tables: tuple[fx.Node, ...] = ()
 
 
 class AnchorFinder:
@@ -45,7 +45,7 @@ class AnchorFinder:
 
     def __init__(self, captured: Captured, taint: Taint, layouts: Layouts, limit: int) -> None:
         self._captured, self._taint, self._layouts, self._limit = captured, taint, layouts, limit
-        self._tables: dict[tuple[fx.Node, fx.Node], Any] = {}
+        self._tables: dict[tuple[fx.Node, fx.Node], RopeTable | None] = {}
 
     def find(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Anchor]:
         """The anchors among the nodes of a block, whose stream enters as ``start``."""
@@ -63,6 +63,12 @@ class AnchorFinder:
             if anchor is not None:
                 found.append(anchor)
         return found
+
+    def table(self, cos: fx.Node, sin: fx.Node) -> RopeTable | None:
+        """The rotation that two position-only tables are, or None."""
+        if (cos, sin) not in self._tables:
+            self._tables[cos, sin] = classify_rope(self._captured, cos, sin, limit=self._limit)
+        return self._tables[cos, sin]
 
     # --- norms ---
 
@@ -143,9 +149,7 @@ class AnchorFinder:
         if len(tables) != 2:
             return None
         for cos, sin in (tables, tables[::-1]):
-            if (cos, sin) not in self._tables:
-                self._tables[cos, sin] = classify_rope(self._captured, cos, sin, limit=self._limit)
-            table = self._tables[cos, sin]
+            table = self.table(cos, sin)
             if table is None:
                 continue
             layout = self._layouts.of(start)
@@ -158,7 +162,7 @@ class AnchorFinder:
                 if 2 * len(table.inv_freq) > layout.features[-1]:
                     continue
                 if close(dense.rope(layout.tokens(x), table.inv_freq.double(), at=at, **attrs), want):
-                    return Anchor("rope", start, end, frozenset(used), (), attrs, table.inv_freq)
+                    return Anchor("rope", start, end, frozenset(used), (), attrs, (cos, sin))
         return None
 
     # --- regions ---

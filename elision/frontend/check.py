@@ -30,7 +30,7 @@ MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-
 
 
 def check_template(
-    graph: Graph, segment: Segment, captured: Captured, layouts: Layouts, extra: list[Tensor], mask: Mask | None
+    graph: Graph, segment: Segment, captured: Captured, layouts: Layouts, weights: list[Tensor], mask: Mask | None
 ) -> None:
     """Evaluate the template and the captured block on the same random stream. Raises UnsupportedModel on a difference."""
     layout = layouts.of(segment.start)
@@ -40,8 +40,7 @@ def check_template(
     positions, at = check_tokens(2, 5, first=3)
     given: dict[fx.Node, Tensor] = {segment.start: x}
     want = end.tokens(evaluate(captured, [segment.end], positions, given=given, wide=True)[0])
-    weights = [captured.params[captured.source[p.name]] for p in segment.params]
-    inputs = [layout.tokens(x), *(w.double() if w.is_floating_point() else w for w in (*weights, *extra))]
+    inputs = [layout.tokens(x), *(w.double() if w.is_floating_point() else w for w in weights)]
     wide = widen(graph)
     env = {"mask": mask} if mask is not None else {}
     found = Interpreter(Program(graph.name), {}).run(wide, _named(wide, inputs), {"t": at}, env)[0]

@@ -15,13 +15,14 @@ from torch import Tensor, fx
 
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import Anchor
-from elision.frontend.attention import ATTENTION
 from elision.frontend.normalise import operator_name
+from elision.frontend.sites import AttentionSite, attention_site
+from elision.frontend.structure import is_attention
 from elision.frontend.token_major import Layout, Layouts
 from elision.ir.expr import canonical, number
 from elision.ir.states import KV, Dense, Float, Segment
-from elision.ir.types import NAMES
 from elision.ir.types import Tensor as TensorType
+from elision.ir.types import parse_dtype
 from elision.ir.value import Builder, Value
 
 Slot = Value | tuple[Value, ...]
@@ -30,14 +31,21 @@ Slot = Value | tuple[Value, ...]
 class Lowering:
     """Lowers the nodes of one graph (a template, the prologue or the epilogue) into ``builder``.
 
-    ``outside(node)`` gives the value of something that is not a token value (a weight); ``mask`` is how the graph names the mask
-    of an attention node. ``opaque`` collects the operators without a rule.
+    ``outside(node, transposed)`` gives the value of something that is not a token value (a weight, or its transpose);
+    ``frequencies(cos, sin)`` those of a rotation; ``mask`` is how the graph names the mask of an attention node. ``opaque`` collects the
+    operators without a rule.
     """
 
     def __init__(
-        self, builder: Builder, layouts: Layouts, outside: Callable[[fx.Node], Value], mask: Callable[[fx.Node], Any]
+        self,
+        builder: Builder,
+        layouts: Layouts,
+        outside: Callable[[fx.Node, bool], Value],
+        frequencies: Callable[[fx.Node, fx.Node], Value],
+        mask: Callable[[fx.Node], Any],
     ) -> None:
-        self._b, self._layouts, self._outside, self._mask = builder, layouts, outside, mask
+        self._b, self._layouts, self._outside = builder, layouts, outside
+        self._frequencies, self._mask = frequencies, mask
         self._values: dict[fx.Node, Slot] = {}
         self.opaque: list[str] = []
 
@@ -49,25 +57,25 @@ class Lowering:
         """The value of a node that has been lowered, or comes from outside."""
         found = self._values.get(node)
         if found is None:
-            return self._outside(node)
+            return self._outside(node, False)
         assert isinstance(found, Value)
         return found
 
-    def run(self, nodes: tuple[fx.Node, ...], anchors: list[Anchor], frequencies: Callable[[Tensor], Value]) -> None:
+    def run(self, nodes: tuple[fx.Node, ...], anchors: list[Anchor]) -> None:
         """Lower the nodes in order, the anchors as one op each."""
         ends = {a.end: a for a in anchors}
         needed = _needed(nodes, ends)
         for node in nodes:
             if node not in needed:
                 continue
-            self._values[node] = self._anchor(ends[node], frequencies) if node in ends else self._lower(node)
+            self._values[node] = self._anchor(ends[node]) if node in ends else self._lower(node)
 
-    def _anchor(self, anchor: Anchor, frequencies: Callable[[Tensor], Value]) -> Value:
+    def _anchor(self, anchor: Anchor) -> Value:
         x = self.value(anchor.start)
-        if anchor.op == "rope":
-            assert anchor.inv_freq is not None
-            return self._add("rope", x, frequencies(anchor.inv_freq), **anchor.attrs)
-        return self._add(anchor.op, x, *(self._outside(p) for p in anchor.params), **anchor.attrs)
+        if anchor.tables:
+            cos, sin = anchor.tables
+            return self._add(anchor.op, x, self._frequencies(cos, sin), **anchor.attrs)
+        return self._add(anchor.op, x, *(self._outside(p, False) for p in anchor.params), **anchor.attrs)
 
     def _add(self, op: str, *args: Value, **attrs: Any) -> Value:
         found = self._b.add(op, *args, **attrs)
@@ -76,8 +84,8 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> Slot:
         rule = _RULES.get(operator_name(node))
-        if node.target is ATTENTION:
-            return self._attention(node)
+        if is_attention(node):
+            return self._attention(attention_site(node))
         if node.target is operator.getitem:
             found = self._values[node.args[0]]  # type: ignore[index]
             assert isinstance(found, tuple)
@@ -88,28 +96,26 @@ class Lowering:
             lowered = None  # the op's own type rule refused: the operator stays opaque
         return lowered if lowered is not None else self._keep(node)
 
-    def _attention(self, node: fx.Node) -> Value:
-        q, k, v, mask, sinks, scale, softcap, window, causal = node.args
-        args = [self.value(n) for n in (q, k, v) if isinstance(n, fx.Node)]
-        _, heads, dim = args[1].tensor.axes
-        vdim = args[2].tensor.axes[-1]
+    def _attention(self, site: AttentionSite) -> Value:
+        q, k, v = (self.value(n) for n in (site.q, site.k, site.v))
+        (_, heads, dim), vdim = k.tensor.axes, v.tensor.axes[-1]
         assert isinstance(heads, int) and isinstance(dim, int) and isinstance(vdim, int)
-        encoding = Float(args[1].tensor.dtype)
+        encoding = Float(k.tensor.dtype)
         cache = KV(heads, dim, vdim, (Segment(Dense(), encoding, encoding),))
-        fresh = self._add("fresh", args[1], args[2], type=cache, name="kv")
-        attrs: dict[str, Any] = {"mask": self._mask(node), "scale": scale}
-        if softcap:
-            attrs["softcap"] = softcap
-        extra: list[Value] = []
-        if isinstance(sinks, fx.Node):
-            attrs["extras"], extra = ("sinks",), [self._outside(sinks)]
-        return self._add("attend", args[0], fresh, *extra, name="o", **attrs)
+        fresh = self._add("fresh", k, v, type=cache, name="kv")
+        attrs: dict[str, Any] = {"mask": self._mask(site.node), "scale": site.scale}
+        if site.softcap:
+            attrs["softcap"] = site.softcap
+        extra = [self._outside(site.sinks, False)] if site.sinks is not None else []
+        if extra:
+            attrs["extras"] = ("sinks",)
+        return self._add("attend", q, fresh, *extra, name="o", **attrs)
 
     def _keep(self, node: fx.Node) -> Value:
         """The operator as it is, on padded operands."""
         name = operator_name(node).removeprefix("aten::")
         layout, value = self._layouts.of(node), node.meta.get("val")
-        if not operator_name(node).startswith("aten::") or layout is None or not layout.leading or not isinstance(value, Tensor):
+        if not operator_name(node).startswith("aten::") or layout is None or not layout.leading or layout.merged or not isinstance(value, Tensor):
             raise UnsupportedModel(f"operator {node.target} has no rule and cannot be kept as it is: {node.format_node()}")
         operands: list[Value] = []
 
@@ -117,7 +123,7 @@ class Lowering:
             if isinstance(item, fx.Node):
                 given = self.value(item)
                 found = self._layouts.of(item)
-                if found is not None and not found.leading:
+                if found is not None and (not found.leading or found.merged):
                     raise UnsupportedModel(f"operator {node.target} reads a transposed value and has no rule")
                 operands.append(self._add("pad", given) if given.tensor.tokens is not None else given)
                 return ("arg", len(operands) - 1)
@@ -129,7 +135,7 @@ class Lowering:
         first = next(v for n in node.all_input_nodes if (v := self.value(n)).tensor.tokens is not None)
         padded = next(v for v in operands if v.op == "pad")
         rows, length = padded.tensor.axes[:2]
-        results = TensorType((rows, length, *layout.features), NAMES[value.dtype])
+        results = TensorType((rows, length, *layout.features), parse_dtype(value.dtype))
         overload = str(node.target).removeprefix("aten.")
         self.opaque.append(name)
         return self._add("unpad", first, self._add("aten", *operands, function=overload, template=template, results=results))
@@ -137,21 +143,36 @@ class Lowering:
     # --- rules; None or BadInput means: keep the operator as it is ---
 
     def _linear(self, node: fx.Node) -> Value | None:
-        args = [self.value(a) for a in node.args if isinstance(a, fx.Node)]
-        weight = args[1].attr("name", "").removesuffix(".weight").rpartition(".")[2]
+        x, w, *bias = (a for a in node.args if isinstance(a, fx.Node))
+        return self._product(x, w, False, *bias)
+
+    def _addmm(self, node: fx.Node) -> Value | None:
+        bias, x, w = node.args
+        assert isinstance(bias, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
+        return self._product(x, w, True, bias) if not node.kwargs else None
+
+    def _matmul(self, node: fx.Node) -> Value | None:
+        x, w = node.args
+        assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
+        return self._product(x, w, True) if self._layouts.of(w) is None else None
+
+    def _product(self, x: fx.Node, w: fx.Node, transposed: bool, *bias: fx.Node) -> Value:
+        """``x @ w.T + bias``; ``transposed`` if the graph has ``w`` as [in, out]."""
+        args = [self.value(x), self._outside(w, transposed), *(self._outside(b, False) for b in bias)]
+        weight = args[1].attr("name", "").removesuffix(".t").removesuffix(".weight").rpartition(".")[2]
         return self._add("linear", *args, name=weight.removesuffix("_proj") or "y")
 
     def _embedding(self, node: fx.Node) -> Value | None:
         table, ids = node.args[:2]
         assert isinstance(table, fx.Node) and isinstance(ids, fx.Node)
-        return self._add("embed", self.value(ids), self._outside(table), name="h")
+        return self._add("embed", self.value(ids), self._outside(table, False), name="h")
 
     def _reshape(self, node: fx.Node) -> Value | None:
         before, after = self._layout_of_first(node), self._layouts.of(node)
         if before is None or after is None:
             return None
         x = self.value(node.args[0])  # type: ignore[arg-type]
-        if after.features == before.features:
+        if after.features == before.features and (before.merged == after.merged or before.leading and after.leading):
             return x
         return self._add("view", x, shape=after.features, name="x") if before.leading and after.leading else None
 
@@ -169,7 +190,7 @@ class Lowering:
     def _cast(self, node: fx.Node) -> Value | None:
         x = self.value(node.args[0])  # type: ignore[arg-type]
         value = node.meta["val"]
-        return self._add("map", x, expr="x0", dtype=NAMES[value.dtype]) if x.tensor.dtype != NAMES[value.dtype] else x
+        return self._add("map", x, expr="x0", dtype=parse_dtype(value.dtype)) if x.tensor.dtype != parse_dtype(value.dtype) else x
 
     def _slice(self, node: fx.Node) -> Value | None:
         layout = self._layout_of_first(node)
@@ -210,6 +231,14 @@ class Lowering:
             return None
         return self._add("concat", *(self.value(p) for p in parts))  # type: ignore[union-attr, arg-type]
 
+    def _layer_norm(self, node: fx.Node) -> Value | None:
+        x, shape, *rest = node.args
+        if not isinstance(shape, list | tuple) or len(shape) != 1 or not isinstance(x, fx.Node):
+            return None
+        weights = [self._outside(w, False) for w in rest[:2] if isinstance(w, fx.Node)]
+        eps = rest[2] if len(rest) > 2 else 1e-5
+        return self._add("norm", self.value(x), *weights, kind="layer", eps=eps, cast="late")
+
     def _mean(self, node: fx.Node) -> Value | None:
         layout = self._layout_of_first(node)
         dims = node.args[1]
@@ -239,7 +268,7 @@ def _needed(nodes: tuple[fx.Node, ...], ends: dict[fx.Node, Anchor]) -> set[fx.N
 
 def _adjacent(before: Layout, dims: tuple[Any, ...]) -> bool:
     """Swapping these two axes leaves the features in order: no feature other than the one moved lies between them."""
-    low, high = sorted(int(d) % (len(before.features) + 2) for d in dims)
+    low, high = sorted(int(d) % before.rank for d in dims)
     return not any(before.axis(d) is not None for d in range(low + 1, high)) or all(before.axis(d) is None for d in (low, high))
 
 
@@ -258,7 +287,7 @@ def _pointwise(expr: str) -> Callable[[Lowering, fx.Node], Value | None]:
                 text = text.replace(f"x{i}", f"({number(arg)})")
         if alpha != 1 or any(k not in ("alpha",) for k in node.kwargs):
             return None
-        dtype = NAMES[node.meta["val"].dtype]
+        dtype = parse_dtype(node.meta["val"].dtype)
         mixed = {v.tensor.dtype for v in operands} != {dtype}
         return self._add("map", *operands, expr=canonical(text.replace("y", "x")), **({"dtype": dtype} if mixed else {}))
 
@@ -272,6 +301,9 @@ def _gelu(self: Lowering, node: fx.Node) -> Value | None:
 
 _RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::linear": Lowering._linear,
+    "aten::addmm": Lowering._addmm,
+    "aten::matmul": Lowering._matmul,
+    "aten::layer_norm": Lowering._layer_norm,
     "aten::embedding": Lowering._embedding,
     "aten::reshape": Lowering._reshape,
     "aten::flatten": Lowering._reshape,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from elision.errors import UnsupportedModel
@@ -15,15 +13,18 @@ from elision.frontend.anchors import AnchorFinder
 from elision.frontend.capture import Captured
 from elision.frontend.check import check_program, check_template
 from elision.frontend.classify import classify_mask
+from elision.frontend.evaluate import evaluate
 from elision.frontend.lower import Lowering
-from elision.frontend.normalise import normalise
+from elision.frontend.normalise import normalise, operator_name
+from elision.frontend.operands import Frequencies, Operand, Operands
+from elision.frontend.sites import attention_site
 from elision.frontend.structure import Segment, Structure, find_structure, is_attention
 from elision.frontend.taint import Taint
-from elision.frontend.token_major import Layouts
+from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.fuse import fuse_maps
 from elision.ir.mask import Mask
 from elision.ir.program import Program
-from elision.ir.types import NAMES, Axis
+from elision.ir.types import Axis, parse_dtype
 from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Env, Graph, Value
 
@@ -62,57 +63,61 @@ class _Raiser:
         self.anchors = AnchorFinder(captured, taint, self.layouts, positions)
         self.positions = positions
         self.raised = Raised(Program(name), {})
+        self.operands = Operands(captured, self.anchors, self.raised.weights, self.raised.program.params)
         self.masks: dict[fx.Node | None, Mask] = {}
 
     def run(self) -> Raised:
         program = self.raised.program
-        calls: list[tuple[Segment, str, tuple[str, ...], Mask | None]] = []
-        names: dict[int, str] = {}
-        frequencies: dict[int, tuple[str, ...]] = {}
+        built: dict[int, tuple[str, list[Operand]]] = {}
         for segment in self.structure.segments:
-            number = segment.template
-            if number not in names:
-                names[number] = _unique(segment.kind, program.templates)
-                template, extra = self._template(names[number], segment)
-                program.templates[names[number]] = template
-                frequencies[number] = extra
-            calls.append((segment, names[number], frequencies[number], self._mask_of(segment)))
-        program.entries["score"] = self._score(calls)
+            if segment.template not in built:
+                name = _unique(segment.kind, program.templates)
+                program.templates[name], operands = self._template(name, segment)
+                built[segment.template] = (name, operands)
         log.info("templates verified against the captured blocks in float64")
+        program.entries["score"] = self._score(built)
         self._describe(program)
         check_program(program, self.raised.weights, self.captured)
         return self.raised
 
     # --- templates ---
 
-    def _template(self, name: str, segment: Segment) -> tuple[Graph, tuple[str, ...]]:
-        """The template of a segment: operands are the stream, the weights, then the rotation frequencies."""
+    def _template(self, name: str, segment: Segment) -> tuple[Graph, list[Operand]]:
+        """The template of a segment: its operands are the stream and what `Operand` describes, in order of first use."""
         b = Builder(name)
         stream = b.input("h", self._token_type(segment.start, Axis("t")))
-        weights = {p: b.input(_short(self.captured.source[p.name]), self._type_of(p)) for p in segment.params}
-        extra: list[str] = []
-        formals: dict[str, Value] = {}
+        formals: dict[Operand, Value] = {}
 
-        def frequencies(values: Tensor) -> Value:
-            key = self._frequencies(values)
-            if key not in formals:
-                extra.append(key)
-                formals[key] = b.input("inv_freq", self.raised.program.params[key])
-            return formals[key]
+        def formal(operand: Operand, hint: str) -> Value:
+            if operand not in formals:
+                taken = sum(self._formal_name(f) == hint for f in formals.values())
+                param = self.operands.name(operand, segment)
+                formals[operand] = b.input(f"{hint}_{taken}" if taken else hint, self.operands.type(param))
+            return formals[operand]
 
-        low = Lowering(b, self.layouts, lambda n: self._weight(n, weights), lambda n: Env("mask"))
+        def outside(node: fx.Node, transposed: bool) -> Value:
+            operand = self.operands.describe(node, segment, transposed)
+            return formal(operand, _short(self.captured.source[segment.params[operand.slot].name]))
+
+        def frequencies(cos: fx.Node, sin: fx.Node) -> Value:
+            table = self.anchors.table(cos, sin)
+            assert table is not None
+            slots = (segment.externals.index(cos), segment.externals.index(sin))
+            return formal(Frequencies(*slots, float(table.scale)), "inv_freq")
+
+        low = Lowering(b, self.layouts, outside, frequencies, lambda n: Env("mask"))
         low.give(segment.start, stream)
-        low.run(segment.nodes, self.anchors.find(segment.nodes, segment.start), frequencies)
+        low.run(segment.nodes, self.anchors.find(segment.nodes, segment.start))
         graph = fuse_maps(b.build(b.named(low.value(segment.end), "h")))
         if low.opaque:
             self.raised.opaque[name] = low.opaque
-        check_template(graph, segment, self.captured, self.layouts, [self.raised.weights[k] for k in extra], self._mask_of(segment))
-        return graph, tuple(extra)
+        weights = [self.raised.weights[self.operands.name(o, segment)] for o in formals]
+        check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment))
+        return graph, list(formals)
 
-    def _weight(self, node: fx.Node, weights: dict[fx.Node, Value]) -> Value:
-        if node not in weights:
-            raise UnsupportedModel(f"a block reads {node.format_node()}, which is neither a weight, the stream, a mask nor a rotation")
-        return weights[node]
+    @staticmethod
+    def _formal_name(value: Value) -> str:
+        return str(value.attr("name")).rstrip("0123456789").rstrip("_")
 
     def _mask_of(self, segment: Segment) -> Mask | None:
         """The mask class of a segment's attention, by evaluation; None without attention."""
@@ -125,11 +130,10 @@ class _Raiser:
         return next(iter(found), None)
 
     def _mask(self, node: fx.Node) -> Mask:
-        args: tuple[Any, ...] = node.args
-        mask, window, causal = args[3], args[7], args[8]
+        site = attention_site(node)
+        mask = site.mask
         if mask is None:
-            return Mask("window", window) if window else Mask("causal" if causal else "full")
-        assert isinstance(mask, fx.Node)
+            return Mask("window", site.window) if site.window else Mask("causal" if site.causal else "full")
         if mask not in self.masks:
             found = classify_mask(self.captured, mask, limit=self.positions)
             if found is None:
@@ -137,42 +141,58 @@ class _Raiser:
             self.masks[mask] = Mask(found.kind, found.size)
         return self.masks[mask]
 
-    def _frequencies(self, values: Tensor) -> str:
-        """The parameter that holds these rotation frequencies, made if there is none."""
-        values = values.detach().clone().contiguous()
-        for name, tensor in self.raised.weights.items():
-            if name.startswith("rope.") and tensor.dtype == values.dtype and torch.equal(tensor, values):
-                return name
-        name = f"rope.inv_freq{sum(n.startswith('rope.') for n in self.raised.weights) or ''}"
-        self._store(name, values)
-        return name
-
     # --- the entry ---
 
-    def _score(self, calls: list[tuple[Segment, str, tuple[str, ...], Mask | None]]) -> Graph:
+    def _score(self, built: dict[int, tuple[str, list[Operand]]]) -> Graph:
         program = self.raised.program
         b = Builder("score", program.templates)
-        axis = Axis("t")
-        ids = b.input("ids", TensorType((axis,), "i64"))
+        ids = b.input("ids", TensorType((Axis("t"),), "i64"))
+
+        def outside(node: fx.Node, transposed: bool) -> Value:
+            if self.taint.param_only(node):
+                source = self.operands.source(node)
+                name = self.operands.weight(source, None if node is source else node, transposed)
+                return b.param(name, program.params[name])
+            return self._learned_positions(b, ids, node)
+
+        low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask)
         prologue = self._between(None, self.structure.root)
-        low = Lowering(b, self.layouts, lambda n: self._param(b, n), _no_mask)
-        tokens = next(n for n in self.captured.graph.nodes if n.op == "placeholder" and self.captured.kinds.get(n.name) == "token")
-        low.give(tokens, ids)
-        low.run(prologue, self.anchors.find(prologue, None), _no_frequencies)
+        low.give(next(n for n in self.captured.graph.nodes if self.captured.kinds.get(n.name) == "token"), ids)
+        low.run(prologue, self.anchors.find(prologue, None))
         h = low.value(self.structure.root)
-        for segment, template, extra, mask in calls:
-            weights = [self._param(b, p) for p in segment.params]
-            shared = [b.param(k, program.params[k]) for k in extra]
+        for segment in self.structure.segments:
+            template, operands = built[segment.template]
+            names = [self.operands.name(o, segment) for o in operands]
+            weights = [b.param(n, program.params[n]) for n in names]
+            mask = self._mask_of(segment)
             env = {"env": (("mask", mask),)} if mask is not None else {}
             part = {"both": "block", "other": "block"}.get(segment.kind, segment.kind)
             label = f"{segment.layer}.{part}" if segment.layer is not None else part
-            h = b.add("call", h, *weights, *shared, target=template, label=label, name="h", **env)
-        epilogue = self._between(self.structure.stream[-1], self.structure.result)
-        low.give(self.structure.stream[-1], h)
-        low.run(epilogue, self.anchors.find(epilogue, self.structure.stream[-1]), _no_frequencies)
+            h = b.add("call", h, *weights, target=template, label=label, name="h", **env)
+        end = self.structure.stream[-1]
+        epilogue = self._between(end, self.structure.result)
+        low.give(end, h)
+        low.run(epilogue, self.anchors.find(epilogue, end))
         if low.opaque:
             self.raised.opaque["score"] = low.opaque
         return b.build(b.named(low.value(self.structure.result), "logits"))
+
+    def _learned_positions(self, b: Builder, ids: Value, node: fx.Node) -> Value:
+        """Rows of a table at position + offset (GPT-2; OPT with offset 2), the offset found by evaluation."""
+        if operator_name(node) == "aten::embedding":
+            table, index = node.args[0], node.args[1]
+            if isinstance(table, fx.Node) and isinstance(index, fx.Node) and self.taint.position_only(index):
+                positions, _ = check_tokens(2, 5, first=3)
+                offset = evaluate(self.captured, [index], positions)[0] - positions
+                if bool((offset == offset.flatten()[0]).all()):
+                    place = b.add("positions", ids, name="pos")
+                    if start := int(offset.flatten()[0]):
+                        place = b.add("map", place, expr=f"x0 + {start}" if start > 0 else f"x0 - {-start}", name="pos")
+                    name = self.operands.weight(table)
+                    found = b.add("embed", place, b.param(name, self.raised.program.params[name]), name="positions")
+                    assert isinstance(found, Value)
+                    return found
+        raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor a table of positions")
 
     def _between(self, start: fx.Node | None, end: fx.Node) -> tuple[fx.Node, ...]:
         """Token nodes that ``end`` needs, after ``start``."""
@@ -186,28 +206,11 @@ class _Raiser:
             stack.extend(node.all_input_nodes)
         return tuple(sorted(needed))
 
-    # --- weights ---
-
-    def _param(self, b: Builder, node: fx.Node) -> Value:
-        if node.name not in self.captured.source:
-            raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor a token value")
-        name = self.captured.source[node.name]
-        self._store(name, self.captured.params[name])
-        return b.param(name, self.raised.program.params[name])
-
-    def _store(self, name: str, tensor: Tensor) -> None:
-        self.raised.weights[name] = tensor
-        self.raised.program.params[name] = TensorType(tuple(tensor.shape), NAMES[tensor.dtype])
-
-    def _type_of(self, node: fx.Node) -> TensorType:
-        value = node.meta["val"]
-        return TensorType(tuple(value.shape), NAMES[value.dtype])
-
     def _token_type(self, node: fx.Node, axis: Axis) -> TensorType:
         layout = self.layouts.of(node)
         if layout is None:
             raise UnsupportedModel("the stream has not exactly one batch and one length axis")
-        return TensorType((axis, *layout.features), NAMES[node.meta["val"].dtype])
+        return TensorType((axis, *layout.features), parse_dtype(node.meta["val"].dtype))
 
     def _describe(self, program: Program) -> None:
         """Facts of the model that the runtime and the passes ask for."""
@@ -238,8 +241,5 @@ def _no_mask(node: fx.Node) -> Any:
     raise UnsupportedModel("attention outside the blocks of the stream")
 
 
-def _no_frequencies(values: Tensor) -> Value:
+def _no_rotation(cos: fx.Node, sin: fx.Node) -> Value:
     raise UnsupportedModel("a rotation outside the blocks of the stream")
-
-
-Frequencies = Callable[[Tensor], Value]

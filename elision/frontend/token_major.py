@@ -17,7 +17,8 @@ from elision.ir.tokens import Tokens
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch and length axes of a captured value are, and the sizes of the features."""
+    """Where the batch and length axes of a captured value are (the same place if they are one axis, ``[B * T, ..]``), and the sizes of
+    the features."""
 
     batch: int
     length: int
@@ -26,23 +27,35 @@ class Layout:
     @property
     def leading(self) -> bool:
         """Batch and length come first: features can be reshaped."""
-        return (self.batch, self.length) == (0, 1)
+        return self.batch == 0 and self.length in (0, 1)
+
+    @property
+    def merged(self) -> bool:
+        """Batch and length are one axis."""
+        return self.batch == self.length
+
+    @property
+    def rank(self) -> int:
+        return len(self.features) + (1 if self.merged else 2)
 
     def axis(self, dim: int) -> int | None:
         """The index among the features of an axis (from the front or the back), None for batch and length."""
-        dim = dim % (len(self.features) + 2)
-        others = [d for d in range(len(self.features) + 2) if d not in (self.batch, self.length)]
+        dim = dim % self.rank
+        others = [d for d in range(self.rank) if d not in (self.batch, self.length)]
         return others.index(dim) if dim in others else None
 
     def random(self, rows: int, length: int, seed: int) -> Tensor:
         """A float64 value of this layout, for checks."""
         shape: list[int] = list(self.features)
-        for dim, size in sorted([(self.batch, rows), (self.length, length)]):
+        sizes = [(self.batch, rows * length)] if self.merged else sorted([(self.batch, rows), (self.length, length)])
+        for dim, size in sizes:
             shape.insert(dim, size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     def tokens(self, x: Tensor) -> Tensor:
         """``[rows, length]`` wherever they are, to ``[rows * length, features]``."""
+        if self.merged:
+            return x.movedim(self.batch, 0)
         return x.movedim((self.batch, self.length), (0, 1)).flatten(0, 1)
 
 
@@ -54,15 +67,17 @@ class Layouts:
         self._batch, self._length = (_symbol(n) for n in first.meta["val"].shape[:2])
 
     def of(self, node: fx.Node) -> Layout | None:
-        """The layout of a value, or None if it does not have exactly one batch and one length axis."""
+        """The layout of a value, or None if it has not exactly one batch and one length axis, or one of both."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return None
         sizes: list[Any] = [n if isinstance(n, int) else _symbol(n) for n in value.shape]
-        if sizes.count(self._batch) != 1 or sizes.count(self._length) != 1:
-            return None
         features = tuple(n for n in sizes if isinstance(n, int))
-        if len(features) != len(sizes) - 2:
+        varying = [n for n in sizes if not isinstance(n, int)]
+        if varying == [self._batch * self._length]:
+            place = sizes.index(varying[0])
+            return Layout(place, place, features)
+        if len(varying) != 2 or {*varying} != {self._batch, self._length}:
             return None
         return Layout(sizes.index(self._batch), sizes.index(self._length), features)
 

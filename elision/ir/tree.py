@@ -60,7 +60,7 @@ def signed(bits: int) -> int:
 def pack(
     trees: Sequence[Tree], positions: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One tree per row, roots at ``positions``, concatenated: ``(row, pos, parent, anc)``, each int64 ``[N]``.
+    """One tree per row, roots at ``positions``, concatenated: ``(row, pos, parent, anc)``, int64 ``[N]``.
 
     ``row`` is the index of the tree; ``parent`` counts within it; bit j of ``anc`` is node j of it.
     """

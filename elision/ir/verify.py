@@ -1,9 +1,9 @@
 """Verification rules: which path of a token tree is accepted, and which token comes after it.
 
 V1 ``greedy``: a node continues to the child that holds the argmax; identical tokens to greedy decoding.
-V2 ``match``: at each node a token is drawn with noise keyed on its absolute position, and the node continues to
-the child that holds it; identical tokens to sampling one by one with the same key, for every tree that does
-not depend on that noise.
+V2 ``match``: at each node a token is drawn with noise keyed on its absolute position, and the node continues
+to the child that holds it; identical tokens to sampling one by one with the same key, for every tree that
+does not depend on that noise.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def verify(
     history: torch.Tensor,
     request: Request,
 ) -> Accepted:
-    """The accepted nodes of one row's tree (the root first) and the token after them, by the request's rule.
+    """The accepted nodes of one row's tree, root first, and the token after them, by its rule.
 
     ``tokens [n]``, ``parent [n]`` (within the tree), ``position`` of the root, ``logits [n, V]``; ``history``:
     the committed tokens, the root last. Penalties of a node see its own ancestors.

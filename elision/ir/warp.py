@@ -15,7 +15,7 @@ import torch
 
 from elision.errors import BadInput
 
-#: Per parameter its type, range and range in words. Logits over a temperature below 1e-30 may overflow float32.
+#: Per parameter its type, range, and it in words. Logits over a temperature below 1e-30 can overflow.
 _LEGAL: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "temperature": (Real, lambda x: 1e-30 <= x < math.inf, "more than 0, or 0 for greedy"),
     "top_k": (Integral, lambda x: x >= 0, "an integer of at least 0 (0 is off)"),
@@ -51,11 +51,11 @@ class Warp:
 
 
 def penalise(logits: torch.Tensor, histories: Sequence[torch.Tensor], params: Warp) -> torch.Tensor:
-    """The part that greedy shares: ``logits [n, V]`` to float32 with suppressed tokens at -inf and repeated ones
-    less likely.
+    """The part that greedy shares: ``logits [n, V]`` to float32 with suppressed tokens at -inf and repeated
+    ones made less likely.
 
-    ``histories[i]``: all tokens before and at node i (int64), so its length is the position of the token to be
-    drawn. A repeated token's logit is divided by the penalty if positive, multiplied by it if negative (Keskar
+    ``histories[i]``: all tokens before and at node i (int64), so its length is the position of the token to
+    draw. A repeated token's logit is divided by the penalty if positive, multiplied by it if negative (Keskar
     et al. 2019, CTRL). Ids beyond V (embeddings can be padded) have no logit to change.
     """
     if params.repetition_penalty == 1.0 and not params.suppress:

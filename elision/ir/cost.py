@@ -1,0 +1,91 @@
+"""The cost model: FLOPs and bytes by operand, for every op that one call of an entry runs.
+
+Bytes count each operand once per op that reads it, as a kernel per op would move them. What no fusion can avoid is the weights and
+the states: `floor` is the time that a machine needs for those, or for the arithmetic, whichever is longer (the roofline of Williams,
+Waterman and Patterson, 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from elision.ir.op import Cost, Sizes, lookup
+from elision.ir.program import Program
+from elision.ir.types import Tensor
+from elision.ir.value import Types
+from elision.ir.walk import CONTROL, Site, sites
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op of one call. ``label`` is its block (``0.attn``); bytes are those read of weights, of states and of activations, and
+    those written."""
+
+    op: str
+    label: str
+    flops: float = 0.0
+    weight_bytes: float = 0.0
+    state_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    write_bytes: float = 0.0
+
+    @property
+    def bytes(self) -> float:
+        """All bytes moved by a kernel for just this op."""
+        return self.weight_bytes + self.state_bytes + self.activation_bytes + self.write_bytes
+
+
+def cost(program: Program, entry: str, sizes: Sizes) -> list[Row]:
+    """What one call of an entry costs, op by op in order.
+
+    ``sizes.tokens``: tokens of the call over all rows; ``sizes.context``: entries that each attends to, itself included. An axis
+    whose size is not given by name has one token per row if `last` or `root` makes it, else ``sizes.tokens``.
+    """
+    found = list(sites(program, program.entries[entry]))
+    known = {"rows": sizes.rows, "entries": sizes.context, **sizes.axes}
+    for site in found:
+        made = site.actual(site.value)
+        if site.value.op in ("last", "root") and isinstance(made, Tensor) and made.tokens is not None:
+            known.setdefault(made.tokens.name, sizes.rows)
+    sizes = replace(sizes, axes=known)
+    return [_row(site, sizes) for site in found if site.value.op not in CONTROL]
+
+
+def total(rows: Iterable[Row]) -> Row:
+    """The sum of the rows."""
+    rows = list(rows)
+    sums = (sum(getattr(r, f) for r in rows) for f in _SUMMED)
+    return Row("total", "", *sums)
+
+
+def floor(total: Row, bandwidth: float, flops: float) -> float:
+    """Seconds that the call takes at least, on a machine that moves ``bandwidth`` bytes and does ``flops`` operations a second.
+
+    Only weights and states must come from memory: activations may stay in caches or registers.
+    """
+    return max((total.weight_bytes + total.state_bytes) / bandwidth, total.flops / flops)
+
+
+_SUMMED = ("flops", "weight_bytes", "state_bytes", "activation_bytes", "write_bytes")
+
+
+def _row(site: Site, sizes: Sizes) -> Row:
+    types, result = site.types(), site.actual(site.value)
+    rule = lookup(site.value.op).cost
+    found = rule(sizes, types, result, dict(site.value.attrs)) if rule is not None else _default(sizes, types, result)
+    read = {"weight": 0.0, "state": 0.0, "activation": 0.0}
+    for index, moved in found.read.items():
+        operand = site.value.args[index]
+        param = not operand.is_state and site.frame.source(operand)[1].op == "param"
+        read["state" if operand.is_state else "weight" if param else "activation"] += moved
+    times = site.frame.times
+    moved_bytes = (read["weight"], read["state"], read["activation"], found.write)
+    return Row(site.value.op, site.frame.label, found.flops * times, *(b * times for b in moved_bytes))
+
+
+def _default(sizes: Sizes, types: list[Types], result: Types) -> Cost:
+    """Every tensor read once, the result written once, no arithmetic."""
+    read = {i: float(sizes.bytes(t)) for i, t in enumerate(types) if isinstance(t, Tensor)}
+    results = result if isinstance(result, tuple) else (result,)
+    return Cost(0.0, read, float(sum(sizes.bytes(t) for t in results if isinstance(t, Tensor))))

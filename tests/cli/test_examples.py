@@ -1,0 +1,66 @@
+"""Every example runs, on a tiny model with a tokenizer, and prints what it saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory: three layers of random weights, and a tokenizer with one token per byte."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(name: str, *args: str | Path) -> str:
+    """What the example prints. Fails with its error output if it does not end well."""
+    done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, args)], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_compile_and_run(tiny: Path) -> None:
+    out = run("compile_and_run.py", tiny)
+    assert "24 tokens, " in out and "saved: " in out
+
+
+def test_skip_layers(tiny: Path) -> None:
+    out = run("skip_layers.py", tiny, "--layers", "1", "--half", "mlp")
+    width = 3 * 16 * 24 + 16  # three projections and a norm
+    assert f"saved: {4 * width / 1e6:.1f} of " in out and "0 of " in out
+
+
+def test_skipping_a_layer_frees_its_share_of_the_state(tiny: Path) -> None:
+    saved, _, state = run("skip_layers.py", tiny, "--layers", "2").rpartition("weights, ")[2].partition(" of ")
+    assert float(saved) * 3 == pytest.approx(float(state.split()[0]), abs=3)
+
+
+def test_demo(tiny: Path) -> None:
+    out = run("demo.py", tiny, "--skip", "skip-layers:layers=1", "--tokens", "8", "--runs", "1")
+    assert "tokens/s" in out and "leaves out 1 of 3 layers" in out
+    assert next(line for line in out.splitlines() if "tokens as transformers" in line).count("all") >= 1
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"compile_and_run.py", "skip_layers.py", "demo.py"}
