@@ -80,12 +80,17 @@ class AnchorFinder:
             region = self._region(start, inside, partial(self._vector, layout.features[-1]))
             for end in reversed([n for n in region if rsqrt in ancestors([n], {start: None}) and self._layouts.of(n) == layout]):
                 used = [n for n in region if n in ancestors([end], {start: None})]
-                weights = [w for n in used for w in n.all_input_nodes if self._taint.param_only(w) and w.op == "placeholder"]
-                weights = list(dict.fromkeys(weights))
+                weights = self._sources(used)
                 attrs = self._norm_attrs(start, end, used, weights) if len(weights) <= 2 else None
                 if attrs is not None:
                     return Anchor("norm", start, end, frozenset(used), tuple(weights), attrs)
         return None
+
+    def _sources(self, used: list[fx.Node]) -> list[fx.Node]:
+        """The weights that the nodes read, also through an expression such as ``1 + w``."""
+        read = [w for n in used for w in n.all_input_nodes if self._taint.param_only(w)]
+        found = [p for w in read for p in sorted(ancestors([w])) if p.op == "placeholder" and "param" in self._taint[p]]
+        return list(dict.fromkeys(found))
 
     def _norm_attrs(self, start: fx.Node, end: fx.Node, used: list[fx.Node], weights: list[fx.Node]) -> dict[str, Any] | None:
         layout = self._layouts.of(start)

@@ -1,21 +1,42 @@
-"""The verifier: a list of legality rules, run after every pass."""
+"""The verifier: a list of legality rules, one file each in `elision.ir.rules`, run after every pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from elision.errors import IllegalProgram
 from elision.ir.program import Program
+from elision.ir.rules.address import address
+from elision.ir.rules.affine import affine
+from elision.ir.rules.axis import axis
+from elision.ir.rules.demand import demand
+from elision.ir.rules.encoding import encoding
+from elision.ir.rules.quality import quality
+from elision.ir.rules.ragged import ragged
+from elision.ir.rules.retract import retract
+from elision.ir.rules.rotation import rotation
+from elision.ir.rules.validity import validity
+from elision.ir.rules.view import REFERENCE, Rule, View
 
-RULES: list[Callable[[Program], list[IllegalProgram]]] = []
+#: In the order in which they are checked: first whether the program makes sense at all.
+RULES: list[Rule] = [affine, encoding, retract, address, demand, axis, validity, rotation, ragged, quality]
 
 
-def check(program: Program) -> list[IllegalProgram]:
-    """Every violation of a legality rule."""
-    return [found for rule in RULES for found in rule(program)]
+def check(program: Program, kernels: Mapping[str, frozenset[str]] = REFERENCE) -> list[IllegalProgram]:
+    """Every violation of a legality rule. ``kernels``: by op, what the target's kernel can do (see `REFERENCE`)."""
+    view = View(program, kernels)
+    return [found for rule in RULES for found in rule(view)]
 
 
-def verify(program: Program, by: str = "") -> None:
-    """Raise the first violation."""
-    for found in check(program):
-        raise found
+def verify(program: Program, by: str = "", kernels: Mapping[str, frozenset[str]] = REFERENCE) -> None:
+    """Raise the first violation, if there is one, naming the pass ``by`` that made it and those applied before."""
+    view = View(program, kernels)
+    found = next((found for rule in RULES for found in rule(view)), None)
+    if found is None:
+        return
+    if by:
+        before = [text for text in program.applied if text != by]
+        after = f" (after {', '.join(before)})" if before else ""
+        sides = f"{by}{after}; {found.sides}"
+        found = IllegalProgram(found.rule, found.what, sides=sides, because=found.because, help=found.help)
+    raise found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,30 +34,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(name: str, *args: str | Path) -> str:
-    """What the example prints. Fails with its error output if it does not end well."""
-    done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, args)], capture_output=True, text=True, cwd=EXAMPLES.parent)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``run(file, *arguments)``: what the example prints."""
+
+    def example(name: str, *args: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return example
 
 
-def test_compile_and_run(tiny: Path) -> None:
+def test_compile_and_run(tiny: Path, run: Callable[..., str]) -> None:
     out = run("compile_and_run.py", tiny)
     assert "24 tokens, " in out and "saved: " in out
 
 
-def test_skip_layers(tiny: Path) -> None:
+def test_skip_layers(tiny: Path, run: Callable[..., str]) -> None:
     out = run("skip_layers.py", tiny, "--layers", "1", "--half", "mlp")
     width = 3 * 16 * 24 + 16  # three projections and a norm
     assert f"saved: {4 * width / 1e6:.1f} of " in out and "0 of " in out
 
 
-def test_skipping_a_layer_frees_its_share_of_the_state(tiny: Path) -> None:
+def test_skipping_a_layer_frees_its_share_of_the_state(tiny: Path, run: Callable[..., str]) -> None:
     saved, _, state = run("skip_layers.py", tiny, "--layers", "2").rpartition("weights, ")[2].partition(" of ")
     assert float(saved) * 3 == pytest.approx(float(state.split()[0]), abs=3)
 
 
-def test_demo(tiny: Path) -> None:
+def test_demo(tiny: Path, run: Callable[..., str]) -> None:
     out = run("demo.py", tiny, "--skip", "skip-layers:layers=1", "--tokens", "8", "--runs", "1")
     assert "tokens/s" in out and "leaves out 1 of 3 layers" in out
     assert next(line for line in out.splitlines() if "tokens as transformers" in line).count("all") >= 1

@@ -8,36 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from tiny_models import tiny
 from torch import fx, nn
-from transformers import AutoModelForCausalLM
 
 from elision.frontend.attention import ATTENTION
 from elision.frontend.capture import Captured, capture
 from elision.frontend.normalise import normalise
 from elision.frontend.structure import Structure, find_structure
 from elision.frontend.taint import Taint
-
-SIZES = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-
-
-def tiny(family: str, **changes: Any) -> nn.Module:
-    """A randomly initialised 3-layer causal LM with a configuration of class ``family``."""
-    torch.manual_seed(0)
-    config = getattr(transformers, family)(**{**SIZES, **changes})
-    model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)  # no norm weight is exactly one
-    return model
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny
+from tiny_models import tiny
 from torch import nn
 
 from elision.errors import BadInput, UnsupportedModel

@@ -1,7 +1,7 @@
 """What the rules look at: every op of a program where it runs, with the states, axes and attributes that it really has.
 
-A template is written once and called by many blocks, on committed or on drafted tokens, with one state or another. `Facts` follows
-every call from the entries, the round and the ticks, so that a rule sees sites and not templates.
+A template is written once and called by many blocks, on committed or on drafted tokens, with one state or another. `Facts`
+follows every call from the entries, the round and the ticks, so that a rule sees sites and not templates.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Site:
-    """One op in one place. ``root``: the entry, round or tick; ``via``: the calls that lead here; ``args``: its operands, followed
-    through the calls to where they were made; ``names``: the program's state of each state operand (``""`` for a local one)."""
+    """One op in one place. ``root``: the entry, round or tick; ``via``: the calls that lead here; ``args``: its operands,
+    followed through the calls to where they were made; ``names``: the program's state of each state operand (``""`` for a local one)."""
 
     value: Value
     root: str

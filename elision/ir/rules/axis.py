@@ -1,0 +1,74 @@
+"""Rule axis: the tokens that verify and emit read are all there, and no op sees fewer tokens than it was raised for.
+
+Example: pruning in `step`. The logits come out on ``draft(t)/kept``, so the logits of a dropped node cannot be verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from elision.errors import IllegalProgram
+from elision.ir.mask import Mask
+from elision.ir.rules.view import View
+from elision.ir.types import Tensor
+
+
+def axis(view: View) -> Iterator[IllegalProgram]:
+    """The logits of `step` are on the draft's own axis; nothing is merged where attention is causal; opaque operators see all tokens
+    of a call (or each row's last), and no trees."""
+    yield from _verified(view)
+    yield from _merged(view)
+    yield from _opaque(view)
+
+
+def _verified(view: View) -> Iterator[IllegalProgram]:
+    step = view.program.entries.get("step")
+    if step is None:
+        return
+    ids, logits = step.inputs[0].type, step.outputs[0].type
+    if isinstance(ids, Tensor) and isinstance(logits, Tensor) and ids.tokens != logits.tokens:
+        yield IllegalProgram(
+            "axis",
+            f"the logits of step are on {logits.tokens}, but the drafted tokens on {ids.tokens}",
+            sides="step: a selection of tokens, read by verify in the round",
+            because="verify and emit need the logits of every drafted token",
+            help="restrict in prefill only, or lift the tokens back to the draft's axis before the head",
+        )
+
+
+def _merged(view: View) -> Iterator[IllegalProgram]:
+    for name in view.sites:
+        masks = {str(m) for s in view.sites[name] if s.value.op == "attend" and isinstance(m := s.attr("mask"), Mask) and m.kind != "full"}
+        for site in view.sites[name]:
+            if masks and site.value.op == "merge" and site.top.attr("target") not in view.program.entries:
+                yield IllegalProgram(
+                    "axis",
+                    f"tokens are merged in {name}, whose attention is {', '.join(sorted(masks))}",
+                    sides=f"{site.where}: merge, before attention with that mask",
+                    because="a merged token carries later tokens back across the causal frontier",
+                    help="merge in encoders only; in a decoder drop tokens (restrict) instead",
+                )
+
+
+def _opaque(view: View) -> Iterator[IllegalProgram]:
+    for name, reached in view.sites.items():
+        for site in reached:
+            at = site.axis(site.value.args[0]) if site.value.op == "pad" else None
+            if at is None:
+                continue
+            if view.chosen(site, at) and site.top.attr("target") not in view.program.entries:
+                yield IllegalProgram(
+                    "axis",
+                    f"an operator that was not raised runs on {at}, where tokens are missing",
+                    sides=f"{site.where}: pad, after a selection of tokens",
+                    because="it may read neighbouring tokens, and was raised for contiguous ones",
+                    help="lift the tokens back before it, or select after it",
+                )
+            if at.drafted and view.makers.get((name, at), "root") != "root":
+                yield IllegalProgram(
+                    "axis",
+                    f"an operator that was not raised runs on {at}, a tree of drafted tokens",
+                    sides=f"{site.where}: pad, and {view.makers[name, at]} in {name}",
+                    because="it may read neighbouring tokens, and neighbours in a tree are not neighbours in the text",
+                    help="decode this model without drafts",
+                )

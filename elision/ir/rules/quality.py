@@ -1,0 +1,66 @@
+"""Rule quality: a program does not claim more than its content allows (exact < distribution < approximate).
+
+Example: a program with an Int8 cache that says quality='exact'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from elision.errors import IllegalProgram
+from elision.ir.mask import Mask
+from elision.ir.program import QUALITIES
+from elision.ir.rules.view import View
+from elision.ir.states import KV, Int, Ring
+
+
+def quality(view: View) -> Iterator[IllegalProgram]:
+    """What evicts, rounds to integers, leaves tokens out of attention or merges them is approximate. A cache in a float dtype narrower
+    than the model's is the user's choice of dtype and not counted."""
+    claimed = view.program.quality
+    if claimed not in QUALITIES:
+        yield _illegal(claimed, "program", f"it is none of {', '.join(QUALITIES)}")
+    elif claimed != "approximate":
+        for where, because in _lossy(view):
+            yield _illegal(claimed, where, because)
+
+
+def _illegal(claimed: str, where: str, because: str) -> IllegalProgram:
+    return IllegalProgram(
+        "quality",
+        f"the program claims quality {claimed!r}",
+        sides=where,
+        because=because,
+        help="declare quality='approximate' in the pass that does it",
+    )
+
+
+def _lossy(view: View) -> Iterator[tuple[str, str]]:
+    for name, type in view.program.states.items():
+        if isinstance(type, KV):
+            for i, segment in enumerate(type.main):
+                for e in (segment.k, segment.v):
+                    if isinstance(e, Int):
+                        yield f"state {name}: segment {i}", f"its rows are rounded to {e.bits} bits"
+    for site in view.once("select", "recode", "merge", "append", "attend"):
+        value = site.value
+        if value.op == "select":
+            yield f"{site.where}: select", "entries are evicted that attention would see"
+        elif value.op == "recode" and isinstance(value.attr("k"), Int) | isinstance(value.attr("v"), Int):
+            yield f"{site.where}: recode", "rows are rounded to integers"
+        elif value.op == "merge":
+            yield f"{site.where}: merge", "tokens are averaged"
+        elif value.op in ("append", "attend"):
+            at = site.axis(value.args[1 if value.op == "append" else 0])
+            if view.chosen(site, at):
+                yield f"{site.where}: {value.op} on {at}", "tokens are left out of attention"
+        if value.op == "attend" and (why := _shortened(site.state(value.args[1])[1], site.attr("mask"))):
+            yield f"{site.where}: attend", why
+
+
+def _shortened(type: object, mask: object) -> str | None:
+    """Why a Ring hides entries that the mask would show, or None."""
+    ring = type.main[-1].slots if isinstance(type, KV) else None
+    if not isinstance(ring, Ring) or (isinstance(mask, Mask) and mask.kind in ("window", "chunk") and mask.size <= ring.window):
+        return None
+    return f"the cache holds the last {ring.window} positions, and the mask {mask} shows more"

@@ -1,0 +1,58 @@
+"""Rule validity: every cache entry that attention can see was written, or is declared absent.
+
+Example: an `append` under `when` (early exit). Tokens that leave early never write the cache of the later layers, and a later token
+that does go there would read holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from elision.errors import IllegalProgram
+from elision.ir.mask import Mask
+from elision.ir.rules.view import View
+from elision.ir.states import KV
+
+
+def validity(view: View) -> Iterator[IllegalProgram]:
+    """An `append` of some tokens only, or under `when`, needs a cache whose ``present`` says so; a cache that `step` attends to is
+    appended to in `prefill` and in `step` (one with a full mask, cross attention, in any entry)."""
+    for site in view.once("append"):
+        name, type = site.state(site.value.args[0])
+        at = site.axis(site.value.args[1])
+        partial = at is not None and at.parent is not None
+        if isinstance(type, KV) and type.present.kind == "all" and (partial or site.frame.guarded):
+            yield IllegalProgram(
+                "validity",
+                f"{name} claims every position, but some tokens do not write it",
+                sides=f"{site.where}: append {f'on {at}' if partial else 'under when'}",
+                because="a later token would read entries that were never written",
+                help="declare present=subset, nested or masked, or append before the tokens are chosen (fill)",
+            )
+    yield from _unwritten(view)
+
+
+def _unwritten(view: View) -> Iterator[IllegalProgram]:
+    entries = view.program.entries
+    if "step" not in entries or "prefill" not in entries:
+        return
+    written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in entries}
+    done: set[str] = set()
+    for site in view.sites["step"]:
+        if site.value.op != "attend":
+            continue
+        name, type = site.state(site.value.args[1])
+        mask = site.attr("mask")
+        crossed = isinstance(mask, Mask) and mask.kind == "full" and any(name in w for w in written.values())
+        if name in done or name not in view.program.states or crossed or not isinstance(type, KV) or type.present.kind != "all":
+            continue
+        done.add(name)
+        missing = [n for n in ("prefill", "step") if name not in written[n]]
+        if missing:
+            yield IllegalProgram(
+                "validity",
+                f"{name} is attended to in step, but not appended to in {' and '.join(missing)}",
+                sides=f"{site.where}: attend",
+                because="the tokens of that entry would be missing among its positions",
+                help="append in both entries, leave out both, or declare present=subset",
+            )
