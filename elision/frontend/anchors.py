@@ -39,6 +39,14 @@ class Anchor:
     attrs: dict[str, Any]
     tables: tuple[fx.Node, ...] = ()
 
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        return (self.start,)
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        return (self.end,)
+
 
 class AnchorFinder:
     """Finds the anchors of one captured graph; ``limit`` is the model's longest sequence."""

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import Anchor
+from elision.frontend.experts import Experts, Router
 from elision.frontend.normalise import operator_name
 from elision.frontend.sites import AttentionSite, attention_site
 from elision.frontend.structure import is_attention
@@ -26,6 +27,7 @@ from elision.ir.types import parse_dtype
 from elision.ir.value import Builder, Value
 
 Slot = Value | tuple[Value, ...]
+Region = Anchor | Experts | Router
 
 
 class Lowering:
@@ -61,14 +63,27 @@ class Lowering:
         assert isinstance(found, Value)
         return found
 
-    def run(self, nodes: tuple[fx.Node, ...], anchors: list[Anchor]) -> None:
-        """Lower the nodes in order, the anchors as one op each."""
-        ends = {a.end: a for a in anchors}
-        needed = _needed(nodes, ends)
+    def run(self, nodes: tuple[fx.Node, ...], found: list[Region], result: fx.Node) -> Value:
+        """Lower what ``result`` needs of the nodes, in order, every region as one op; the value of ``result``."""
+        reads = {end: region.reads for region in found for end in region.ends}
+        owner = {end: region for region in found for end in region.ends}
+        needed = _needed(nodes, reads, result)
         for node in nodes:
-            if node not in needed:
-                continue
-            self._values[node] = self._anchor(ends[node]) if node in ends else self._lower(node)
+            if node in needed and node not in self._values:
+                if node in owner:
+                    self._values.update(zip(owner[node].ends, self._region(owner[node]), strict=True))
+                else:
+                    self._values[node] = self._lower(node)
+        return self.value(result)
+
+    def _region(self, region: Region) -> list[Value]:
+        if isinstance(region, Anchor):
+            return [self._anchor(region)]
+        if isinstance(region, Router):
+            return list(self._b.add("route", self.value(region.logits), **region.attrs))
+        operands = [self.value(n) for n in (region.x, region.weight, region.index)]
+        weights = [self._outside(w, True) for w in (region.up, region.down)]
+        return [self._add("experts", *operands, *weights, **region.attrs)]
 
     def _anchor(self, anchor: Anchor) -> Value:
         x = self.value(anchor.start)
@@ -254,15 +269,15 @@ class Lowering:
         return self._layouts.of(first) if isinstance(first, fx.Node) else None
 
 
-def _needed(nodes: tuple[fx.Node, ...], ends: dict[fx.Node, Anchor]) -> set[fx.Node]:
-    """The nodes that must be lowered: what others read, back to where the graph begins, past the inside of anchors."""
+def _needed(nodes: tuple[fx.Node, ...], reads: dict[fx.Node, tuple[fx.Node, ...]], result: fx.Node) -> set[fx.Node]:
+    """The nodes that ``result`` needs, back to where the graph begins, past the inside of regions."""
     inside, found = set(nodes), set()
-    stack = [n for n in nodes if any(u not in inside for u in n.users)]
+    stack = [result]
     while stack:
         node = stack.pop()
         if node in inside and node not in found:
             found.add(node)
-            stack.extend((ends[node].start,) if node in ends else node.all_input_nodes)
+            stack.extend(reads[node] if node in reads else node.all_input_nodes)
     return found
 
 

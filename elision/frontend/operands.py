@@ -78,7 +78,7 @@ class Operands:
             tensor = evaluate(self._captured, [expression], _NOWHERE, given=given)[0]
             name = f"{name}.{expression.name.rstrip('0123456789_')}"
         if transposed:
-            tensor, name = tensor.t(), f"{name}.t"
+            tensor, name = tensor.mT, f"{name}.t"
         base = self._captured.params[self._captured.source[placeholder.name]]
         if tensor.shape == base.shape and tensor.stride() == base.stride() and tensor.data_ptr() == base.data_ptr():
             tensor, name = base, self._captured.source[placeholder.name]  # a transpose of a transpose

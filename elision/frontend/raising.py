@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from elision.errors import UnsupportedModel
-from elision.frontend.anchors import AnchorFinder
+from elision.frontend.anchors import AnchorFinder, close
 from elision.frontend.capture import Captured
 from elision.frontend.check import check_program, check_template
 from elision.frontend.classify import classify_mask
 from elision.frontend.evaluate import evaluate
-from elision.frontend.lower import Lowering
+from elision.frontend.experts import ExpertFinder
+from elision.frontend.lower import Lowering, Region
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
 from elision.frontend.sites import attention_site
@@ -61,6 +62,7 @@ class _Raiser:
         self.captured, self.taint, self.structure = captured, taint, structure
         self.layouts = Layouts(captured.graph, captured.inputs)
         self.anchors = AnchorFinder(captured, taint, self.layouts, positions)
+        self.experts = ExpertFinder(captured, taint, self.layouts, close)
         self.positions = positions
         self.raised = Raised(Program(name), {})
         self.operands = Operands(captured, self.anchors, self.raised.weights, self.raised.program.params)
@@ -107,13 +109,18 @@ class _Raiser:
 
         low = Lowering(b, self.layouts, outside, frequencies, lambda n: Env("mask"))
         low.give(segment.start, stream)
-        low.run(segment.nodes, self.anchors.find(segment.nodes, segment.start))
-        graph = fuse_maps(b.build(b.named(low.value(segment.end), "h")))
+        end = low.run(segment.nodes, self._regions(segment.nodes, segment.start), segment.end)
+        graph = fuse_maps(b.build(b.named(end, "h")))
         if low.opaque:
             self.raised.opaque[name] = low.opaque
         weights = [self.raised.weights[self.operands.name(o, segment)] for o in formals]
         check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment))
         return graph, list(formals)
+
+    def _regions(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Region]:
+        """What is one op each among the nodes of a block: norms, rotations, routers and experts."""
+        experts = self.experts.experts(nodes)
+        return [*self.anchors.find(nodes, start), *experts, *self.experts.routers(nodes, experts)]
 
     @staticmethod
     def _formal_name(value: Value) -> str:
@@ -158,8 +165,7 @@ class _Raiser:
         low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask)
         prologue = self._between(None, self.structure.root)
         low.give(next(n for n in self.captured.graph.nodes if self.captured.kinds.get(n.name) == "token"), ids)
-        low.run(prologue, self.anchors.find(prologue, None))
-        h = low.value(self.structure.root)
+        h = low.run(prologue, self._regions(prologue, None), self.structure.root)
         for segment in self.structure.segments:
             template, operands = built[segment.template]
             names = [self.operands.name(o, segment) for o in operands]
@@ -172,10 +178,10 @@ class _Raiser:
         end = self.structure.stream[-1]
         epilogue = self._between(end, self.structure.result)
         low.give(end, h)
-        low.run(epilogue, self.anchors.find(epilogue, end))
+        logits = low.run(epilogue, self._regions(epilogue, end), self.structure.result)
         if low.opaque:
             self.raised.opaque["score"] = low.opaque
-        return b.build(b.named(low.value(self.structure.result), "logits"))
+        return b.build(b.named(logits, "logits"))
 
     def _learned_positions(self, b: Builder, ids: Value, node: fx.Node) -> Value:
         """Rows of a table at position + offset (GPT-2; OPT with offset 2), the offset found by evaluation."""

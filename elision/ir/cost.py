@@ -1,8 +1,8 @@
 """The cost model: FLOPs and bytes by operand, for every op that one call of an entry runs.
 
-Bytes count each operand once per op that reads it, as a kernel per op would move them. What no fusion can avoid is the weights and
-the states: `floor` is the time that a machine needs for those, or for the arithmetic, whichever is longer (the roofline of Williams,
-Waterman and Patterson, 2009).
+Bytes count each operand once per op that reads it, as a kernel per op would move them. What no fusion can avoid is the weights
+and the states: `floor` is the time that a machine needs for those, or for the arithmetic, whichever is longer (the roofline of
+Williams, Waterman and Patterson, 2009).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from elision.errors import BadInput
 from elision.ir.op import Cost, Sizes, lookup
 from elision.ir.program import Program
+from elision.ir.states import Array
 from elision.ir.types import Tensor
 from elision.ir.value import Types
 from elision.ir.walk import CONTROL, Site, sites
@@ -37,13 +39,17 @@ class Row:
 
 
 def cost(program: Program, entry: str, sizes: Sizes) -> list[Row]:
-    """What one call of an entry costs, op by op in order.
+    """What one call of an entry (or of the round or a tick, by name) costs, op by op in order. Raises BadInput for an unknown name.
 
     ``sizes.tokens``: tokens of the call over all rows; ``sizes.context``: entries that each attends to, itself included. An axis
-    whose size is not given by name has one token per row if `last` or `root` makes it, else ``sizes.tokens``.
+    whose size is not given by name has one token per row if `last` or `root` makes it, else ``sizes.tokens``. A `when` counts as
+    taken; an opaque operator counts its bytes, not its FLOPs.
     """
-    found = list(sites(program, program.entries[entry]))
-    known = {"rows": sizes.rows, "entries": sizes.context, **sizes.axes}
+    graphs = program.graphs()
+    if entry not in graphs:
+        raise BadInput(f"cost: there is no entry {entry!r}; there are {', '.join(graphs)}")
+    found = list(sites(program, graphs[entry]))
+    known = dict(sizes.axes)
     for site in found:
         made = site.actual(site.value)
         if site.value.op in ("last", "root") and isinstance(made, Tensor) and made.tokens is not None:
@@ -73,7 +79,8 @@ _SUMMED = ("flops", "weight_bytes", "state_bytes", "activation_bytes", "write_by
 def _row(site: Site, sizes: Sizes) -> Row:
     types, result = site.types(), site.actual(site.value)
     rule = lookup(site.value.op).cost
-    found = rule(sizes, types, result, dict(site.value.attrs)) if rule is not None else _default(sizes, types, result)
+    attrs = {name: site.attr(name) for name, _ in site.value.attrs}
+    found = rule(sizes, types, result, attrs) if rule is not None else _default(sizes, types, result)
     read = {"weight": 0.0, "state": 0.0, "activation": 0.0}
     for index, moved in found.read.items():
         operand = site.value.args[index]
@@ -85,7 +92,12 @@ def _row(site: Site, sizes: Sizes) -> Row:
 
 
 def _default(sizes: Sizes, types: list[Types], result: Types) -> Cost:
-    """Every tensor read once, the result written once, no arithmetic."""
-    read = {i: float(sizes.bytes(t)) for i, t in enumerate(types) if isinstance(t, Tensor)}
+    """Every operand read once, the result written once, no arithmetic; a cache counts only where an op's own rule says how."""
     results = result if isinstance(result, tuple) else (result,)
-    return Cost(0.0, read, float(sum(sizes.bytes(t) for t in results if isinstance(t, Tensor))))
+    return Cost(0.0, {i: _bytes(sizes, t) for i, t in enumerate(types)}, sum(_bytes(sizes, t) for t in results))
+
+
+def _bytes(sizes: Sizes, type: Types) -> float:
+    if isinstance(type, Tensor):
+        return float(sizes.bytes(type))
+    return float(sizes.state_bytes(type)) if isinstance(type, Array) else 0.0

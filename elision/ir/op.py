@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeVar
 
 from elision.errors import BadInput
-from elision.ir.types import Axis, Tensor
+from elision.ir.states import Array
+from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Graph, Type, Types, Value
 
 
@@ -134,7 +136,7 @@ def bind_axes(formals: list[Types], actuals: list[Types]) -> dict[Axis, Axis]:
 @dataclass(frozen=True)
 class Sizes:
     """What the cost rules need to know of a call: ``tokens`` of the call, ``rows`` (sequences), ``context`` (entries that each
-    token attends to), and counts of other token axes by name."""
+    token attends to), and counts of other token axes by name (of those that every program has, the counts follow)."""
 
     tokens: int
     rows: int = 1
@@ -143,7 +145,10 @@ class Sizes:
 
     def of(self, dim: Axis | int) -> int:
         """Elements along an axis."""
-        return dim if isinstance(dim, int) else self.axes.get(dim.name, self.tokens)
+        if isinstance(dim, int):
+            return dim
+        usual = {"b": self.rows, "rows": self.rows, "length": -(-self.tokens // self.rows), "entries": self.context}
+        return self.axes.get(dim.name, usual.get(dim.name, self.tokens))
 
     def elements(self, type: Tensor) -> int:
         count = 1
@@ -153,3 +158,7 @@ class Sizes:
 
     def bytes(self, type: Tensor) -> int:
         return self.elements(type) * type.itemsize
+
+    def state_bytes(self, type: Array) -> int:
+        """Bytes of an array state's value over all sequences."""
+        return self.rows * prod(type.shape) * DTYPES[type.dtype].itemsize

@@ -15,17 +15,21 @@ from elision.ir.rules.quality import quality
 from elision.ir.rules.ragged import ragged
 from elision.ir.rules.retract import retract
 from elision.ir.rules.rotation import rotation
+from elision.ir.rules.typed import typed
 from elision.ir.rules.validity import validity
 from elision.ir.rules.view import REFERENCE, Rule, View
 
-#: In the order in which they are checked: first whether the program makes sense at all.
-RULES: list[Rule] = [affine, encoding, retract, address, demand, axis, validity, rotation, ragged, quality]
+#: In the order in which they are checked: first the two of form, which the others rely on to follow states and calls.
+FORM: list[Rule] = [typed, affine]
+RULES: list[Rule] = [*FORM, encoding, retract, address, demand, axis, validity, rotation, ragged, quality]
 
 
 def check(program: Program, kernels: Mapping[str, frozenset[str]] = REFERENCE) -> list[IllegalProgram]:
-    """Every violation of a legality rule. ``kernels``: by op, what the target's kernel can do (see `REFERENCE`)."""
+    """Every violation of a legality rule (of those of form alone, if there is one). ``kernels``: by op, what the target's
+    kernel can do (see `REFERENCE`)."""
     view = View(program, kernels)
-    return [found for rule in RULES for found in rule(view)]
+    broken = [found for rule in FORM for found in rule(view)]
+    return broken or [found for rule in RULES for found in rule(view)]
 
 
 def verify(program: Program, by: str = "", kernels: Mapping[str, frozenset[str]] = REFERENCE) -> None:

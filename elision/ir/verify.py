@@ -90,8 +90,8 @@ def verify(
 ) -> Accepted:
     """The accepted nodes of one row's tree, root first, and the token after them, by its rule.
 
-    ``tokens [n]``, ``parent [n]`` (within the tree), ``position`` of the root, ``logits [n, V]``; ``history``:
-    the committed tokens, the root last. Penalties of a node see its own ancestors.
+    ``tokens [n]``, ``parent [n]`` (within the tree), ``position`` of the root, ``logits [n, V]``;
+    ``history``: the committed tokens, the root last. Penalties of a node see its own ancestors.
     """
     return RULES[request.rule](tokens, parent, position, logits, history, request)
 

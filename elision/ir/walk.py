@@ -1,4 +1,4 @@
-"""Every op that a run of an entry reaches, through calls, with what its operands stand for: for the verifier and the cost model."""
+"""Every op that a run of a graph reaches, through calls, with what its operands stand for."""
 
 from __future__ import annotations
 

@@ -90,6 +90,13 @@ def test_what_stays_possible(params: Warp, kept: set[int]) -> None:
     assert float(p.sum()) == pytest.approx(1.0)
 
 
+def test_top_p_drops_a_tail_of_exactly_the_rest() -> None:
+    params = Warp(top_p=0.5)
+    logits, past = torch.zeros(1, 2), torch.tensor([0])
+    assert warp(logits, [past], params).tolist() == [[0.0, 1.0]]
+    assert by_transformers(logits[0], past, params)[1].tolist() == [0.0, 1.0]
+
+
 def test_repetition_counts_a_token_once_and_only_for_its_own_history() -> None:
     logits = torch.tensor([[4.0, -4.0, 1.0]]).repeat(2, 1)
     found = penalise(logits, [torch.tensor([0, 1, 0, 0]), torch.tensor([2])], Warp(repetition_penalty=2.0))

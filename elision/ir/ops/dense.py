@@ -253,35 +253,15 @@ def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x[index]
 
 
-def _topk_type(x: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+def topk_type(x: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     last = x.axes[-1]
     need(not isinstance(last, int) or 1 <= k <= last, f"k={k} of the {last} elements in {x}")
     axes = (*x.axes[:-1], k)
     return x.with_axes(*axes), Tensor(axes, "i64")
 
 
-@op(_topk_type)
+@op(topk_type)
 def topk(x: torch.Tensor, *, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of the last axis and their indices, in descending order; ties go to the smaller index."""
     order = torch.sort(x, dim=-1, descending=True, stable=True)
     return order.values[..., :k], order.indices[..., :k]
-
-
-def _route_type(x: Tensor, *, k: int, kind: str = "softmax", renormalise: bool = True) -> tuple[Tensor, Tensor]:
-    need(kind in ("softmax", "sigmoid"), f"kind {kind!r}; expected softmax or sigmoid")
-    return _topk_type(x, k=k)
-
-
-@op(_route_type)
-def route(x: torch.Tensor, *, k: int, kind: str = "softmax", renormalise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixture-of-experts routing: gate weights ``[t, k]`` and expert indices ``[t, k]`` from router logits ``[t, experts]``.
-
-    Probabilities by softmax or sigmoid in float32 at least; the k largest, ties to the smaller index, made to sum to 1 if
-    ``renormalise`` (Shazeer et al. 2017; Mixtral renormalises, Switch does not).
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    p = wide.softmax(-1) if kind == "softmax" else wide.sigmoid()
-    weight, index = topk(p, k=k)
-    if renormalise:
-        weight = weight / weight.sum(-1, keepdim=True)
-    return weight.to(x.dtype), index

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from elision.ir import tree
-from elision.ir.op import Cost, bind_axes, need, op, substitute_type, token_axis
+from elision.ir.layout import row_bytes
+from elision.ir.op import Cost, Sizes, bind_axes, need, op, substitute_type, token_axis
 from elision.ir.requests import Requests
 from elision.ir.states import KV, Array
 from elision.ir.store import ArrayStore
@@ -145,7 +146,13 @@ def _commit_type(S: KV | Array, paths: Host) -> KV | Array:
     return S
 
 
-@op(_commit_type)
+def _commit_cost(sizes: Sizes, types: list[Any], result: KV | Array, attrs: dict[str, Any]) -> Cost:
+    """The accepted rows (at most those of the call) move from Scratch to the tail; an array is written."""
+    moved = float(sizes.tokens * row_bytes(result)) if isinstance(result, KV) else float(sizes.state_bytes(result))
+    return Cost(0.0, {0: moved}, moved)
+
+
+@op(_commit_type, cost=_commit_cost)
 def commit(S: Any, paths: list[list[int]]) -> Any:
     """Close the round: the accepted nodes join the state by the ordinary append, the rest is dropped."""
     S.commit(paths)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from elision.ir import attend as attention
+from elision.ir.layout import row_bytes, slot_count
 from elision.ir.mask import Mask
 from elision.ir.op import Cost, Sizes, need, op, token_axis
 from elision.ir.states import KV, Array, Encoding
@@ -21,9 +22,19 @@ def _kv_rows(k: Tensor, v: Tensor, S: KV) -> None:
     need(v.axes[1:] == (S.heads, S.vdim), f"expected values [t, {S.heads}, {S.vdim}], got {v}")
 
 
-def _kv_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, Any]) -> Cost:
-    moved = {i: float(sizes.bytes(t)) for i, t in enumerate(types) if isinstance(t, Tensor)}
-    return Cost(0.0, moved, sum(moved.values()))
+def _kv_cost(sizes: Sizes, types: list[Any], result: KV, attrs: dict[str, Any]) -> Cost:
+    moved = {i: t for i, t in enumerate(types) if isinstance(t, Tensor)}
+    tokens = sizes.of(token_axis(*moved.values()))
+    return Cost(0.0, {i: float(sizes.bytes(t)) for i, t in moved.items()}, tokens * row_bytes(result))
+
+
+def _move_cost(sizes: Sizes, types: list[Any], result: KV, attrs: dict[str, Any]) -> Cost:
+    """``n`` entries of every sequence (all of them, where no number is given) are read and written."""
+    read = {i: float(sizes.bytes(t)) for i, t in enumerate(types) if isinstance(t, Tensor)}
+    kept = types[1].axes[-1] if "n" not in attrs and len(types) > 1 else None
+    n = attrs.get("n", kept if isinstance(kept, int) else sizes.context)
+    moved = sizes.rows * n * row_bytes(types[0])
+    return Cost(0.0, {0: moved, **read}, sizes.rows * n * row_bytes(result))
 
 
 def _fresh_type(k: Tensor, v: Tensor, *, type: KV) -> KV:
@@ -85,14 +96,15 @@ def _attend_type(
 
 
 def _attend_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, Any]) -> Cost:
-    from elision.ir.layout import row_bytes
-
-    q, S = types[0], types[1]
-    pairs = sizes.of(q.axes[0]) * sizes.context
-    flops = 2.0 * pairs * q.axes[1] * (S.dim + S.vdim)
-    cache = float(sizes.rows * sizes.context * row_bytes(S))
+    q, S, mask = types[0], types[1], attrs["mask"]
+    entries = min(sizes.context, sum(slot_count(s.slots, sizes.context) for s in S.main))
+    if isinstance(mask, Mask) and mask.size:
+        entries = min(entries, mask.size)
+    flops = 2.0 * sizes.of(q.axes[0]) * entries * q.axes[1] * (S.dim + S.vdim)
+    cache = float(sizes.rows * entries * row_bytes(S))
     out = result[0] if isinstance(result, tuple) else result
-    return Cost(flops, {0: float(sizes.bytes(q)), 1: cache}, float(sizes.bytes(out)))
+    extra = {i: float(sizes.bytes(t)) for i, t in enumerate(types[2:], 2)}
+    return Cost(flops, {0: float(sizes.bytes(q)), 1: cache, **extra}, float(sizes.bytes(out)))
 
 
 @op(_attend_type, cost=_attend_cost)
@@ -150,16 +162,21 @@ def keep(score: torch.Tensor, pos: torch.Tensor, *, n: int, recent: int = 0, sin
     return best if short <= 0 else torch.nn.functional.pad(best, (0, short), value=-1)
 
 
-def _select_type(S: KV, kept: Tensor, rows: Tensor) -> KV:
+def _select_type(S: KV, kept: Tensor, rows: Tensor, *, renumber: bool = False) -> KV:
     token_axis(kept, rows)
     need(kept.dtype == "i64" and len(kept.axes) == 3 and kept.axes[1] in (1, S.heads), f"expected i64[b, heads, n], got {kept}")
     return S
 
 
-@op(_select_type)
-def select(S: KVStore, kept: torch.Tensor, rows: torch.Tensor) -> KVStore:
-    """Evict: of the sequences ``rows [b]`` keep just the logical entries ``kept [b, heads or 1, n]``."""
+@op(_select_type, cost=_move_cost)
+def select(S: KVStore, kept: torch.Tensor, rows: torch.Tensor, *, renumber: bool = False) -> KVStore:
+    """Evict: of the sequences ``rows [b]`` keep just the logical entries ``kept [b, heads or 1, n]``.
+
+    ``renumber``: the positions of what is kept become 0, 1, .. in order (StreamingLLM, Xiao et al. 2023; see rule rotation).
+    """
     S.select(kept, rows)
+    if renumber:
+        S.pos[rows] = torch.arange(S.pos.shape[2], dtype=S.pos.dtype)
     return S
 
 
@@ -169,7 +186,7 @@ def _flush_type(S: KV, rows: Tensor, *, frm: int, to: int, n: int, what: str = "
     return S
 
 
-@op(_flush_type)
+@op(_flush_type, cost=_move_cost)
 def flush(S: KVStore, rows: torch.Tensor, *, frm: int, to: int, n: int, what: str = "kv") -> KVStore:
     """Move the oldest ``n`` rows of segment ``frm`` to the end of segment ``to``, in the encoding of ``to``."""
     S.flush(rows, frm, to, n, what)
@@ -183,7 +200,7 @@ def _recode_type(S: KV, *, segment: int, k: Encoding, v: Encoding) -> KV:
     return S.with_segment(segment, replace(S.segments[segment], k=k, v=v))
 
 
-@op(_recode_type)
+@op(_recode_type, cost=_move_cost)
 def recode(S: KVStore, *, segment: int, k: Encoding, v: Encoding) -> KVStore:
     """Store a segment in another encoding."""
     S.recode(segment, k, v)

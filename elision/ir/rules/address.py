@@ -1,7 +1,7 @@
 """Rule address: an entry is found by its index only while no entry can be missing.
 
-Example: ``select(kv_0, kept, rows)`` on a cache with keyed_by=position. Afterwards entry i does not hold position i, and whatever finds
-entries by position (an overwrite by slot, a mask by index) hits another token.
+Example: ``select(kv_0, kept, rows)`` on a cache with keyed_by=position. Afterwards entry i does not hold position i, and whatever
+finds entries by position (an overwrite by slot, a mask by index) hits another token.
 """
 
 from __future__ import annotations

@@ -68,9 +68,10 @@ def _outputs(graph: Graph, ordered: bool) -> Iterator[IllegalProgram]:
                 help=_HELP,
             )
     if ordered and set(back) == set(inputs) and back != inputs:
+        went, came = (", ".join(graph.names[v] for v in s) for s in (inputs, back))
         yield IllegalProgram(
             "affine",
-            f"states go in as {', '.join(graph.names[v] for v in inputs)} and come out as {', '.join(graph.names[v] for v in back)}",
+            f"states go in as {went} and come out as {came}",
             sides=f"{graph.name}: its outputs",
             because="a call matches the states that come out to those that went in by their order",
             help="give the states back in the order of the inputs",

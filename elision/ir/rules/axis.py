@@ -14,8 +14,8 @@ from elision.ir.types import Tensor
 
 
 def axis(view: View) -> Iterator[IllegalProgram]:
-    """The logits of `step` are on the draft's own axis; nothing is merged where attention is causal; opaque operators see all tokens
-    of a call (or each row's last), and no trees."""
+    """The logits of `step` are on the draft's own axis; nothing is merged where attention is causal; opaque operators see all
+    tokens of a call (or each row's last), and no trees."""
     yield from _verified(view)
     yield from _merged(view)
     yield from _opaque(view)
@@ -37,9 +37,10 @@ def _verified(view: View) -> Iterator[IllegalProgram]:
 
 
 def _merged(view: View) -> Iterator[IllegalProgram]:
-    for name in view.sites:
-        masks = {str(m) for s in view.sites[name] if s.value.op == "attend" and isinstance(m := s.attr("mask"), Mask) and m.kind != "full"}
-        for site in view.sites[name]:
+    for name, reached in view.sites.items():
+        seen = [s.attr("mask") for s in reached if s.value.op == "attend"]
+        masks = {str(m) for m in seen if isinstance(m, Mask) and m.kind != "full"}
+        for site in reached:
             if masks and site.value.op == "merge" and site.top.attr("target") not in view.program.entries:
                 yield IllegalProgram(
                     "axis",

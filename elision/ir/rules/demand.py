@@ -1,6 +1,7 @@
 """Rule demand: a result of attention is asked only of a kernel that gives it.
 
-Example: ``attend(q, kv, results=('mass',))``, the column sums of the probabilities, on a target whose flash kernel never forms them.
+Example: ``attend(q, kv, results=('mass',))``, the column sums of the probabilities, on a target whose flash kernel never forms
+them.
 """
 
 from __future__ import annotations

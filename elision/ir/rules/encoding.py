@@ -1,4 +1,4 @@
-"""Rule encoding: rows are written, moved and dropped in whole groups of their encoding, and reader and writer agree on the layout.
+"""Rule encoding: rows are written, moved and dropped in whole groups of their encoding; reader and writer agree on the layout.
 
 Example: ``select`` on a cache whose keys are ``Int(4, axis='token', group=32)``: 32 rows share one scale, so dropping one of them
 would need all to be encoded again.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from elision.errors import IllegalProgram
+from elision.ir.ops.program import origin
 from elision.ir.program import state_inputs
 from elision.ir.rules.view import View
 from elision.ir.states import KV
@@ -16,8 +17,8 @@ from elision.ir.walk import CONTROL, Site
 
 
 def encoding(view: View) -> Iterator[IllegalProgram]:
-    """No `select` from token-grouped segments; `flush` moves whole groups of both segments; entries take states of the declared types,
-    and templates caches of their heads and widths."""
+    """A `select` from token-grouped segments promises whole groups (its ``group``); `flush` moves whole groups of both segments;
+    entries take states of the declared types, and templates caches of their heads and widths."""
     for site in view.once("select", "flush"):
         name, type = site.state(site.value.args[0])
         assert isinstance(type, KV)
@@ -27,14 +28,14 @@ def encoding(view: View) -> Iterator[IllegalProgram]:
 
 
 def _select(site: Site, name: str, type: KV) -> Iterator[IllegalProgram]:
-    grouped = [f"{e}" for s in type.main for e in (s.k, s.v) if e.token_group > 1]
+    grouped = [f"{e}" for s in type.main for e in (s.k, s.v) if site.value.attr("group", 1) % e.token_group]
     if grouped:
         yield IllegalProgram(
             "encoding",
             f"single entries are evicted from {name}, whose rows share scales",
             sides=f"{site.where}: select, on {grouped[0]}",
             because="rows of one token group are written and dropped only together",
-            help="requantise to groups of channels (axis=channel), or leave out one of the two passes",
+            help="evict whole groups (select with group), or requantise to groups of channels (axis=channel)",
         )
 
 
@@ -58,6 +59,15 @@ def _declared(view: View) -> Iterator[IllegalProgram]:
     for run, graph in view.runs.items():
         for name, value in state_inputs(graph).items():
             declared = view.program.states.get(name)
+            after = next((v.type for v in graph.outputs if v.is_state and origin(v) is value), value.type)
+            if declared == value.type != after:
+                yield IllegalProgram(
+                    "encoding",
+                    f"{run} gives back {name} as another type than the program declares",
+                    sides=f"{run}: output of {name}, and state {name}",
+                    because=f"whatever runs next reads it as {declared}, and it would be {after}",
+                    help="declare the encoding that the state always has; recode only caches that live for one call",
+                )
             if declared != value.type:
                 yield IllegalProgram(
                     "encoding",

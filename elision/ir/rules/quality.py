@@ -15,8 +15,8 @@ from elision.ir.states import KV, Int, Ring
 
 
 def quality(view: View) -> Iterator[IllegalProgram]:
-    """What evicts, rounds to integers, leaves tokens out of attention or merges them is approximate. A cache in a float dtype narrower
-    than the model's is the user's choice of dtype and not counted."""
+    """What evicts, rounds to integers, leaves tokens out of attention or merges them is approximate. A cache in a float dtype
+    narrower than the model's is the user's choice of dtype and not counted."""
     claimed = view.program.quality
     if claimed not in QUALITIES:
         yield _illegal(claimed, "program", f"it is none of {', '.join(QUALITIES)}")
@@ -42,14 +42,17 @@ def _lossy(view: View) -> Iterator[tuple[str, str]]:
                 for e in (segment.k, segment.v):
                     if isinstance(e, Int):
                         yield f"state {name}: segment {i}", f"its rows are rounded to {e.bits} bits"
-    for site in view.once("select", "recode", "merge", "append", "attend"):
+    for site in view.once("select", "recode", "merge", "append", "attend", "restrict", "when"):
         value = site.value
         if value.op == "select":
             yield f"{site.where}: select", "entries are evicted that attention would see"
-        elif value.op == "recode" and isinstance(value.attr("k"), Int) | isinstance(value.attr("v"), Int):
+        elif value.op == "recode" and (isinstance(value.attr("k"), Int) or isinstance(value.attr("v"), Int)):
             yield f"{site.where}: recode", "rows are rounded to integers"
         elif value.op == "merge":
             yield f"{site.where}: merge", "tokens are averaged"
+        elif value.op in ("restrict", "when") and site.root is not view.program.round:  # a drafter may skip what it likes
+            if value.op == "when" or view.chosen(site, site.axis(value)):
+                yield f"{site.where}: {value.op}", "tokens pass by what the model computes for them"
         elif value.op in ("append", "attend"):
             at = site.axis(value.args[1 if value.op == "append" else 0])
             if view.chosen(site, at):

@@ -1,7 +1,7 @@
 """Rule ragged: lengths that can differ between sequences are declared.
 
-Example: a round that verifies drafts of a batch. Rows accept different counts, so a cache with ragged=False, one length for all rows,
-would be wrong for all but one.
+Example: a round that verifies drafts of a batch. Rows accept different counts, so a cache with ragged=False, one length for all
+rows, would be wrong for all but one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from elision.ir.states import KV
 
 
 def ragged(view: View) -> Iterator[IllegalProgram]:
-    """No cache with ``ragged=False`` where a round verifies, or where a tick takes the cache (rows tick by their own positions)."""
+    """No cache with ``ragged=False`` where a round verifies, or in a tick (rows tick by their own positions)."""
     graph = view.program.round
     apart = {}
     if graph is not None and any(v.op == "verify" for v in graph.values):

@@ -1,7 +1,7 @@
 """Rule retract: whatever a round writes before `commit` can be taken back.
 
-Example: ``select(kv_0, ..)`` between `checkpoint` and `commit` evicts by scores of drafted tokens. If these are rejected, the evicted
-entries are gone all the same, and the output is not that of decoding without speculation.
+Example: ``select(kv_0, ..)`` between `checkpoint` and `commit` evicts by scores of drafted tokens. If these are rejected, the
+evicted entries are gone all the same, and the output is not that of decoding without speculation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _ON_THE_CLOCK = "run it on the clock: in a tick, every n committed tokens"
 
 
 def retract(view: View) -> Iterator[IllegalProgram]:
-    """In the round, between `checkpoint` and `commit`, a cache is only appended to, at drafted tokens and in its Scratch, and an array
-    only written with an undo that reaches back to the checkpoint; nothing is evicted, flushed or recoded; no clock ticks inside."""
+    """In the round, between `checkpoint` and `commit`, a cache is only appended to, at drafted tokens and in its Scratch, and an
+    array only written with an undo that reaches back to the checkpoint; nothing is evicted, flushed or recoded."""
     graph = view.program.round
     depth = _depth(graph) if graph is not None else 1
     for tick in view.program.ticks:
@@ -69,12 +69,14 @@ def _change(site: Site, name: str, depth: int | None) -> Iterator[IllegalProgram
     drafted = axis is not None and axis.drafted
     if depth is None:
         if drafted:
-            yield illegal("the tokens are drafts, but the state is not between checkpoint and commit", "checkpoint before, commit after")
+            because = "the tokens are drafts, but the state is not between checkpoint and commit"
+            yield illegal(because, "checkpoint it before and commit it after")
+    elif not drafted:
+        because = f"its tokens ({axis}) are not drafts, so it acts at once, as if they were committed"
+        yield illegal(because, f"{value.op} at the draft's axis, or before checkpoint or after commit")
     elif isinstance(type, KV):
         scratch = type.scratch
-        if not drafted:
-            yield illegal("the tokens go to the main segments as if they were committed", "append at the draft's axis")
-        elif scratch is None or not isinstance(scratch.slots, Scratch) or scratch.slots.n < depth:
+        if scratch is None or not isinstance(scratch.slots, Scratch) or scratch.slots.n < depth:
             have = "no Scratch" if scratch is None else f"{scratch.slots}"
             yield illegal(f"the cache has {have} for the drafted rows", f"add Segment(Scratch({depth})) as its last segment")
     elif type.undo is None:

@@ -1,7 +1,7 @@
 """Rule validity: every cache entry that attention can see was written, or is declared absent.
 
-Example: an `append` under `when` (early exit). Tokens that leave early never write the cache of the later layers, and a later token
-that does go there would read holes.
+Example: an `append` under `when` (early exit). Tokens that leave early never write the cache of the later layers, and a later
+token that does go there would read holes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from elision.ir.states import KV
 
 
 def validity(view: View) -> Iterator[IllegalProgram]:
-    """An `append` of some tokens only, or under `when`, needs a cache whose ``present`` says so; a cache that `step` attends to is
-    appended to in `prefill` and in `step` (one with a full mask, cross attention, in any entry)."""
+    """An `append` of some tokens only, or under `when`, needs a cache whose ``present`` says so; a cache that `step` attends to
+    is appended to in `prefill` and in `step` (one with a full mask, cross attention, in any entry)."""
     for site in view.once("append"):
         name, type = site.state(site.value.args[0])
         at = site.axis(site.value.args[1])
@@ -30,6 +30,7 @@ def validity(view: View) -> Iterator[IllegalProgram]:
                 help="declare present=subset, nested or masked, or append before the tokens are chosen (fill)",
             )
     yield from _unwritten(view)
+    yield from _early(view)
 
 
 def _unwritten(view: View) -> Iterator[IllegalProgram]:
@@ -56,3 +57,27 @@ def _unwritten(view: View) -> Iterator[IllegalProgram]:
                 because="the tokens of that entry would be missing among its positions",
                 help="append in both entries, leave out both, or declare present=subset",
             )
+
+
+def _early(view: View) -> Iterator[IllegalProgram]:
+    """A token sees itself: its call appends its keys before it attends to them (unless the mask is full: cross attention)."""
+    for entry in ("prefill", "step"):
+        appended: set[str] = set()
+        for site in view.sites.get(entry, ()):
+            if site.value.op == "append":
+                appended.add(site.state(site.value.args[0])[0])
+            if site.value.op != "attend":
+                continue
+            name, type = site.state(site.value.args[1])
+            mask = site.attr("mask")
+            crossed = isinstance(mask, Mask) and mask.kind == "full"
+            if name in appended or crossed or name not in view.program.states:
+                continue
+            if isinstance(type, KV) and type.present.kind == "all":
+                yield IllegalProgram(
+                    "validity",
+                    f"{name} is attended to before the tokens of the call are appended",
+                    sides=f"{site.where}: attend",
+                    because="the entries of the call's own tokens are not there yet",
+                    help="append first and attend to what it gives",
+                )

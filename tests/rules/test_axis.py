@@ -1,0 +1,76 @@
+"""Rule axis: verified tokens, merging, opaque operators."""
+
+from __future__ import annotations
+
+import pytest
+
+from elision.ir.mask import Mask
+from elision.ir.program import Program
+from elision.ir.value import Builder, Value
+from tests.ir.programs import tiny_scorer
+from tests.rules.cases import cached, names, opaque, some
+
+
+def at_head(program: Program, entry: str, change: str) -> Program:
+    """The entry with its stream changed before the head."""
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        if v.op != "norm":
+            return None
+        x, *weights = args
+        if "opaque first" in change:
+            x = opaque(b, x)
+        if "restrict" in change or "lift" in change:
+            kept = some(b, x)
+            part = b.add("restrict", x, kept)
+            if "opaque then" in change:
+                part = opaque(b, part)
+            x = b.add("lift", part, x, kept) if "lift" in change else part
+        elif "opaque then" in change:
+            x = opaque(b, x)
+        return b.add("norm", x, *weights, **dict(v.attrs))  # type: ignore[no-any-return]
+
+    program.rewrite(rule, entry)
+    return program
+
+
+@pytest.mark.parametrize(("change", "legal"), [("restrict", False), ("lift", True)])
+def test_verify_reads_every_drafted_token(change: str, legal: bool) -> None:
+    found = names(at_head(cached(), "step", change))
+    assert found == set() if legal else "axis" in found
+
+
+def test_prefill_may_drop_tokens() -> None:
+    assert names(at_head(cached(), "prefill", "restrict")) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "legal"),
+    [
+        ("restrict, opaque then", False),
+        ("lift, opaque then", False),
+        ("opaque first, restrict", True),
+        ("opaque then", True),  # on each row's last token
+    ],
+)
+def test_an_opaque_operator_sees_all_tokens_of_a_call(change: str, legal: bool) -> None:
+    assert names(at_head(cached(), "prefill", change)) == (set() if legal else {"axis"})
+
+
+@pytest.mark.parametrize(("mask", "legal"), [(Mask(), False), (Mask("window", 4), False), (Mask("full"), True)])
+def test_tokens_are_merged_in_encoders_only(mask: Mask, legal: bool) -> None:
+    program, _ = tiny_scorer(mask=mask)
+    program.quality = "approximate"
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        if v.attr("label") != "1.attn":
+            return None
+        x, *weights = args
+        assign = b.add("positions", x)
+        weight = b.add("map", assign, expr="x0 * 0 + 1", dtype="f64")
+        kept = b.add("clusters", assign, axis="merged")
+        done = b.add("call", b.add("merge", x, assign, weight, kept), *weights, **dict(v.attrs))
+        return b.add("unmerge", done, assign, kept)  # type: ignore[no-any-return]
+
+    program.rewrite(rule, "score")
+    assert names(program) == (set() if legal else {"axis"})
