@@ -35,11 +35,12 @@ def compile(
     """Compile a model.
 
     ``model``: an `nn.Module`, a Hugging Face directory, a GGUF file, or ``"smollm2"``. ``passes``: text or Pass objects, such as
-    ``["skip-layers:layers=3"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the model's own).
+    ``["skip-layers:layers=3"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
+    model's own).
     ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
 
-    Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a composition of
-    passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
+    Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
+    composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
     """
     from elision.frontend.capture import capture
     from elision.frontend.coverage import coverage

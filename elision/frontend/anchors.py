@@ -28,8 +28,8 @@ TOLERANCE = 1e-9  # largest relative difference of a raise to the sub-graph that
 
 @dataclass(frozen=True)
 class Anchor:
-    """``end`` is the op ``op`` of ``start`` and of ``params`` (weights of the graph) with ``attrs``; ``inner`` are the nodes that it
-    stands for. A rotation names its ``tables`` (cosine, sine) instead of weights."""
+    """``end`` is the op ``op`` of ``start`` and of ``params`` (weights of the graph) with ``attrs``; ``inner`` are the
+    nodes that it stands for. A rotation names its ``tables`` (cosine, sine) instead of weights."""
 
     op: str
     start: fx.Node
@@ -105,7 +105,9 @@ class AnchorFinder:
         assert layout is not None
         width = layout.features[-1]
         x = layout.random(2, 3, seed=0)
-        values = [torch.randn(width, generator=torch.Generator().manual_seed(i + 1), dtype=torch.float64) for i in range(len(weights))]
+        values = [
+            torch.randn(width, generator=torch.Generator().manual_seed(i + 1), dtype=torch.float64) for i in range(len(weights))
+        ]
         given = {start: x, **dict(zip(weights, values, strict=True))}
         want = evaluate(self._captured, [end], torch.zeros(2, 3, dtype=torch.int64), given=given, wide=True)[0]
         epsilons = [a for n in used if operator_name(n) == "aten::add" for a in n.args if isinstance(a, float)] or [0.0]
@@ -150,7 +152,9 @@ class AnchorFinder:
             if layout is None or not layout.features:
                 continue
             region = self._region(start, inside, self._is_table)
-            for end in reversed([n for n in region if product in ancestors([n], {start: None}) and self._layouts.of(n) == layout]):
+            for end in reversed(
+                [n for n in region if product in ancestors([n], {start: None}) and self._layouts.of(n) == layout]
+            ):
                 used = [n for n in region if n in ancestors([end], {start: None})]
                 tables = list(dict.fromkeys(t for n in used for t in n.all_input_nodes if self._is_table(t)))
                 anchor = self._rotation_of(start, end, used, tables)

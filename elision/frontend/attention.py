@@ -55,9 +55,7 @@ def reference_attention(
         probabilities = torch.softmax(scores, dim=-1, dtype=wide)
     else:
         sink = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
-        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[
-            ..., :-1
-        ]
+        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
     out = torch.matmul(probabilities.to(values.dtype), values)
     return out.transpose(1, 2).contiguous()
 

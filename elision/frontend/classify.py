@@ -164,9 +164,7 @@ def rope_tables(table: RopeTable, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos() * table.scale, angle.sin() * table.scale
 
 
-def _tables(
-    captured: Captured, cos: fx.Node, sin: fx.Node, positions: Tensor
-) -> tuple[Tensor, Tensor] | None:
+def _tables(captured: Captured, cos: fx.Node, sin: fx.Node, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     pair = evaluate(captured, [cos, sin], positions.expand(2, -1).contiguous())
     out = []
     for value in pair:
@@ -186,9 +184,7 @@ def _scale(cos: Tensor, above: set[fx.Node]) -> float:
     return next((x for x in literals if torch.tensor(x).to(cos.dtype) == observed), float(observed))
 
 
-def _frequencies(
-    captured: Captured, cos: fx.Node, sin: fx.Node, width: int, limit: int
-) -> Iterator[tuple[Tensor, bool]]:
+def _frequencies(captured: Captured, cos: fx.Node, sin: fx.Node, width: int, limit: int) -> Iterator[tuple[Tensor, bool]]:
     """Candidate frequency vectors: the constants that the tables are computed from, then a fit."""
     nowhere = torch.zeros(1, 1, dtype=torch.int64)
     for node in sorted(ancestors([cos, sin])):

@@ -10,7 +10,8 @@ from elision.ir.program import Program
 
 
 def coverage(raised: Raised, program: Program) -> dict[str, Any]:
-    """Counts per run of the model: ``sites`` by op, ``opaque`` operators by name, and the rows of each entry that are ``aten``."""
+    """Counts per run of the model: ``sites`` by op, ``opaque`` operators by name, and the rows of each entry that are
+    ``aten``."""
     sites: Counter[str] = Counter()
     opaque: Counter[str] = Counter()
     score = raised.program.entries["score"]

@@ -1,7 +1,7 @@
 """Mixture of experts in a captured graph: the router around a top-k, and the experts between it and the sum of their results.
 
-The library's code sorts the tokens by expert, multiplies group by group and puts the results back: values that have no token axis. What
-those compute is proposed as one `experts` op and decided by evaluation, like every anchor.
+The library's code sorts the tokens by expert, multiplies group by group and puts the results back: values that have no
+token axis. What those compute is proposed as one `experts` op and decided by evaluation, like every anchor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts
 from elision.ir.ops import moe
 
-_ACTIVATIONS = ("silu(x0) * x1", "gelu(x0) * x1", "gelu_tanh(x0) * x1", "relu(x0) * x1", "silu(x1) * x0", "silu(x0)", "gelu(x0)", "relu(x0)")
+_ACTIVATIONS = (
+    "silu(x0) * x1",
+    "gelu(x0) * x1",
+    "gelu_tanh(x0) * x1",
+    "relu(x0) * x1",
+    "silu(x1) * x0",
+    "silu(x0)",
+    "gelu(x0)",
+    "relu(x0)",
+)
 _ROWS, _LENGTH = 2, 6
 
 
@@ -45,7 +54,8 @@ class Router:
 
 @dataclass(frozen=True)
 class Experts:
-    """``experts`` of ``x``, ``weight``, ``index`` gives ``end``; ``up`` and ``down`` are the weights as the graph has them, [experts, in, out]."""
+    """``experts`` of ``x``, ``weight``, ``index`` gives ``end``; ``up`` and ``down`` are the weights as the graph has
+    them, [experts, in, out]."""
 
     x: fx.Node
     weight: fx.Node
@@ -125,7 +135,9 @@ class ExpertFinder:
                 return Experts(x, weight, index, end, up, down, attrs)
         return None
 
-    def _attrs(self, x: fx.Node, weight: fx.Node, index: fx.Node, end: fx.Node, up: fx.Node, down: fx.Node) -> dict[str, Any] | None:
+    def _attrs(
+        self, x: fx.Node, weight: fx.Node, index: fx.Node, end: fx.Node, up: fx.Node, down: fx.Node
+    ) -> dict[str, Any] | None:
         layouts = [self._layouts.of(n) for n in (x, weight, index)]
         lx, lw, li = layouts
         assert lx is not None and lw is not None and li is not None
@@ -133,7 +145,9 @@ class ExpertFinder:
         _, inner, out = down.meta["val"].shape
         values = lx.random(_ROWS, _LENGTH, seed=0)
         gates = lw.random(_ROWS, _LENGTH, seed=1)
-        chosen = li.random(_ROWS, _LENGTH, seed=2).argsort(-1) if li.features[0] > 1 else torch.zeros_like(gates, dtype=torch.int64)
+        chosen = (
+            li.random(_ROWS, _LENGTH, seed=2).argsort(-1) if li.features[0] > 1 else torch.zeros_like(gates, dtype=torch.int64)
+        )
         chosen = (chosen + torch.arange(chosen.numel() // li.features[0]).reshape(*chosen.shape[:-1], 1)) % count
         weights = [_random((count, width, wide), 3), _random((count, inner, out), 4)]
         given = {x: values, weight: gates, index: chosen, up: weights[0], down: weights[1]}

@@ -28,9 +28,7 @@ def inputs(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     kwargs = dict(given)
     if not kwargs:
         if "input_ids" not in known:
-            raise BadInput(
-                f"{type(model).__name__} reads no input_ids; pass its inputs as example={{name: tensor}}"
-            )
+            raise BadInput(f"{type(model).__name__} reads no input_ids; pass its inputs as example={{name: tensor}}")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
         kwargs["input_ids"] = (torch.arange(3, 27, device=device) % vocabulary).reshape(2, 12)
@@ -79,9 +77,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     # A mask that is left out cannot be told from one that was never there, so it is always built.
     from transformers.masking_utils import sdpa_mask
 
-    mask: Tensor | None = sdpa_mask(
-        *args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    )
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     return mask
 
 

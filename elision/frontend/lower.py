@@ -34,8 +34,8 @@ class Lowering:
     """Lowers the nodes of one graph (a template, the prologue or the epilogue) into ``builder``.
 
     ``outside(node, transposed)`` gives the value of something that is not a token value (a weight, or its transpose);
-    ``frequencies(cos, sin)`` those of a rotation; ``mask`` is how the graph names the mask of an attention node. ``opaque`` collects the
-    operators without a rule.
+    ``frequencies(cos, sin)`` those of a rotation; ``mask`` is how the graph names the mask of an attention node.
+    ``opaque`` collects the operators without a rule.
     """
 
     def __init__(
@@ -130,7 +130,13 @@ class Lowering:
         """The operator as it is, on padded operands."""
         name = operator_name(node).removeprefix("aten::")
         layout, value = self._layouts.of(node), node.meta.get("val")
-        if not operator_name(node).startswith("aten::") or layout is None or not layout.leading or layout.merged or not isinstance(value, Tensor):
+        if (
+            not operator_name(node).startswith("aten::")
+            or layout is None
+            or not layout.leading
+            or layout.merged
+            or not isinstance(value, Tensor)
+        ):
             raise UnsupportedModel(f"operator {node.target} has no rule and cannot be kept as it is: {node.format_node()}")
         operands: list[Value] = []
 

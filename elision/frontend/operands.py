@@ -1,7 +1,7 @@
 """What a template reads besides the stream, and which weight of each block that is.
 
-A template is built from one block; its operands are described by their slots in that block, so that they can be found again in every other
-block of the template (see `elision.frontend.structure.Segment`).
+A template is built from one block; its operands are described by their slots in that block, so that they can be found
+again in every other block of the template (see `elision.frontend.structure.Segment`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ Operand = Weight | Frequencies
 class Operands:
     """Finds, names and stores the weights of operands."""
 
-    def __init__(self, captured: Captured, finder: AnchorFinder, weights: dict[str, Tensor], params: dict[str, TensorType]) -> None:
+    def __init__(
+        self, captured: Captured, finder: AnchorFinder, weights: dict[str, Tensor], params: dict[str, TensorType]
+    ) -> None:
         self._captured, self._finder, self._weights, self._params = captured, finder, weights, params
 
     def describe(self, node: fx.Node, segment: Segment, transposed: bool = False) -> Weight:

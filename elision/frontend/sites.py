@@ -12,8 +12,8 @@ from elision.frontend.attention import ATTENTION
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention operator: its operands, and its attributes as plain numbers. ``mask`` is a value of the graph or None; ``window`` 0
-    is none."""
+    """One attention operator: its operands, and its attributes as plain numbers. ``mask`` is a value of the graph or
+    None; ``window`` 0 is none."""
 
     node: fx.Node
     q: fx.Node

@@ -48,7 +48,8 @@ class Source:
 def load_source(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> Source:
     """Load what ``model`` names: an `nn.Module`, a Hugging Face directory, a ``.gguf`` file, or a packaged name.
 
-    ``dtype``: of weights and activations (default: the model's own; for GGUF float32). Raises BadInput saying what was looked for.
+    ``dtype``: of weights and activations (default: the model's own; for GGUF float32). Raises BadInput saying what was
+    looked for.
     """
     wanted = DTYPES[parse_dtype(dtype)] if dtype is not None else None
     if isinstance(model, nn.Module):
@@ -62,7 +63,9 @@ def load_source(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dt
         return _of_files(path, wanted, None, name=path.resolve().name)
     kind = "has no config.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a .gguf file"
     names = ", ".join(PACKAGED)
-    raise BadInput(f"model {str(model)!r} {kind}; expected a Hugging Face directory, a .gguf file, an .elision artefact, or: {names}")
+    raise BadInput(
+        f"model {str(model)!r} {kind}; expected a Hugging Face directory, a .gguf file, an .elision artefact, or: {names}"
+    )
 
 
 def _packaged(name: str) -> Path | None:

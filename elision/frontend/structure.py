@@ -140,9 +140,7 @@ def attends(node: fx.Node) -> bool:
     return not isinstance(value.shape[int(node.args[1])], int)  # type: ignore[arg-type]
 
 
-def _body(
-    order: list[fx.Node], place: dict[fx.Node, int], taint: Taint, start: fx.Node, end: fx.Node
-) -> list[fx.Node]:
+def _body(order: list[fx.Node], place: dict[fx.Node, int], taint: Taint, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Token-dependent nodes that are computed from ``start`` and that ``end`` needs, in order."""
     between = order[place[start] + 1 : place[end] + 1]
     reached = {start}
@@ -199,9 +197,7 @@ def _ends(
     return [*ends, last + 1]
 
 
-def _segments(
-    stream: list[fx.Node], order: list[fx.Node], place: dict[fx.Node, int], taint: Taint
-) -> tuple[Segment, ...]:
+def _segments(stream: list[fx.Node], order: list[fx.Node], place: dict[fx.Node, int], taint: Taint) -> tuple[Segment, ...]:
     numbers: dict[str, int] = {}
     parts: list[tuple[fx.Node, fx.Node, list[fx.Node], Fingerprint, int]] = []
     for a, b in zip(stream, stream[1:], strict=False):

@@ -1,7 +1,7 @@
 """Between the padded layout of a captured graph, ``[B, .., T, ..]``, and the IR's token-major one, ``[tokens, ..]``.
 
-A captured value with one batch axis and one length axis is a value of the token axis; its other axes are the features, in order. So
-a transpose that only moves heads past the length changes nothing in the IR.
+A captured value with one batch axis and one length axis is a value of the token axis; its other axes are the features,
+in order. So a transpose that only moves heads past the length changes nothing in the IR.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from elision.ir.tokens import Tokens
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch and length axes of a captured value are (the same place if they are one axis, ``[B * T, ..]``), and the sizes of
-    the features."""
+    """Where the batch and length axes of a captured value are (the same place if they are one axis, ``[B * T, ..]``),
+    and the sizes of the features."""
 
     batch: int
     length: int

@@ -24,7 +24,5 @@ def from_transformers(tokenizer: Any) -> tuple[bytes, dict[str, Any]]:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    special = {
-        role: str(text) for role, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
-    }
+    special = {role: str(text) for role, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     return core.to_str().encode(), {"chat_template": template, "special_tokens": special}

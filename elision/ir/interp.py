@@ -5,8 +5,9 @@ A graph is planned once (bodies looked up, arguments turned into slots) and run 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ Axes = dict[Axis, Tokens]
 
 
 @dataclass(frozen=True)
+class _Target:
+    """The graph that a `call` or its kin runs, planned, and which of the caller's axes each of its own stands for."""
+
+    plan: _Plan
+    axes: Mapping[Axis, Axis]
+
+
+@dataclass(frozen=True)
 class _Step:
     """One op of a plan: which slots it reads, where its result goes, and what the body needs besides."""
 
@@ -30,7 +39,7 @@ class _Step:
     kwargs: dict[str, Any]
     at: Axis | None
     makes: Axis | None
-    value: Value | None
+    target: _Target | None
     dead: tuple[int, ...]
 
 
@@ -59,18 +68,17 @@ class Interpreter:
         for value in graph.inputs:
             if isinstance(value.type, Tensor):
                 bound.update({d: axes[d.name] for d in value.type.axes if isinstance(d, Axis) and d.name in axes})
-        return self._execute(graph, [inputs[graph.names[v]] for v in graph.inputs], bound, env or {})
+        return self._execute(self._plan(graph, env or {}), [inputs[graph.names[v]] for v in graph.inputs], bound)
 
-    def _execute(self, graph: Graph, inputs: list[Any], axes: Axes, env: Mapping[str, Any]) -> tuple[Any, ...]:
-        plan = self._plan(graph, env)
+    def _execute(self, plan: _Plan, inputs: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
         slots: list[Any] = [None] * plan.size
         slots[: len(inputs)] = inputs
         for slot, name in plan.weights:
             slots[slot] = self.weights[name]
         for step in plan.steps:
             args = [slots[i] for i in step.args]
-            if step.value is not None:
-                result = step.body(*args, run=self._runner(step.value, axes), **step.kwargs)
+            if step.target is not None:
+                result = step.body(*args, run=partial(self._run_target, step.target, axes), **step.kwargs)
             elif step.at is not None:
                 result = step.body(*args, at=axes[step.at], **step.kwargs)
             else:
@@ -86,32 +94,31 @@ class Interpreter:
                 slots[slot] = None
         return tuple(slots[i] for i in plan.outputs)
 
-    def _runner(self, value: Value, axes: Axes) -> Any:
-        """What `call` and its kin use to run their target on the caller's axes."""
-
-        def run(target: str, args: tuple[Any, ...], env: dict[str, Any]) -> tuple[Any, ...]:
-            graph = self._targets[target]
-            given = value.args[len(value.args) - len(graph.inputs) :]
-            mapping = bind_axes([v.type for v in graph.inputs], [a.type for a in given])
-            inner: Axes = {formal: axes[actual] for formal, actual in mapping.items() if actual in axes}
-            known = set(inner)
-            found = self._execute(graph, list(args), inner, env)
-            for axis in set(inner) - known:
-                axes[substitute(axis, mapping)] = inner[axis]
-            return found
-
-        return run
+    def _run_target(self, target: _Target, axes: Axes, args: Sequence[Any]) -> tuple[Any, ...]:
+        """What `call` and its kin use to run their target on the caller's axes; axes that it makes join the caller's."""
+        inner: Axes = {formal: axes[actual] for formal, actual in target.axes.items() if actual in axes}
+        known = set(inner)
+        found = self._execute(target.plan, args, inner)
+        for axis in inner.keys() - known:
+            axes[substitute(axis, target.axes)] = inner[axis]
+        return found
 
     def _plan(self, graph: Graph, env: Mapping[str, Any]) -> _Plan:
         key = (id(graph), repr(sorted(env.items())) if env else "")
         found = self._plans.get(key)
         if found is None:
-            found = self._plans[key] = _make_plan(graph, env)
+            found = self._plans[key] = _make_plan(graph, env, self._target)
             self._graphs.append(graph)
         return found
 
+    def _target(self, value: Value, env: Mapping[str, Any]) -> _Target:
+        graph = self._targets[value.attr("target")]
+        given = value.args[len(value.args) - len(graph.inputs) :]  # `when` takes its condition before them
+        axes = bind_axes([v.type for v in graph.inputs], [a.type for a in given])
+        return _Target(self._plan(graph, env), axes)
 
-def _make_plan(graph: Graph, env: Mapping[str, Any]) -> _Plan:
+
+def _make_plan(graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Mapping[str, Any]], _Target]) -> _Plan:
     slot: dict[Value, int] = {v: i for i, v in enumerate(graph.inputs)}
     for v in graph.values:
         if not isinstance(v.type, tuple):
@@ -137,7 +144,8 @@ def _make_plan(graph: Graph, env: Mapping[str, Any]) -> _Plan:
         at = _first_axis(v) if op.wants_at else None
         made = v.type.tokens if op.makes_axis and isinstance(v.type, Tensor) else None
         dead = tuple(i for i in {slot[a] for a in v.args if a in slot} if last.get(i) is v and i not in keep)
-        steps.append(_Step(op.body, tuple(slot[a] for a in v.args), out, kwargs, at, made, v if op.runs else None, dead))
+        inner = target(v, dict(kwargs.get("env", ()))) if op.runs else None
+        steps.append(_Step(op.body, tuple(slot[a] for a in v.args), out, kwargs, at, made, inner, dead))
     return _Plan(len(slot), weights, tuple(steps), tuple(slot[v] for v in graph.outputs))
 
 
@@ -149,7 +157,8 @@ def _first_axis(value: Value) -> Axis:
 
 
 def run_entry(program: Program, weights: Weights, entry: str, ids: torch.Tensor, at: Tokens, states: Mapping[str, Any]) -> Any:
-    """One run of an entry over ``ids [n]`` at those tokens: its first output. For tests and checks; a run keeps its interpreter."""
+    """One run of an entry over ``ids [n]`` at those tokens: its first output. For tests and checks; a run keeps its
+    interpreter."""
     graph = program.entries[entry]
     first = graph.inputs[0]
     axis = first.tensor.tokens

@@ -1,7 +1,7 @@
 """Text back to programs: the exact inverse of `elision.ir.printer`.
 
-The text is parsed with `ast` and walked; nothing in it is ever executed. Types are inferred again by the ops' rules, so a text that
-says something impossible is refused. Every error names the line.
+The text is parsed with `ast` and walked; nothing in it is ever executed. Types are inferred again by the ops' rules, so
+a text that says something impossible is refused. Every error names the line.
 """
 
 from __future__ import annotations
@@ -237,7 +237,10 @@ def _axis(node: ast.expr) -> int | Axis:
 
 
 def _header(given: dict[str, Any]) -> Program:
-    _need(set(given) == {"name", "version", "quality", "applied", "meta"}, "program(...) needs name, version, quality, applied, meta")
+    _need(
+        set(given) == {"name", "version", "quality", "applied", "meta"},
+        "program(...) needs name, version, quality, applied, meta",
+    )
     _need(given["version"] == VERSION, f"IR version {given['version']!r}; this Elision reads {VERSION}")
     meta, applied = given["meta"], given["applied"]
     pairs = isinstance(meta, tuple) and all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in meta)

@@ -1,7 +1,7 @@
 """Programs as readable text, in a syntactic subset of Python, stable enough for golden tests. `elision.ir.parser` reads it back.
 
-One line is one value; types stand in comments, since the parser infers them again. Parameters are written where they are used, and every
-distinct cache type once, under a short name.
+One line is one value; types stand in comments, since the parser infers them again. Parameters are written where they are
+used, and every distinct cache type once, under a short name.
 """
 
 from __future__ import annotations

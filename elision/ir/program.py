@@ -1,6 +1,7 @@
 """A program: templates, the entries that run them as a stream of blocks, states, and the round that generates.
 
-Entries share one raised graph: ``prefill`` (committed tokens, logits of each row's last), ``step`` (drafted tokens, all logits) and
+Entries share one raised graph: ``prefill`` (committed tokens, logits of each row's last), ``step`` (drafted tokens, all
+logits) and
 ``score`` (the model's own forward). ``round`` is generation itself; ``ticks`` run on the clock.
 """
 
@@ -31,7 +32,8 @@ class Tick:
 
 @dataclass
 class Program:
-    """``params`` are the types of the weights; ``meta`` holds plain facts of the model (``vocab``, ``positions``, ``hidden`` ...).
+    """``params`` are the types of the weights; ``meta`` holds plain facts of the model (``vocab``, ``positions``,
+    ``hidden`` ...).
 
     ``applied`` is the text of the passes so far, ``quality`` the join of theirs.
     """

@@ -10,6 +10,7 @@ import torch
 
 from elision.ir.interp import Interpreter
 from elision.ir.requests import Requests
+from elision.ir.verify import Request
 from elision.runtime.options import Options
 from elision.runtime.session import Session
 from elision.runtime.text import StopStrings, TextStream, Tokenizer
@@ -64,13 +65,21 @@ def generate(
     session = Session(interpreter, len(prompts), longest + new)
     rows = [Row(list(p)) for p in prompts]
     readers = [_Reader(tokenizer, options.stop) if tokenizer is not None else None for _ in rows]
+    items = _items(prompts, options)
+    known = torch.zeros(len(rows), session.capacity, dtype=torch.int64)  # every row's tokens so far, for the penalties
+    for line, prompt in zip(known, prompts, strict=True):
+        line[: len(prompt)] = torch.tensor(prompt)
     stats = Stats(prompt_tokens=sum(map(len, prompts)), state_bytes=session.bytes())
+
+    def requests() -> Requests:
+        return Requests(items, [line[: len(row.prompt) + len(row.tokens)] for line, row in zip(known, rows, strict=True)])
 
     def take(r: int, tokens: list[int]) -> None:
         """Give row r its new tokens, up to where it ends."""
         row, reader, text = rows[r], readers[r], ""
         taken: list[int] = []
         for token in tokens:
+            known[r, len(row.prompt) + len(row.tokens)] = token
             taken.append(token)
             row.tokens.append(token)
             text += reader.push(token) if reader else ""
@@ -89,13 +98,13 @@ def generate(
             row.finish = "cancelled"
 
     logits = session.prefill(prompts)
-    first = _requests(rows, options).first(logits)
+    first = requests().first(logits)
     stats.time_to_first_token = time.perf_counter() - start
     begun = time.perf_counter()
     for r, token in enumerate(first):
         take(r, [token])
     while running := {r: row.tokens[-1] for r, row in enumerate(rows) if row.finish is None}:
-        produced = session.round(running, _requests(rows, options))
+        produced = session.round(running, requests())
         stats.rounds += 1
         for r in running:
             stats.accepted += len(produced[r]) - 1
@@ -105,16 +114,15 @@ def generate(
     return rows, stats
 
 
-def _requests(rows: list[Row], options: Options) -> Requests:
-    """The requests of this moment: EOS is suppressed up to each row's least number of new tokens."""
-    items = list(options.requests)
-    if options.min_new_tokens:
-        until = [len(row.prompt) + options.min_new_tokens for row in rows]
-        items = [
-            replace(q, warp=replace(q.warp, suppress=options.eos, suppress_before=position))
-            for q, position in zip(items, until, strict=True)
-        ]
-    return Requests(items, [torch.tensor(row.prompt + row.tokens) for row in rows])
+def _items(prompts: list[list[int]], options: Options) -> list[Request]:
+    """Every row's request, with EOS suppressed up to its least number of new tokens."""
+    if not options.min_new_tokens:
+        return list(options.requests)
+    until = [len(prompt) + options.min_new_tokens for prompt in prompts]
+    return [
+        replace(q, warp=replace(q.warp, suppress=options.eos, suppress_before=position))
+        for q, position in zip(options.requests, until, strict=True)
+    ]
 
 
 class _Reader:

@@ -87,10 +87,13 @@ class Model:
     ) -> Any:
         """Continue the prompts.
 
-        ``inputs``: token ids ``[B, T]`` (left-padded; ``attention_mask`` marks the padding), or texts. Ids give ids ``[B * n, T + new]``:
+        ``inputs``: token ids ``[B, T]`` (left-padded; ``attention_mask`` marks the padding), or texts. Ids give ids ``[B
+        * n, T + new]``:
         the padded prompt, then the new tokens, filled with the pad token; texts give the new texts. None means the model's
-        generation config; ``eos_token_id=[]`` never ends at a token; temperature 0 is greedy. ``stop`` strings end a row and are cut
-        from its text, but kept in its tokens. ``seed``: one for the call or one per prompt; a row's tokens do not depend on the other
+        generation config; ``eos_token_id=[]`` never ends at a token; temperature 0 is greedy. ``stop`` strings end a row
+        and are cut
+        from its text, but kept in its tokens. ``seed``: one for the call or one per prompt; a row's tokens do not depend
+        on the other
         rows. ``streamer``: an object with ``put``/``end`` (one row, as in transformers), or a function of (row, tokens, text)
         that ends a row by returning False.
         """
@@ -135,12 +138,18 @@ class Model:
         return texts[0] if isinstance(inputs, str) and num_return_sequences == 1 else texts
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None, **other: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **other: Any,
     ) -> Output:
         """The model's own forward: logits of every token, and its other outputs, ``[B, T, ...]`` (zeros at padding)."""
         given = [name for name, value in other.items() if value is not None and not (name in _IGNORED and not value)]
         if given:
-            raise BadInput(f"forward arguments {', '.join(given)} are not supported; expected input_ids, attention_mask, position_ids")
+            raise BadInput(
+                f"forward arguments {', '.join(given)} are not supported; expected input_ids, attention_mask, position_ids"
+            )
         ids, mask = self._check_ids(input_ids, attention_mask)
         row, column = mask.nonzero(as_tuple=True)
         if position_ids is None:
@@ -217,7 +226,9 @@ def _callback(streamer: Any, prompts: list[list[int]]) -> loop.OnTokens | None:
             raise BadInput(f"streamer: expected an object with put and end, or a function, got {type(streamer).__name__}")
         return streamer  # type: ignore[no-any-return]
     if len(prompts) != 1:
-        raise BadInput(f"a streamer with put and end takes one sequence, got {len(prompts)}: use a function of (row, tokens, text)")
+        raise BadInput(
+            f"a streamer with put and end takes one sequence, got {len(prompts)}: use a function of (row, tokens, text)"
+        )
     streamer.put(torch.tensor(prompts))
 
     def put(row: int, tokens: list[int], text: str) -> None:

@@ -16,8 +16,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 
 def test_entry_points_name_functions() -> None:
-    named = {**PROJECT["scripts"], **PROJECT["entry-points"]["torch_dynamo_backends"]}
-    for target in named.values():
+    for target in (*PROJECT["scripts"].values(), *PROJECT["entry-points"]["torch_dynamo_backends"].values()):
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 

@@ -56,7 +56,9 @@ arrays = st.builds(
 masks = st.one_of(
     st.just(Mask("causal")), st.just(Mask("full")), st.builds(Mask, st.sampled_from(["window", "chunk"]), st.integers(1, 99))
 )
-exprs = st.sampled_from(["x0 + x1", "silu(x0) * x1", "-x0", "x0 * 2.5 + 1e-06", "tanh(x0 / 30.0) * 30.0", "where(x0 > x1, x0, x1)"])
+exprs = st.sampled_from(
+    ["x0 + x1", "silu(x0) * x1", "-x0", "x0 * 2.5 + 1e-06", "tanh(x0 / 30.0) * 30.0", "where(x0 > x1, x0, x1)"]
+)
 
 
 def _of(values: list[Value], test: Any) -> list[Value]:

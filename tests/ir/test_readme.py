@@ -18,5 +18,5 @@ def test_the_example_round_trips() -> None:
 
 
 def test_every_rule_is_told() -> None:
-    told = set(re.findall(r"^\| (\w+) \|", README, re.MULTILINE)) - {"rule"} | set(re.findall(r"\(\*(\w+)\*\)", README))
-    assert told == {rule.__name__ for rule in verifier.RULES}
+    told = re.findall(r"^\| (\w+) \|", README, re.MULTILINE)[1:] + re.findall(r"\(\*(\w+)\*\)", README)
+    assert sorted(told) == sorted({rule.__module__.rpartition(".")[2] for rule in verifier.RULES})

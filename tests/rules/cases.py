@@ -69,14 +69,15 @@ def evicting(**attrs: Any) -> Edit:
 def in_round(program: Program, change: Callable[[Builder, Value, Value], Value]) -> Program:
     """The program with ``change(builder, rows, state)`` on the first cache just before its commit."""
     assert program.round is not None
-    first: list[Value] = []
+    known: dict[str, Value] = {}
 
     def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
-        if v.op != "commit" or first:
+        if v.op == "input":
+            return known.setdefault(v.attr("name"), b.input(v.attr("name"), v.type))  # type: ignore[arg-type]
+        if v.op != "commit" or "done" in known:
             return None
-        first.append(v)
-        last = next(x for x in b._inputs if x.attr("name") == "last")
-        return b.add("commit", change(b, last, args[0]), args[1])  # type: ignore[no-any-return]
+        known["done"] = b.add("commit", change(b, known["last"], args[0]), args[1])
+        return known["done"]
 
     program.round = rewrite(program.round, rule, program.targets)
     return program

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
-from elision.ir.program import Program
-from elision.ir.value import Builder, Value
+from elision.ir.op import OPS
+from elision.ir.program import Program, round_of
+from elision.ir.value import Builder, Value, rewrite
+from elision.ir.verifier import verify
 from tests.ir.programs import tiny_scorer
 from tests.rules.cases import cached, names, opaque, some
 
@@ -36,8 +41,11 @@ def at_head(program: Program, entry: str, change: str) -> Program:
 
 @pytest.mark.parametrize(("change", "legal"), [("restrict", False), ("lift", True)])
 def test_verify_reads_every_drafted_token(change: str, legal: bool) -> None:
-    found = names(at_head(cached(), "step", change))
-    assert found == set() if legal else "axis" in found
+    program = at_head(cached(), "step", change)
+    assert ("axis" in names(program)) != legal
+    if not legal:
+        with pytest.raises(IllegalProgram, match=r"the logits of step are on draft\(t\)/kept"):
+            verify(program)
 
 
 def test_prefill_may_drop_tokens() -> None:
@@ -73,4 +81,18 @@ def test_tokens_are_merged_in_encoders_only(mask: Mask, legal: bool) -> None:
         return b.add("unmerge", done, assign, kept)  # type: ignore[no-any-return]
 
     program.rewrite(rule, "score")
+    assert names(program) == (set() if legal else {"axis"})
+
+
+@pytest.mark.parametrize(("maker", "raised", "legal"), [("forest", False, False), ("root", False, True), ("forest", True, True)])
+def test_an_opaque_operator_sees_no_trees(maker: str, raised: bool, legal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``forest`` stands for any op that drafts more than the root."""
+    monkeypatch.setitem(OPS, "forest", replace(OPS["root"], name="forest"))
+    program = cached() if raised else at_head(cached(), "step", "opaque then")
+    program.round = round_of(program, depth=4)
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        return b.add(maker, *args, **dict(v.attrs)) if v.op == "root" else None  # type: ignore[no-any-return]
+
+    program.round = rewrite(program.round, rule, program.targets)
     assert names(program) == (set() if legal else {"axis"})

@@ -65,7 +65,8 @@ CASES: dict[str, tuple[Callable[[], Program], bool]] = {
     "ring below the window": (lambda: ring(7), False),
     "ring of the window": (lambda: ring(8), True),
     "attention of some tokens": (lambda: on_some("attn"), False),
-    "experts of some tokens": (lambda: on_some("mlp"), True),
+    "a block of some tokens": (lambda: on_some("mlp"), False),
+    "attention of the last tokens": (lambda: on_some("last"), True),
     "plain": (cached, True),
 }
 

@@ -6,10 +6,27 @@ import pytest
 import torch
 
 from elision.ir.ops.state import select
+from elision.ir.program import Program
 from elision.ir.states import KV, Dense, Segment
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
-from tests.rules.cases import cached, evicting, names, ticking
+from elision.ir.value import Builder, Value
+from tests.rules.cases import cached, evicting, names, template, ticking
+
+
+def unrotated(program: Program) -> Program:
+    """The program with keys as they were before `rope` (there is one key head)."""
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        return args[0] if v.op == "rope" and v.tensor.axes[1] == 1 else None
+
+    return template(program, "attn", rule)
+
+
+@pytest.mark.parametrize(("rope", "legal"), [("on_read", False), ("on_write", True)])
+def test_keys_are_rotated_once(rope: str, legal: bool) -> None:
+    assert names(cached(rope=rope)) == (set() if legal else {"rotation"})
+    assert names(unrotated(cached(rope=rope))) == set()
 
 
 @pytest.mark.parametrize(
@@ -17,7 +34,7 @@ from tests.rules.cases import cached, evicting, names, ticking
 )
 def test_renumbering_needs_keys_without_rotation(rope: str, renumber: bool, legal: bool) -> None:
     attrs = {"renumber": True} if renumber else {}
-    program = ticking(cached(keyed_by="explicit", rope=rope), evicting(**attrs))
+    program = ticking(unrotated(cached(keyed_by="explicit", rope=rope)), evicting(**attrs))
     assert names(program) == (set() if legal else {"rotation"})
 
 

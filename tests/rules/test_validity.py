@@ -49,9 +49,7 @@ def test_an_append_that_may_not_happen_is_declared(present: str, legal: bool) ->
     assert names(template(program, "attn", rule)) == (set() if legal else {"validity"})
 
 
-@pytest.mark.parametrize(
-    ("without", "legal"), [(["prefill"], False), (["step"], True), (["prefill", "step"], True), ([], True)]
-)
+@pytest.mark.parametrize(("without", "legal"), [(["prefill"], False), (["step"], True), (["prefill", "step"], True), ([], True)])
 def test_what_step_reads_was_written_by_prefill(without: list[str], legal: bool) -> None:
     assert names(_without(without)) == (set() if legal else {"validity"})
 

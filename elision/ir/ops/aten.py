@@ -1,7 +1,7 @@
 """Ops that were not raised, and the padded layout that they run in.
 
-An opaque op is typed and executed by torch between ``pad`` and ``unpad``. It is never a failure, and always counted in the coverage
-report. Passes that change a token axis are refused across it (rule axis).
+An opaque op is typed and executed by torch between ``pad`` and ``unpad``. It is never a failure, and always counted in
+the coverage report. Passes that change a token axis are refused across it (rule axis).
 """
 
 from __future__ import annotations

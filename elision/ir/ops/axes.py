@@ -105,4 +105,3 @@ def unmerge(y: torch.Tensor, assign: torch.Tensor, kept: torch.Tensor) -> torch.
     place = torch.zeros_like(assign)
     place[kept] = torch.arange(len(kept))
     return y[place[assign]]
-

@@ -88,7 +88,8 @@ def norm(
 ) -> torch.Tensor:
     """Normalise the last axis, then ``* (w + offset) + b``; statistics in float32 at least.
 
-    ``rms``: ``x * rsqrt(mean(x^2) + eps)``; ``layer``: the same after subtracting the mean; ``l2``: ``x * rsqrt(sum(x^2) + eps)``.
+    ``rms``: ``x * rsqrt(mean(x^2) + eps)``; ``layer``: the same after subtracting the mean; ``l2``: ``x * rsqrt(sum(x^2)
+    + eps)``.
     ``cast``: where a half-precision model goes back to its dtype: before the weight (``early``) or after it (``late``).
     """
     wide = x if x.dtype == torch.float64 else x.float()
@@ -120,8 +121,8 @@ def _rope_type(x: Tensor, inv_freq: Tensor, *, style: str, scale: float = 1.0) -
 def rope(x: torch.Tensor, inv_freq: torch.Tensor, *, style: str, scale: float = 1.0, at: Tokens) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021, RoFormer) of ``x [t, heads, dim]`` at the tokens' positions.
 
-    Channels ``i`` and ``i + r`` (``half``) or ``2i`` and ``2i + 1`` (``interleaved``) turn by ``pos * inv_freq[i]``, r = len(inv_freq);
-    channels from ``2r`` on stay. ``scale`` multiplies cosine and sine (YaRN's attention factor).
+    Channels ``i`` and ``i + r`` (``half``) or ``2i`` and ``2i + 1`` (``interleaved``) turn by ``pos * inv_freq[i]``, r =
+    len(inv_freq); channels from ``2r`` on stay. ``scale`` multiplies cosine and sine (YaRN's attention factor).
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     angle = at.pos.to(wide)[:, None] * inv_freq.to(wide)[None, :]

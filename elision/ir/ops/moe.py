@@ -33,13 +33,18 @@ def route(x: torch.Tensor, *, k: int, kind: str = "softmax", renormalise: bool =
     return weight.to(x.dtype), index
 
 
-def _experts_type(x: Tensor, weight: Tensor, index: Tensor, up: Tensor, down: Tensor, *, expr: str, halves: bool = True) -> Tensor:
+def _experts_type(
+    x: Tensor, weight: Tensor, index: Tensor, up: Tensor, down: Tensor, *, expr: str, halves: bool = True
+) -> Tensor:
     axis = token_axis(x, weight, index)
     need(len(up.axes) == len(down.axes) == 3, f"expected up [experts, F, in] and down [experts, out, F'], got {up}, {down}")
     (count, wide, width), (others, out, inner) = up.axes, down.axes
     need(count == others and width == x.axes[-1] and len(x.axes) == 2, f"{up} and {down} do not fit {x}")
     need(isinstance(wide, int) and wide == inner * scalar.operands(expr), f"{expr!r} of {wide} channels does not give {inner}")  # type: ignore[operator]
-    need(weight.axes == index.axes and len(index.axes) == 2 and index.dtype == "i64", f"expected [t, k] twice, got {weight}, {index}")
+    need(
+        weight.axes == index.axes and len(index.axes) == 2 and index.dtype == "i64",
+        f"expected [t, k] twice, got {weight}, {index}",
+    )
     return x.with_axes(axis, out)
 
 
@@ -65,10 +70,11 @@ def experts(
     expr: str,
     halves: bool = True,
 ) -> torch.Tensor:
-    """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``, ``down [experts, out, F']``.
+    """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``,
+    ``down [experts, out, F']``.
 
-    ``expr`` is f over the parts of the first product: its channels in as many equal runs as the expression has operands (``halves``), or
-    interleaved.
+    ``expr`` is f over the parts of the first product: its channels in as many equal runs as the expression has operands
+    (``halves``), or interleaved.
     """
     y = x.new_zeros(x.shape[0], down.shape[1])
     parts = scalar.operands(expr)

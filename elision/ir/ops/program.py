@@ -17,7 +17,7 @@ from elision.ir.tokens import Tokens
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Graph, Type, Types, Value
 
-Run = Callable[[str, tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]
+Run = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # the op's target on these operands
 
 
 def origin(state: Value) -> Value:
@@ -53,7 +53,7 @@ def _call_type(*types: Types, graph: Graph, target: str, label: str = "", env: A
 @op(_call_type, cost=lambda *_: Cost())
 def call(*x: Any, target: str, label: str = "", env: Any = (), run: Run) -> Any:
     """Run a template or an entry. ``label`` is ``<layer>.<half>`` for a block; ``env`` gives the template's `Env` attributes."""
-    found = run(target, x, dict(env))
+    found = run(x)
     return found[0] if len(found) == 1 else found
 
 
@@ -73,7 +73,7 @@ def _when_type(cond: Tensor, *types: Types, graph: Graph, target: str) -> Types:
 @op(_when_type, cost=lambda *_: Cost())
 def when(cond: torch.Tensor, *x: Any, target: str, run: Run) -> Any:
     """Run the template if the condition holds; otherwise its first operand passes through."""
-    return run(target, x, {})[0] if bool(cond) else x[0]
+    return run(x)[0] if bool(cond) else x[0]
 
 
 def _repeat_type(*types: Types, graph: Graph, target: str, n: int) -> Types:
@@ -86,7 +86,7 @@ def repeat(*x: Any, target: str, n: int, run: Run) -> Any:
     """Run the template n times (at least once), its results taking the place of its first operands."""
     out: tuple[Any, ...] = ()
     for _ in range(n):
-        out = run(target, (*out, *x[len(out) :]), {})
+        out = run((*out, *x[len(out) :]))
     return out[0] if len(out) == 1 else out
 
 
@@ -123,7 +123,8 @@ def _warp_type(ids: Tensor, logits: Tensor, requests: Host) -> Tensor:
 
 @op(_warp_type)
 def warp(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, *, at: Tokens) -> torch.Tensor:
-    """Probabilities ``[t, vocab]`` after each row's penalties, temperature, top-k, top-p and min-p, along each node's ancestors."""
+    """Probabilities ``[t, vocab]`` after each row's penalties, temperature, top-k, top-p and min-p, along each node's
+    ancestors."""
     return requests.warp(logits, at, ids)
 
 

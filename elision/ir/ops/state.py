@@ -147,8 +147,8 @@ def _keep_type(score: Tensor, pos: Tensor, *, n: int, recent: int = 0, sinks: in
 
 @op(_keep_type)
 def keep(score: torch.Tensor, pos: torch.Tensor, *, n: int, recent: int = 0, sinks: int = 0) -> torch.Tensor:
-    """Which ``n`` entries to keep: the first ``sinks`` and last ``recent`` positions, then the largest scores, ties to the smaller
-    position. Logical indices ``[b, heads, n]``, ascending; -1 where there are fewer entries."""
+    """Which ``n`` entries to keep: the first ``sinks`` and last ``recent`` positions, then the largest scores, ties to
+    the smaller position. Logical indices ``[b, heads, n]``, ascending; -1 where there are fewer entries."""
     there = pos >= 0
     newest = torch.where(there, pos, -1).amax(-1, keepdim=True)
     protect = there & ((pos < sinks) | (pos > newest - recent))

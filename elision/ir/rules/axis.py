@@ -14,14 +14,13 @@ from elision.ir.types import Tensor
 
 
 def axis(view: View) -> Iterator[IllegalProgram]:
-    """The logits of `step` are on the draft's own axis; nothing is merged where attention is causal; opaque operators see all
-    tokens of a call (or each row's last), and no trees."""
-    yield from _verified(view)
+    """Nothing is merged where attention is causal; opaque operators see all tokens of a call (or each row's last), no trees."""
     yield from _merged(view)
     yield from _opaque(view)
 
 
-def _verified(view: View) -> Iterator[IllegalProgram]:
+def verified(view: View) -> Iterator[IllegalProgram]:
+    """The logits of `step` are on the draft's own axis. Checked first of all: no round can be built against such a step."""
     step = view.program.entries.get("step")
     if step is None:
         return

@@ -17,8 +17,8 @@ from elision.ir.walk import CONTROL, Site
 
 
 def encoding(view: View) -> Iterator[IllegalProgram]:
-    """A `select` from token-grouped segments promises whole groups (its ``group``); `flush` moves whole groups of both segments;
-    entries take states of the declared types, and templates caches of their heads and widths."""
+    """No `select` from token-grouped segments; `flush` moves whole groups of both its segments; what the runtime runs takes and
+    gives states of the declared types, and templates take caches of their heads and widths."""
     for site in view.once("select", "flush"):
         name, type = site.state(site.value.args[0])
         assert isinstance(type, KV)
@@ -28,14 +28,14 @@ def encoding(view: View) -> Iterator[IllegalProgram]:
 
 
 def _select(site: Site, name: str, type: KV) -> Iterator[IllegalProgram]:
-    grouped = [f"{e}" for s in type.main for e in (s.k, s.v) if site.value.attr("group", 1) % e.token_group]
+    grouped = [f"{e}" for s in type.main for e in (s.k, s.v) if e.token_group > 1]
     if grouped:
         yield IllegalProgram(
             "encoding",
             f"single entries are evicted from {name}, whose rows share scales",
             sides=f"{site.where}: select, on {grouped[0]}",
             because="rows of one token group are written and dropped only together",
-            help="evict whole groups (select with group), or requantise to groups of channels (axis=channel)",
+            help="requantise to groups of channels (axis=channel), or leave out one of the two passes",
         )
 
 

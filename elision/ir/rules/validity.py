@@ -21,7 +21,8 @@ def validity(view: View) -> Iterator[IllegalProgram]:
         name, type = site.state(site.value.args[0])
         at = site.axis(site.value.args[1])
         partial = at is not None and at.parent is not None
-        if isinstance(type, KV) and type.present.kind == "all" and (partial or site.frame.guarded):
+        whole = name in view.program.states and isinstance(type, KV) and type.present.kind == "all"
+        if whole and (partial or site.frame.guarded):
             yield IllegalProgram(
                 "validity",
                 f"{name} claims every position, but some tokens do not write it",
