@@ -17,6 +17,7 @@ from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import Anchor
 from elision.frontend.experts import Experts, Router
 from elision.frontend.normalise import operator_name
+from elision.frontend.rowwise import is_rowwise
 from elision.frontend.sites import AttentionSite, attention_site
 from elision.frontend.structure import is_attention
 from elision.frontend.token_major import Layout, Layouts
@@ -135,6 +136,7 @@ class Lowering:
             or layout is None
             or not layout.leading
             or layout.merged
+            or node.kwargs
             or not isinstance(value, Tensor)
         ):
             raise UnsupportedModel(f"operator {node.target} has no rule and cannot be kept as it is: {node.format_node()}")
@@ -150,7 +152,7 @@ class Lowering:
                 return ("arg", len(operands) - 1)
             if isinstance(item, list | tuple):
                 return ("list", *map(fill, item))
-            return ("dtype", str(item).removeprefix("torch.")) if isinstance(item, torch.dtype) else item
+            return ("dtype", parse_dtype(item)) if isinstance(item, torch.dtype) else item
 
         template = tuple(fill(a) for a in node.args)
         first = next(v for n in node.all_input_nodes if (v := self.value(n)).tensor.tokens is not None)
@@ -159,7 +161,10 @@ class Lowering:
         results = TensorType((rows, length, *layout.features), parse_dtype(value.dtype))
         overload = str(node.target).removeprefix("aten.")
         self.opaque.append(name)
-        return self._add("unpad", first, self._add("aten", *operands, function=overload, template=template, results=results))
+        attrs: dict[str, Any] = {"function": overload, "template": template, "results": results}
+        if is_rowwise(overload, template, [v.tensor for v in operands]):
+            attrs["rowwise"] = True
+        return self._add("unpad", first, self._add("aten", *operands, **attrs))
 
     # --- rules; None or BadInput means: keep the operator as it is ---
 

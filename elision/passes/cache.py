@@ -38,6 +38,7 @@ class InsertCache(Pass):
         caches = {name: _fresh_types(graph) for name, graph in program.templates.items()}
         if not any(caches.values()):
             raise BadInput("insert-cache: the model has no attention to cache")
+        _refuse_mixing(program)
         program.templates = {n: _cached(g, [self.stored(t) for t in caches[n]]) for n, g in program.templates.items()}
         program.entries["score"] = _with_empty(plain, program.templates, caches)
         for entry in ("prefill", "step"):
@@ -81,6 +82,16 @@ class InsertCache(Pass):
 
         graph = rewrite(replace(plain, name=entry), rule, program.targets, more=lambda: written)
         return graph, states
+
+
+def _refuse_mixing(program: Program) -> None:
+    """Opaque operators that may look at several tokens run over whole sequences only, not in chunks and steps."""
+    opaque = [v for g in program.targets.values() for v in g.values if v.op == "aten"]
+    if mixing := sorted({v.attr("function") for v in opaque if not v.attr("rowwise")}):
+        raise BadInput(
+            f"insert-cache: {program.name} cannot run token by token, since {', '.join(mixing)} may look at several tokens "
+            "at once and has no rule"
+        )
 
 
 def _last_only(b: Builder, h: Value) -> Value:

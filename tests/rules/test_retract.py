@@ -38,7 +38,7 @@ def test_eviction_flush_and_recode_run_on_the_clock_only(op: str) -> None:
         (Journal(1), 1, True),
         (Journal(3), 4, False),
         (Journal(4), 4, True),
-        (Snapshot(), 4, True),
+        (Snapshot(), 4, False), (Snapshot(), 1, True),
     ],
 )
 def test_an_array_needs_an_undo_of_the_rounds_depth(undo: Undo | None, depth: int, legal: bool) -> None:

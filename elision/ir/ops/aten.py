@@ -13,19 +13,33 @@ import torch
 from elision.errors import BadInput
 from elision.ir.op import need, op, token_axis
 from elision.ir.tokens import Tokens
-from elision.ir.types import Axis, Tensor
+from elision.ir.types import DTYPES, Axis, Tensor
 
 
-def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results: Tensor) -> Tensor:
+def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results: Tensor, rowwise: bool = False) -> Tensor:
     resolve(function)
+    need(_legal(template), f"template {template!r} holds something other than numbers, operands, lists and dtypes")
     return results
 
 
 @op(_aten_type)
-def aten(*x: torch.Tensor, function: str, template: tuple[Any, ...], results: Tensor) -> Any:
-    """Call ``torch.ops.aten.<function>`` with positional arguments ``template``, in which ``("arg", i)`` stands for operand i and
-    ``("list", ...)`` for a list. ``results`` is the type of the (one) result."""
+def aten(*x: torch.Tensor, function: str, template: tuple[Any, ...], results: Tensor, rowwise: bool = False) -> Any:
+    """Call ``torch.ops.aten.<function>`` with positional arguments ``template``: ``("arg", i)`` stands for operand i, ``("list", ...)``
+    for a list. ``results`` is the type of the (one) result; ``rowwise`` says that it was seen to look at one token
+    at a time, without which it can only run over whole sequences."""
+    return call(function, template, x)
+
+
+def call(function: str, template: tuple[Any, ...], x: tuple[torch.Tensor, ...]) -> Any:
+    """The operator's result for these operands."""
     return resolve(function)(*(_fill(t, x) for t in template))
+
+
+def _legal(item: Any) -> bool:
+    """No text but the markers: an operator that takes a file name, say, is not for a program."""
+    if isinstance(item, tuple):
+        return all(_legal(i) for i in (item[1:] if item and isinstance(item[0], str) else item)) or item[:1] == ("dtype",)
+    return item is None or isinstance(item, bool | int | float)
 
 
 def _fill(item: Any, x: tuple[torch.Tensor, ...]) -> Any:
@@ -34,7 +48,7 @@ def _fill(item: Any, x: tuple[torch.Tensor, ...]) -> Any:
     if isinstance(item, tuple) and item and item[0] == "list":
         return [_fill(i, x) for i in item[1:]]
     if isinstance(item, tuple) and item and item[0] == "dtype":
-        return getattr(torch, item[1])
+        return DTYPES[item[1]]
     return item
 
 

@@ -12,7 +12,7 @@ from elision.errors import IllegalProgram
 from elision.ir.ops.program import consumes
 from elision.ir.program import Program, Tick, state_inputs
 from elision.ir.rules.view import View
-from elision.ir.states import KV, Journal, Scratch
+from elision.ir.states import KV, Journal, Scratch, Snapshot
 from elision.ir.value import Graph, Value
 from elision.ir.walk import Site
 
@@ -82,10 +82,13 @@ def _change(site: Site, name: str, depth: int | None) -> Iterator[IllegalProgram
     elif type.undo is None:
         yield illegal(
             "the value is overwritten, and the state has undo=None",
-            f"give it undo=Journal({depth}) or Snapshot(), or {_ON_THE_CLOCK}",
+            f"give it undo=Journal({depth}), or {_ON_THE_CLOCK}",
         )
     elif isinstance(type.undo, Journal) and type.undo.depth < depth:
         yield illegal(f"its journal keeps {type.undo.depth}", f"give it undo=Journal({depth})")
+    elif isinstance(type.undo, Snapshot) and depth > 1:
+        because = "a snapshot goes back to the checkpoint, and nothing runs the accepted tokens again"
+        yield illegal(because, f"give it undo=Journal({depth})")
 
 
 def _unpaired(graph: Graph, name: str, op: str) -> IllegalProgram:
