@@ -7,6 +7,7 @@ float casts widened on both sides. Where nothing fits, the nodes are lowered one
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -147,7 +148,7 @@ class AnchorFinder:
         return varies and isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 3
 
     def _rotation(self, product: fx.Node, inside: set[fx.Node]) -> Anchor | None:
-        for start in reversed(list(self._above(product, inside, lambda n: operator_name(n) in _SHUFFLES | {"aten::mul"}))):
+        for start in reversed(list(self._above(product, inside, _moves))):
             layout = self._layouts.of(start)
             if layout is None or not layout.features:
                 continue
@@ -199,7 +200,7 @@ class AnchorFinder:
         reached = {start}
         found: list[fx.Node] = []
         for node in sorted(inside):
-            if node is start or node < start or operator_name(node) not in _REGION:
+            if node is start or node < start or not (operator_name(node) in _REGION or node.target is operator.getitem):
                 continue
             inputs = node.all_input_nodes
             if any(n in reached for n in inputs) and all(n in reached or other(n) or self._is_size(n) for n in inputs):
@@ -219,6 +220,11 @@ _REGION = _SHUFFLES | {
     "aten::mul", "aten::add", "aten::sub", "aten::pow", "aten::mean", "aten::sum", "aten::rsqrt", "aten::_to_copy",
     "aten::type_as", "aten::square", "aten::var",
 }  # fmt: skip
+
+
+def _moves(node: fx.Node) -> bool:
+    """A product, or an operator that only moves channels."""
+    return operator_name(node) in _SHUFFLES | {"aten::mul"} or node.target is operator.getitem
 
 
 def close(found: Tensor, want: Tensor) -> bool:

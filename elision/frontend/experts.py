@@ -7,6 +7,7 @@ token axis. What those compute is proposed as one `experts` op and decided by ev
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +18,12 @@ from torch import Tensor, fx
 from elision.frontend.capture import Captured
 from elision.frontend.evaluate import ancestors, evaluate
 from elision.frontend.normalise import operator_name
+from elision.frontend.pointwise import expression
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts
+from elision.ir.expr import canonical
 from elision.ir.ops import moe
 
-_ACTIVATIONS = (
-    "silu(x0) * x1",
-    "gelu(x0) * x1",
-    "gelu_tanh(x0) * x1",
-    "relu(x0) * x1",
-    "silu(x1) * x0",
-    "silu(x0)",
-    "gelu(x0)",
-    "relu(x0)",
-)
 _ROWS, _LENGTH = 2, 6
 
 
@@ -54,15 +47,15 @@ class Router:
 
 @dataclass(frozen=True)
 class Experts:
-    """``experts`` of ``x``, ``weight``, ``index`` gives ``end``; ``up`` and ``down`` are the weights as the graph has
-    them, [experts, in, out]."""
+    """``experts`` of ``x``, ``weight``, ``index`` gives ``end``. ``products``: the two weights as the graph has them, [experts, in,
+    out]; ``biases``: theirs, [experts, out], or none."""
 
     x: fx.Node
     weight: fx.Node
     index: fx.Node
     end: fx.Node
-    up: fx.Node
-    down: fx.Node
+    products: tuple[fx.Node, fx.Node]
+    biases: tuple[fx.Node, ...]
     attrs: dict[str, Any]
 
     @property
@@ -122,48 +115,62 @@ class ExpertFinder:
             return None
         index = next((n for n in inputs if not n.meta["val"].is_floating_point()), None)
         floats = [n for n in inputs if n is not index]
-        if index is None or len(floats) != 2:
+        wide, up_bias = self._biased(first)
+        _, down_bias = self._biased(second)
+        attrs = self._activation(wide, second.args[0])
+        if index is None or len(floats) != 2 or attrs is None or (up_bias is None) != (down_bias is None):
             return None
-        k = shapes[index].features[0]  # type: ignore[union-attr]
-        up, down = first.args[1], second.args[1]
-        assert isinstance(up, fx.Node) and isinstance(down, fx.Node)
+        biases = (up_bias, down_bias) if up_bias is not None and down_bias is not None else ()
         for x, weight in (floats, floats[::-1]):
-            if shapes[weight].features != (k,):  # type: ignore[union-attr]
-                continue
-            attrs = self._attrs(x, weight, index, end, up, down)
-            if attrs is not None:
-                return Experts(x, weight, index, end, up, down, attrs)
+            site = Experts(x, weight, index, end, (first.args[1], second.args[1]), biases, attrs)  # type: ignore[arg-type]
+            if shapes[weight].features == shapes[index].features and self._agrees(site):  # type: ignore[union-attr]
+                return site
         return None
 
-    def _attrs(
-        self, x: fx.Node, weight: fx.Node, index: fx.Node, end: fx.Node, up: fx.Node, down: fx.Node
-    ) -> dict[str, Any] | None:
-        layouts = [self._layouts.of(n) for n in (x, weight, index)]
-        lx, lw, li = layouts
-        assert lx is not None and lw is not None and li is not None
-        count, width, wide = up.meta["val"].shape
-        _, inner, out = down.meta["val"].shape
-        values = lx.random(_ROWS, _LENGTH, seed=0)
-        gates = lw.random(_ROWS, _LENGTH, seed=1)
-        chosen = (
-            li.random(_ROWS, _LENGTH, seed=2).argsort(-1) if li.features[0] > 1 else torch.zeros_like(gates, dtype=torch.int64)
-        )
-        chosen = (chosen + torch.arange(chosen.numel() // li.features[0]).reshape(*chosen.shape[:-1], 1)) % count
-        weights = [_random((count, width, wide), 3), _random((count, inner, out), 4)]
-        given = {x: values, weight: gates, index: chosen, up: weights[0], down: weights[1]}
+    def _biased(self, product: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """A product with the bias of each row's expert added, and that bias; or the product alone."""
+        users = list(product.users)
+        if len(users) == 1 and operator_name(users[0]) == "aten::add":
+            rows = next((n for n in users[0].all_input_nodes if n is not product), product)
+            if operator_name(rows) == "aten::index" and self._taint.param_only(rows.all_input_nodes[0]):
+                return users[0], rows.all_input_nodes[0]
+        return product, None
+
+    def _activation(self, wide: fx.Node, result: Any) -> dict[str, Any] | None:
+        """The expression that leads from the first product to the second, and how it cuts the channels into operands."""
+        cuts: set[bool] = set()
+
+        def text(node: fx.Node) -> str | None:
+            if node is wide:
+                return "x0"
+            source = node.args[0] if node.args else None
+            if node.target is operator.getitem and isinstance(source, fx.Node) and source.args[0] is wide:
+                cuts.add(True)
+                return f"x{node.args[1]}"
+            if operator_name(node) == "aten::slice" and source is wide and node.args[4:] == (2,):
+                cuts.add(False)
+                return f"x{node.args[2]}"
+            return expression(node, text)
+
+        expr = text(result) if isinstance(result, fx.Node) else None
+        if expr is None or len(cuts) > 1:
+            return None
+        return {"expr": canonical(expr), **({"halves": False} if False in cuts else {})}
+
+    def _agrees(self, site: Experts) -> bool:
+        """Whether the op gives what the graph gives, for random operands."""
+        lx, lw, li, end = (self._layouts.of(n) for n in (site.x, site.weight, site.index, site.end))
+        assert lx is not None and lw is not None and li is not None and end is not None
+        x, gates, order = (layout.random(_ROWS, _LENGTH, seed=i) for i, layout in enumerate((lx, lw, li)))
+        weights = [_random(tuple(n.meta["val"].shape), seed=3 + i) for i, n in enumerate((*site.products, *site.biases))]
+        chosen = order.argsort(-1) + torch.arange(len(order))[(...,) + (None,) * (order.dim() - 1)]
+        given = {site.x: x, site.weight: gates, site.index: chosen % weights[0].shape[0]}
+        given.update(zip((*site.products, *site.biases), weights, strict=True))
         positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
-        want = evaluate(self._captured, [end], positions, given=given, wide=True)[0]
-        end_layout = self._layouts.of(end)
-        assert end_layout is not None
-        want = end_layout.tokens(want)
-        operands = (lx.tokens(values), lw.tokens(gates), li.tokens(chosen), weights[0].mT, weights[1].mT)
-        for expr, halves in itertools.product(_ACTIVATIONS, (True, False)):
-            if wide != inner * (2 if "x1" in expr else 1):
-                continue
-            attrs = {"expr": expr} if halves else {"expr": expr, "halves": False}
-            if self._close(moe.experts(*operands, **attrs), want):  # type: ignore[arg-type]
-                return attrs
-        return None
+        want = end.tokens(evaluate(self._captured, [site.end], positions, given=given, wide=True)[0])
+        operands = [layout.tokens(given[n]) for layout, n in ((lx, site.x), (lw, site.weight), (li, site.index))]
+        found = moe.experts(*operands, weights[0].mT, weights[1].mT, *weights[2:], **site.attrs)
+        return self._close(found, want)
 
     def _router_of(self, site: Experts, inside: set[fx.Node]) -> Router | None:
         """Walk up from weights and indices to the logits that both come from, and find what routing gives them."""

@@ -17,11 +17,12 @@ from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import Anchor
 from elision.frontend.experts import Experts, Router
 from elision.frontend.normalise import operator_name
+from elision.frontend.pointwise import expression
 from elision.frontend.rowwise import is_rowwise
 from elision.frontend.sites import AttentionSite, attention_site
 from elision.frontend.structure import is_attention
 from elision.frontend.token_major import Layout, Layouts
-from elision.ir.expr import canonical, number
+from elision.ir.expr import canonical
 from elision.ir.states import KV, Dense, Float, Segment
 from elision.ir.types import Tensor as TensorType
 from elision.ir.types import parse_dtype
@@ -83,8 +84,9 @@ class Lowering:
         if isinstance(region, Router):
             return list(self._b.add("route", self.value(region.logits), **region.attrs))
         operands = [self.value(n) for n in (region.x, region.weight, region.index)]
-        weights = [self._outside(w, True) for w in (region.up, region.down)]
-        return [self._add("experts", *operands, *weights, **region.attrs)]
+        weights = [self._outside(w, True) for w in region.products]
+        biases = [self._outside(b, False) for b in region.biases]
+        return [self._add("experts", *operands, *weights, *biases, **region.attrs)]
 
     def _anchor(self, anchor: Anchor) -> Value:
         x = self.value(anchor.start)
@@ -107,7 +109,7 @@ class Lowering:
             assert isinstance(found, tuple)
             return found[node.args[1]]  # type: ignore[index]
         try:
-            lowered = rule(self, node) if rule is not None else None
+            lowered = rule(self, node) if rule is not None else self._pointwise(node)
         except BadInput:
             lowered = None  # the op's own type rule refused: the operator stays opaque
         return lowered if lowered is not None else self._keep(node)
@@ -265,6 +267,20 @@ class Lowering:
         eps = rest[2] if len(rest) > 2 else 1e-5
         return self._add("norm", self.value(x), *weights, kind="layer", eps=eps, cast="late")
 
+    def _pointwise(self, node: fx.Node) -> Value | None:
+        operands: list[Value] = []
+
+        def text(operand: fx.Node) -> str:
+            operands.append(self.value(operand))
+            return f"x{len(operands) - 1}"
+
+        expr = expression(node, text)
+        if expr is None:
+            return None
+        dtype = parse_dtype(node.meta["val"].dtype)
+        cast = {"dtype": dtype} if {v.tensor.dtype for v in operands} != {dtype} else {}
+        return self._add("map", *operands, expr=canonical(expr), **cast)
+
     def _mean(self, node: fx.Node) -> Value | None:
         layout = self._layout_of_first(node)
         dims = node.args[1]
@@ -298,33 +314,6 @@ def _adjacent(before: Layout, dims: tuple[Any, ...]) -> bool:
     return not any(before.axis(d) is not None for d in range(low + 1, high)) or all(before.axis(d) is None for d in (low, high))
 
 
-def _pointwise(expr: str) -> Callable[[Lowering, fx.Node], Value | None]:
-    """A rule for ``expr`` over the operands, numbers written into the expression."""
-
-    def rule(self: Lowering, node: fx.Node) -> Value | None:
-        alpha = node.kwargs.get("alpha", 1)
-        text = expr
-        operands: list[Value] = []
-        for i, arg in enumerate(node.args):
-            if isinstance(arg, fx.Node):
-                text = text.replace(f"x{i}", f"y{len(operands)}")
-                operands.append(self.value(arg))
-            elif isinstance(arg, int | float):
-                text = text.replace(f"x{i}", f"({number(arg)})")
-        if alpha != 1 or any(k not in ("alpha",) for k in node.kwargs):
-            return None
-        dtype = parse_dtype(node.meta["val"].dtype)
-        mixed = {v.tensor.dtype for v in operands} != {dtype}
-        return self._add("map", *operands, expr=canonical(text.replace("y", "x")), **({"dtype": dtype} if mixed else {}))
-
-    return rule
-
-
-def _gelu(self: Lowering, node: fx.Node) -> Value | None:
-    expr = "gelu_tanh(x0)" if node.kwargs.get("approximate") == "tanh" else "gelu(x0)"
-    return self._add("map", self.value(node.args[0]), expr=expr)  # type: ignore[arg-type]
-
-
 _RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::linear": Lowering._linear,
     "aten::addmm": Lowering._addmm,
@@ -346,15 +335,4 @@ _RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::mean": Lowering._mean,
     "aten::sum": Lowering._mean,
     "aten::amax": Lowering._mean,
-    "aten::gelu": _gelu,
-    "aten::add": _pointwise("x0 + x1"),
-    "aten::sub": _pointwise("x0 - x1"),
-    "aten::mul": _pointwise("x0 * x1"),
-    "aten::div": _pointwise("x0 / x1"),
-    "aten::neg": _pointwise("-x0"),
-    "aten::pow": _pointwise("x0 ** x1"),
-    **{
-        f"aten::{name}": _pointwise(f"{name}(x0)")
-        for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "erf", "sin", "cos", "abs", "sigmoid", "relu", "silu", "softplus")
-    },
 }

@@ -26,11 +26,11 @@ class Pair:
 
 
 def words(vocab: int) -> Tokenizer:
-    """A tokenizer whose token i is the word ``t<i>``; 2 is special."""
-    core = tokenizers.Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab)}, unk_token="t1"))
+    """A tokenizer whose token i is the word ``t<i>``, in three digits; t002 is special."""
+    core = tokenizers.Tokenizer(models.WordLevel({f"t{i:03}": i for i in range(vocab)}, unk_token="t001"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens([f"t{EOS}"])
-    return Tokenizer(core, {"chat_template": None, "special_tokens": {"eos_token": f"t{EOS}"}})
+    core.add_special_tokens([f"t{EOS:03}"])
+    return Tokenizer(core, {"chat_template": None, "special_tokens": {"eos_token": f"t{EOS:03}"}})
 
 
 def pair(vocab: int, positions: int = 64, max_batch: int = 8, spread: float = 0.2, **defaults: Any) -> Pair:

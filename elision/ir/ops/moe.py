@@ -34,22 +34,23 @@ def route(x: torch.Tensor, *, k: int, kind: str = "softmax", renormalise: bool =
 
 
 def _experts_type(
-    x: Tensor, weight: Tensor, index: Tensor, up: Tensor, down: Tensor, *, expr: str, halves: bool = True
+    x: Tensor, weight: Tensor, index: Tensor, up: Tensor, down: Tensor, *biases: Tensor, expr: str, halves: bool = True
 ) -> Tensor:
     axis = token_axis(x, weight, index)
     need(len(up.axes) == len(down.axes) == 3, f"expected up [experts, F, in] and down [experts, out, F'], got {up}, {down}")
     (count, wide, width), (others, out, inner) = up.axes, down.axes
     need(count == others and width == x.axes[-1] and len(x.axes) == 2, f"{up} and {down} do not fit {x}")
-    need(isinstance(wide, int) and wide == inner * scalar.operands(expr), f"{expr!r} of {wide} channels does not give {inner}")  # type: ignore[operator]
+    assert isinstance(inner, int)
+    need(wide == inner * scalar.operands(expr), f"{expr!r} of {wide} channels does not give {inner}")
+    need(weight.axes == index.axes and len(index.axes) == 2 and index.dtype == "i64", f"expected [t, k] twice: {weight}, {index}")
     need(
-        weight.axes == index.axes and len(index.axes) == 2 and index.dtype == "i64",
-        f"expected [t, k] twice, got {weight}, {index}",
+        [b.axes for b in biases] in ([], [(count, wide), (count, out)]), "expected no biases, or [experts, F] and [experts, out]"
     )
     return x.with_axes(axis, out)
 
 
 def _experts_cost(sizes: Sizes, types: list[Tensor], result: Tensor, attrs: dict[str, Any]) -> Cost:
-    x, weight, _, up, down = types
+    x, weight, _, up, down = types[:5]
     count, wide, width = (sizes.of(d) for d in up.axes)
     _, out, inner = (sizes.of(d) for d in down.axes)
     pairs = sizes.elements(weight)
@@ -66,21 +67,23 @@ def experts(
     index: torch.Tensor,
     up: torch.Tensor,
     down: torch.Tensor,
-    *,
+    *biases: torch.Tensor,
     expr: str,
     halves: bool = True,
 ) -> torch.Tensor:
     """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``,
     ``down [experts, out, F']``.
 
-    ``expr`` is f over the parts of the first product: its channels in as many equal runs as the expression has operands
+    ``biases``: of both products, or none. ``expr`` is f over the parts of the first product: its channels in as many equal runs as the expression has operands
     (``halves``), or interleaved.
     """
     y = x.new_zeros(x.shape[0], down.shape[1])
     parts = scalar.operands(expr)
     for e in dict.fromkeys(index.flatten().tolist()):
         token, place = (index == e).nonzero(as_tuple=True)
-        h = F.linear(x[token], up[e])
+        h = F.linear(x[token], up[e], *(b[e] for b in biases[:1]))
         cut = h.chunk(parts, -1) if halves else tuple(h[..., i::parts] for i in range(parts))
-        y.index_add_(0, token, F.linear(scalar.compiled(expr)(*cut), down[e]) * weight[token, place][:, None])
+        y.index_add_(
+            0, token, F.linear(scalar.compiled(expr)(*cut), down[e], *(b[e] for b in biases[1:])) * weight[token, place][:, None]
+        )
     return y
