@@ -36,7 +36,7 @@ class Lowering:
     """Lowers the nodes of one graph (a template, the prologue or the epilogue) into ``builder``.
 
     ``outside(node, transposed)`` gives the value of something that is not a token value (a weight, or its transpose);
-    ``frequencies(cos, sin)`` those of a rotation; ``mask`` is how the graph names the mask of an attention node.
+    ``frequencies(cos, sin)`` those of a rotation; ``constant(node)`` is a constant's value; ``mask`` is how the graph names the mask of an attention node.
     ``opaque`` collects the operators without a rule.
     """
 
@@ -47,9 +47,10 @@ class Lowering:
         outside: Callable[[fx.Node, bool], Value],
         frequencies: Callable[[fx.Node, fx.Node], Value],
         mask: Callable[[fx.Node], Any],
+        constant: Callable[[fx.Node], Tensor | None],
     ) -> None:
         self._b, self._layouts, self._outside = builder, layouts, outside
-        self._frequencies, self._mask = frequencies, mask
+        self._frequencies, self._mask, self._constant = frequencies, mask, constant
         self._values: dict[fx.Node, Slot] = {}
         self.opaque: list[str] = []
 
@@ -230,10 +231,23 @@ class Lowering:
 
     def _cut(self, node: fx.Node, layout: Layout, dim: int, start: Any, end: Any) -> Value | None:
         axis = layout.axis(dim)
-        if axis is None or axis != len(layout.features) - 1:
+        if axis is None:
             return None
         start, stop, _ = slice(start, end).indices(layout.features[axis])
-        return self._add("slice", self.value(node.args[0]), start=start, stop=stop)  # type: ignore[arg-type]
+        back = axis - len(layout.features)
+        return self._add("slice", self.value(node.args[0]), start=start, stop=stop, **({"axis": back} if back != -1 else {}))  # type: ignore[arg-type]
+
+    def _index(self, node: fx.Node) -> Value | None:
+        """One entry of one feature axis, by a constant list of one index."""
+        layout = self._layout_of_first(node)
+        indices = node.args[1]
+        assert isinstance(indices, list | tuple)
+        given = [(d, n) for d, n in enumerate(indices) if isinstance(n, fx.Node)]
+        constant = self._constant(given[0][1]) if len(given) == 1 else None
+        if layout is None or constant is None or constant.numel() != 1 or constant.dim() != 1:
+            return None
+        start = int(constant)
+        return self._cut(node, layout, given[0][0], start, start + 1 or None)
 
     def _pieces(self, node: fx.Node) -> Slot | None:
         layout = self._layout_of_first(node)
@@ -328,6 +342,7 @@ _RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::to": Lowering._cast,
     "aten::_to_copy": Lowering._cast,
     "aten::slice": Lowering._slice,
+    "aten::index": Lowering._index,
     "aten::split": Lowering._pieces,
     "aten::split_with_sizes": Lowering._pieces,
     "aten::chunk": Lowering._pieces,

@@ -107,7 +107,7 @@ class _Raiser:
             slots = (segment.externals.index(cos), segment.externals.index(sin))
             return formal(Frequencies(*slots, float(table.scale)), "inv_freq")
 
-        low = Lowering(b, self.layouts, outside, frequencies, lambda n: Env("mask"))
+        low = Lowering(b, self.layouts, outside, frequencies, lambda n: Env("mask"), self._constant)
         low.give(segment.start, stream)
         end = low.run(segment.nodes, self._regions(segment.nodes, segment.start), segment.end)
         graph = fuse_maps(b.build(b.named(end, "h")))
@@ -116,6 +116,11 @@ class _Raiser:
         weights = [self.raised.weights[self.operands.name(o, segment)] for o in formals]
         check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment))
         return graph, list(formals)
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The value of a constant of the graph, None for anything else."""
+        constant = node.op == "placeholder" and self.captured.kinds.get(node.name) == "const"
+        return self.captured.params.get(self.captured.source.get(node.name, "")) if constant else None
 
     def _regions(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Region]:
         """What is one op each among the nodes of a block: norms, rotations, routers and experts."""
@@ -162,7 +167,7 @@ class _Raiser:
                 return b.param(name, program.params[name])
             return self._learned_positions(b, ids, node)
 
-        low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask)
+        low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask, self._constant)
         prologue = self._between(None, self.structure.root)
         low.give(next(n for n in self.captured.graph.nodes if self.captured.kinds.get(n.name) == "token"), ids)
         h = low.run(prologue, self._regions(prologue, None), self.structure.root)

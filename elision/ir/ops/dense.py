@@ -220,16 +220,19 @@ def view(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     return x.reshape(x.shape[0], *shape)
 
 
-def _slice_type(x: Tensor, *, start: int, stop: int) -> Tensor:
-    width = x.axes[-1]
-    need(isinstance(width, int) and 0 <= start < stop <= width, f"no channels {start}:{stop} in {x}")
-    return x.with_axes(*x.axes[:-1], stop - start)
+def _slice_type(x: Tensor, *, start: int, stop: int, axis: int = -1) -> Tensor:
+    need(-len(x.features) <= axis < 0, f"axis={axis}; expected -1 to {-len(x.features)}, counted from the last of {x}")
+    size = x.axes[axis]
+    need(isinstance(size, int) and 0 <= start < stop <= size, f"no channels {start}:{stop} in axis {axis} of {x}")
+    axes = list(x.axes)
+    axes[axis] = stop - start
+    return x.with_axes(*axes)
 
 
 @op(_slice_type, cost=_free, name="slice")
-def slice_(x: torch.Tensor, *, start: int, stop: int) -> torch.Tensor:
-    """Channels ``start .. stop - 1`` of the last axis."""
-    return x[..., start:stop]
+def slice_(x: torch.Tensor, *, start: int, stop: int, axis: int = -1) -> torch.Tensor:
+    """Channels ``start .. stop - 1`` of a feature axis (counted from the last, -1)."""
+    return x.narrow(axis, start, stop - start)
 
 
 def _concat_type(*types: Tensor) -> Tensor:
