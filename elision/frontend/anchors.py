@@ -82,12 +82,14 @@ class AnchorFinder:
     # --- norms ---
 
     def _norm(self, rsqrt: fx.Node, inside: set[fx.Node]) -> Anchor | None:
-        for start in self._above(rsqrt, inside, lambda n: True):
-            layout = self._layouts.of(start)
+        # The op has the dtype of its operand, so a cast to float32 on the way in belongs to it.
+        for start in sorted(self._above(rsqrt, inside, lambda n: True), key=_is_cast):
+            layout, dtype = self._layouts.of(start), start.meta["val"].dtype
             if layout is None or not layout.features or layout.features[-1] == 1:
                 continue
             region = self._region(start, inside, partial(self._vector, layout.features[-1]))
-            for end in reversed([n for n in region if rsqrt in ancestors([n], {start: None}) and self._layouts.of(n) == layout]):
+            ends = [n for n in region if self._layouts.of(n) == layout and n.meta["val"].dtype == dtype]
+            for end in reversed([n for n in ends if rsqrt in ancestors([n], {start: None})]):
                 used = [n for n in region if n in ancestors([end], {start: None})]
                 weights = self._sources(used)
                 attrs = self._norm_attrs(start, end, used, weights) if len(weights) <= 2 else None
@@ -225,6 +227,10 @@ _REGION = _SHUFFLES | {
 def _moves(node: fx.Node) -> bool:
     """A product, or an operator that only moves channels."""
     return operator_name(node) in _SHUFFLES | {"aten::mul"} or node.target is operator.getitem
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return operator_name(node) in ("aten::to", "aten::_to_copy")
 
 
 def close(found: Tensor, want: Tensor) -> bool:

@@ -99,8 +99,8 @@ class Model:
         """
         if "step" not in self.program.entries:
             raise BadInput(f"{self.program.name} has no decoder: call it as m(...) for its outputs")
-        if num_return_sequences < 1:
-            raise BadInput(f"num_return_sequences={num_return_sequences}; expected at least 1")
+        if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
+            raise BadInput(f"num_return_sequences={num_return_sequences!r}; expected an integer of at least 1")
         prompts = self._prompts(inputs, attention_mask)
         options = resolve(
             self.defaults,
@@ -145,7 +145,7 @@ class Model:
         **other: Any,
     ) -> Output:
         """The model's own forward: logits of every token, and its other outputs, ``[B, T, ...]`` (zeros at padding)."""
-        given = [name for name, value in other.items() if value is not None and not (name in _IGNORED and not value)]
+        given = [f"{name}={value!r:.40}" for name, value in other.items() if value is not None and value is not _NATURAL.get(name, ...)]
         if given:
             raise BadInput(
                 f"forward arguments {', '.join(given)} are not supported; expected input_ids, attention_mask, position_ids"
@@ -155,7 +155,7 @@ class Model:
         if position_ids is None:
             pos = torch.arange(ids.shape[1]).expand_as(ids)[row, column]
         else:
-            pos = position_ids.expand_as(ids)[row, column]
+            pos = self._check_positions(position_ids, ids)[row, column]
         self._check_length(int(pos.max()) + 1)
         graph = self.program.entries["score"]
         with self._threads(), torch.inference_mode():
@@ -217,7 +217,8 @@ class Model:
             torch.set_num_threads(before)
 
 
-_IGNORED = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+#: Forward arguments that ask for what is done anyway.
+_NATURAL = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True, "logits_to_keep": 0}
 
 
 def _callback(streamer: Any, prompts: list[list[int]]) -> loop.OnTokens | None:

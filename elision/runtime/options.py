@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 from typing import Any
 
 from elision.errors import BadInput
@@ -49,21 +51,19 @@ def resolve(
     None means the model's generation config. Raises BadInput naming the argument.
     """
     greedy = _greedy(defaults, do_sample, temperature)
-    warp = Warp(
-        temperature=1.0 if greedy else _or(temperature, defaults, "temperature", 1.0),
-        top_k=0 if greedy else _or(top_k, defaults, "top_k", 0),
-        top_p=1.0 if greedy else _or(top_p, defaults, "top_p", 1.0),
-        min_p=0.0 if greedy else _or(min_p, defaults, "min_p", 0.0),
-        repetition_penalty=_or(repetition_penalty, defaults, "repetition_penalty", 1.0),
-    )
+    given = dict(temperature=temperature or None, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    Warp(**{n: v for n, v in given.items() if v is not None})  # refuses what is out of range, also where greedy does not look at it
+    used = ("repetition_penalty",) if greedy else tuple(given)
+    settled = {n: _or(given[n], defaults, n, None) for n in used}
+    warp = Warp(**{n: v for n, v in settled.items() if v is not None})
     new = _or(max_new_tokens, defaults, "max_new_tokens", None)
     if new is None:
         limit = defaults.get("max_length")
         new = limit - longest if limit and limit > longest else DEFAULT_NEW_TOKENS
-    if not isinstance(new, int) or new < 1:
-        raise BadInput(f"max_new_tokens={new!r}; expected at least 1")
-    if not 0 <= min_new_tokens <= new:
-        raise BadInput(f"min_new_tokens={min_new_tokens!r}; expected 0 to max_new_tokens={new}")
+    if not isinstance(new, Integral) or new < 1:
+        raise BadInput(f"max_new_tokens={new!r}; expected an integer of at least 1")
+    if not isinstance(min_new_tokens, Integral) or not 0 <= min_new_tokens <= new:
+        raise BadInput(f"min_new_tokens={min_new_tokens!r}; expected an integer from 0 to max_new_tokens={new}")
     eos = _ids(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
     pad = defaults.get("pad_token_id")
     keys = _keys(seed, rows, copies)
@@ -79,8 +79,6 @@ def resolve(
 
 
 def _greedy(defaults: Mapping[str, Any], do_sample: bool | None, temperature: float | None) -> bool:
-    if temperature is not None and temperature < 0:
-        raise BadInput(f"temperature={temperature!r}; expected 0 (greedy) or more")
     if temperature == 0:
         if do_sample:
             raise BadInput("temperature=0 is greedy, but do_sample=True asks for sampling: leave one of them out")
@@ -96,15 +94,20 @@ def _or(given: Any, defaults: Mapping[str, Any], name: str, otherwise: Any) -> A
 
 
 def _ids(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    if given is None:
-        return ()
-    return (given,) if isinstance(given, int) else tuple(int(i) for i in given)
+    try:
+        return () if given is None else tuple(map(index, given)) if isinstance(given, Iterable) else (index(given),)
+    except TypeError:
+        raise BadInput(f"eos_token_id={given!r}; expected a token id, a list of them, or [] for none") from None
 
 
 def _keys(seed: int | Sequence[int], rows: int, copies: int) -> list[tuple[int, int]]:
     """The noise key (seed, row) of every sequence: one seed counts the sequences, a seed per row counts its copies."""
-    if isinstance(seed, int):
-        return [(seed, r) for r in range(rows * copies)]
-    if len(seed) != rows:
-        raise BadInput(f"seed: expected one integer or one per row ({rows}), got {len(seed)}")
-    return [(int(s), c) for s in seed for c in range(copies)]
+    try:
+        if not isinstance(seed, Iterable):
+            return [(index(seed), r) for r in range(rows * copies)]
+        seeds = list(map(index, seed))
+    except TypeError:
+        raise BadInput(f"seed={seed!r}; expected an integer, or one per row ({rows})") from None
+    if len(seeds) != rows:
+        raise BadInput(f"seed: expected one integer or one per row ({rows}), got {len(seeds)}")
+    return [(s, c) for s in seeds for c in range(copies)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from elision.errors import BadInput
-from elision.frontend.gguf.architecture import Architecture, architecture_of
+from elision.frontend.gguf.architecture import architecture_of
 from elision.frontend.gguf.container import GGUF
 
 #: Fields without a key in older files, and what then holds.

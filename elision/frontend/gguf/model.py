@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elision.errors import BadInput
-from elision.frontend.gguf.architecture import Architecture
+from elision.frontend.gguf.architecture import architecture_of
 from elision.frontend.gguf.configuration import configuration, heads
 from elision.frontend.gguf.container import GGUF
 from elision.ir.blocks import Stored
@@ -46,8 +47,8 @@ class Weight:
             value = value - self.offset
         if self.transposed:
             value = value.T
-        copied = value.to(dtype).contiguous()
-        return copied.clone() if file.tensors[self.tensors[0]].format == "F32" and copied.data_ptr() == value.data_ptr() else copied
+        in_file = file.tensors[self.tensors[0]].format == "F32"  # decoded without a copy, and the file may go away
+        return value.to(dtype, copy=in_file).contiguous()
 
     def stored(self, file: GGUF) -> Stored | None:
         """The blocks of a weight that is stored as it is, but for the order of its rows; None for any other."""
@@ -67,7 +68,8 @@ def load(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
         empty = kind(config)
     weights = dict(_weights(file, config))
     _match(file, weights, empty)
-    values = {name: weight.decode(file, dtype) for name, weight in weights.items()}
+    with _one_thread():
+        values = {name: weight.decode(file, dtype) for name, weight in weights.items()}
     model = kind.from_pretrained(None, config=config, state_dict=values, dtype=dtype)
     if "rope_freqs.weight" in file.tensors:
         _scale_frequencies(file, model)
@@ -77,7 +79,7 @@ def load(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
 
 def _weights(file: GGUF, config: Any) -> Iterator[tuple[str, Weight]]:
     """The parameters that the tensors of the file make up."""
-    architecture = _architecture(file)
+    architecture = architecture_of(file.metadata)[1]
     queries, grouped = heads(config)
     taken: set[str] = set()
     for layer in range(config.num_hidden_layers):
@@ -127,7 +129,12 @@ def _scale_frequencies(file: GGUF, model: nn.Module) -> None:
                 setattr(module, name, found / factors)
 
 
-def _architecture(file: GGUF) -> Architecture:
-    from elision.frontend.gguf.architecture import architecture_of
-
-    return architecture_of(file.metadata)[1]
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decoding is many short operations: a team of threads gains little on them and, where cores are busy, waits for ever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,69 @@
+"""Tiny random models of the decoder families, shaped so that a wrong mask, window or position changes their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as T
+from torch import nn
+
+BASE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+UNTIED = {"tie_word_embeddings": False}
+GPT2 = {**UNTIED, "vocab_size": 128, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
+#: Family to (configuration class, what differs from `BASE`; None instead of BASE's keys where the names are others).
+DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "llama": (T.LlamaConfig, {}, True),
+    "mistral": (T.MistralConfig, {"sliding_window": 8}, True),
+    "qwen2": (T.Qwen2Config, {}, True),
+    "qwen3": (T.Qwen3Config, {"head_dim": 16}, True),
+    "gemma2": (T.Gemma2Config, {**UNTIED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING}, True),
+    "gemma3": (
+        T.Gemma3TextConfig,
+        {**UNTIED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING},
+        True,
+    ),
+    "gpt2": (T.GPT2Config, GPT2, False),
+    "opt": (T.OPTConfig, {**UNTIED, "ffn_dim": 96, "word_embed_proj_dim": 64}, True),
+    "phi": (T.PhiConfig, {"num_key_value_heads": 4}, True),
+    "phi3": (T.Phi3Config, {}, True),
+    "gpt_neox": (T.GPTNeoXConfig, {}, True),
+    "falcon": (T.FalconConfig, {**UNTIED}, True),
+    "mixtral": (T.MixtralConfig, {"num_local_experts": 4}, True),
+    "qwen3_moe": (T.Qwen3MoeConfig, {"head_dim": 16, **MOE}, True),
+    "gpt_oss": (
+        T.GptOssConfig,
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": ALTERNATING},
+        True,
+    ),
+    "olmo2": (T.Olmo2Config, {}, True),
+    "cohere": (T.CohereConfig, {}, True),
+    "glm4": (T.Glm4Config, {"head_dim": 16}, True),
+    "smollm3": (T.SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0]}, True),
+}
+
+
+def decoder(family: str, **changes: Any) -> nn.Module:
+    """A model of the family with weights large enough that greedy decoding varies and top tokens are far apart."""
+    cls, differs, base = DECODERS[family]
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(cls(**{**(BASE if base else {}), **differs, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            scale = 1.0 if "embed" in name or "wte" in name else 2.0 / p.shape[-1] ** 0.5
+            p.data.normal_(0, scale, generator=generator)
+        else:
+            p.data.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model.eval()

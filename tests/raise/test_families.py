@@ -1,0 +1,161 @@
+"""Every decoder family: the logits, the tokens through the inserted cache, skipped layers; and mutants that must be noticed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from families import DECODERS, decoder
+from torch import nn
+
+import elision
+from elision.ir.mask import Mask
+from elision.ir.program import Program
+from elision.ir.value import Builder, Value, rewrite
+from elision.runtime.model import Model
+from elision.runtime.session import Session
+
+PROMPT, NEW = 20, 32
+
+
+@cache
+def source(family: str) -> nn.Module:
+    return decoder(family)
+
+
+@cache
+def compiled(family: str) -> Model:
+    return elision.compile(source(family))
+
+
+@cache
+def reference(family: str) -> torch.Tensor:
+    """Greedy tokens of transformers without a cache; asserts that the text can show a fault."""
+    tokens = torch.randint(3, 120, (1, PROMPT), generator=torch.Generator().manual_seed(2))
+    margins = []
+    with torch.no_grad():
+        for _ in range(NEW):
+            best, ids = source(family)(tokens, use_cache=False).logits[0, -1].topk(2)
+            margins.append(float(best[0] - best[1]))
+            tokens = torch.cat((tokens, ids[:1][None]), 1)
+    assert len(set(tokens[0, PROMPT:].tolist())) >= 8, "the text hardly varies"
+    assert min(margins) > 1e-3, "the best two tokens are too close to tell a fault from rounding"
+    return tokens
+
+
+def greedy(model: Model, family: str) -> torch.Tensor:
+    found: torch.Tensor = model.generate(reference(family)[:, :PROMPT], max_new_tokens=NEW, eos_token_id=[])
+    return found
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_tokens_logits_and_coverage(family: str) -> None:
+    tokens = reference(family)
+    model = compiled(family)
+    assert set(model.coverage["entries"].values()) == {0}
+    with torch.no_grad():
+        want = source(family)(tokens).logits
+    assert float((model(tokens).logits - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert torch.equal(greedy(model, family), tokens)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_skipped_layer_equals_the_model_without_it(family: str) -> None:
+    skipped = elision.compile(source(family), passes=["skip-layers:layers=1"], dtype="float64")
+    without = elision.compile(without_layer(source(family), 1), dtype="float64")
+    tokens = reference(family)
+    want = without(tokens).logits
+    assert float((skipped(tokens).logits - want).abs().max()) <= 1e-9 * float(want.abs().max())
+    assert torch.equal(greedy(skipped, family), greedy(without, family))
+    assert not torch.equal(skipped(tokens).logits, compiled(family)(tokens).logits.double())
+
+
+def without_layer(model: nn.Module, index: int) -> nn.Module:
+    """A copy of a model of transformers without one layer, and without its entries in per-layer lists of the configuration."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == 4 and name in ("layers", "h", "layer"):
+                del child[index]
+    config: Any = model.config
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == 4:
+            setattr(config, name, value[:index] + value[index + 1 :])
+    config.num_hidden_layers = 3
+    return model
+
+
+# --- mutants: the same comparison must fail ---
+
+
+def mutant(family: str, rule: Callable[[Builder, Value, tuple[Value, ...]], Value | None]) -> Model:
+    """The compiled model with every graph rewritten."""
+    good = compiled(family)
+    program: Program = good.program.copy()
+    program.templates = {n: rewrite(g, rule) for n, g in program.templates.items()}
+    program.rewrite(rule)
+    return Model(
+        program, good.weights, tokenizer=None, defaults={}, coverage=good.coverage, max_context=good.max_context
+    )
+
+
+def other_mask(change: Callable[[Mask], Mask]) -> Callable[[Builder, Value, tuple[Value, ...]], Value | None]:
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        env = dict(v.attr("env", ()))
+        if v.op != "call" or "mask" not in env:
+            return None
+        return b.add_with("call", args, {**dict(v.attrs), "env": (("mask", change(env["mask"])),)}, None)
+
+    return rule
+
+
+def without_head_norm(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+    return args[0] if v.op == "norm" and len(args[0].tensor.axes) == 3 else None
+
+
+def without_softcap(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+    if v.op != "attend":
+        return None
+    return b.add_with("attend", args, {k: a for k, a in v.attrs if k != "softcap"}, None)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_dropped_mask_shows(family: str) -> None:
+    bad = mutant(family, other_mask(lambda m: Mask("full")))
+    tokens = reference(family)
+    assert not torch.allclose(bad(tokens).logits, compiled(family)(tokens).logits, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_window_off_by_one_shows(family: str, off: int) -> None:
+    bad = mutant(family, other_mask(lambda m: Mask(m.kind, m.size + off) if m.kind == "window" else m))
+    assert not torch.equal(greedy(bad, family), reference(family))
+
+
+@pytest.mark.parametrize("family", [f for f in DECODERS])
+def test_a_position_off_by_one_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Session._run
+
+    def shifted(self: Session, graph: Any, inputs: Any, at: Any) -> Any:
+        return before(self, graph, inputs, replace(at, pos=at.pos + 1) if graph.name == "round" else at)
+
+    monkeypatch.setattr(Session, "_run", shifted)
+    session_positions_matter = greedy(compiled(family), family)
+    assert not torch.equal(session_positions_matter, reference(family))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe"])
+def test_a_skipped_query_key_norm_shows(family: str) -> None:
+    assert not torch.equal(greedy(mutant(family, without_head_norm), family), reference(family))
+
+
+def test_a_dropped_softcap_shows() -> None:
+    tokens = reference("gemma2")
+    bad = mutant("gemma2", without_softcap)
+    assert not torch.allclose(bad(tokens).logits, compiled("gemma2")(tokens).logits, rtol=1e-3)
