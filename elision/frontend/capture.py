@@ -81,7 +81,7 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
     if isinstance(example, tuple):
         example = dict(zip(inspect.signature(model.forward).parameters, example, strict=False))
     kwargs = huggingface.inputs(private, dict(example or {}))
-    with torch.no_grad():
+    with torch.no_grad(), huggingface.plain_experts(private):
         expected = private(**kwargs)
     with huggingface.one_attention(private):
         captured = _export(private, (), kwargs, Dim.DYNAMIC)

@@ -65,6 +65,20 @@ def one_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = name
 
 
+@contextmanager
+def plain_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, experts run one by one in a loop, in any dtype (the grouped product of torch knows no float64)."""
+    configs = {id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}
+    before = [(c, getattr(c, "_experts_implementation_internal", None)) for c in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._experts_implementation_internal = name
+
+
 def _configs(config: Any) -> Iterator[Any]:
     """A configuration and the configurations inside it (text, vision)."""
     if hasattr(config, "_attn_implementation_internal"):

@@ -140,11 +140,12 @@ def _tokenizer(folder: Path, extra: dict[str, Any]) -> tuple[bytes, Mapping[str,
 def _defaults(model: nn.Module) -> dict[str, Any]:
     """What the model's generation config says, of what `generate` knows."""
     config = getattr(model, "generation_config", None)
+    assumed = {"top_k": 50} if config is not None else {}  # transformers' own default where the configuration says nothing
     names = (
         "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
         "eos_token_id", "pad_token_id",
     )  # fmt: skip
-    found = {n: v for n in names if (v := getattr(config, n, None)) is not None}
+    found = assumed | {n: v for n in names if (v := getattr(config, n, None)) is not None}
     for name in ("eos_token_id", "pad_token_id"):
         if name not in found and (v := getattr(getattr(model, "config", None), name, None)) is not None:
             found[name] = v

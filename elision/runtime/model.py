@@ -145,17 +145,18 @@ class Model:
         **other: Any,
     ) -> Output:
         """The model's own forward: logits of every token, and its other outputs, ``[B, T, ...]`` (zeros at padding)."""
-        given = [f"{name}={value!r:.40}" for name, value in other.items() if value is not None and value is not _NATURAL.get(name, ...)]
+        given = [name for name, value in other.items() if value is not None and value is not _NATURAL.get(name, ...)]
         if given:
             raise BadInput(
                 f"forward arguments {', '.join(given)} are not supported; expected input_ids, attention_mask, position_ids"
             )
         ids, mask = self._check_ids(input_ids, attention_mask)
         row, column = mask.nonzero(as_tuple=True)
-        if position_ids is None:
-            pos = torch.arange(ids.shape[1]).expand_as(ids)[row, column]
-        else:
-            pos = self._check_positions(position_ids, ids)[row, column]
+        if not len(row):
+            raise BadInput(f"attention_mask {list(mask.shape)} leaves no token; expected at least one 1")
+        pos = _positions(position_ids, ids)[row, column]
+        if int(pos.min()) < 0 or bool((pos[1:] <= pos[:-1])[row[1:] == row[:-1]].any()):
+            raise BadInput("position_ids: expected positions from 0 that increase along every row")
         self._check_length(int(pos.max()) + 1)
         graph = self.program.entries["score"]
         with self._threads(), torch.inference_mode():
@@ -172,7 +173,7 @@ class Model:
             ids, mask = self._check_ids(inputs, attention_mask)
             prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         else:
-            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            texts = [inputs] if isinstance(inputs, str) else list(inputs) if isinstance(inputs, Sequence) else []
             if not texts or not all(isinstance(t, str) for t in texts):
                 raise BadInput(f"inputs: expected a LongTensor [B, T], a text or a list of texts, got {inputs!r:.80}")
             if self.tokenizer is None:
@@ -191,12 +192,14 @@ class Model:
             shown = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise BadInput(f"token ids: expected a LongTensor [B, T] with at least one token, got {shown}")
         mask = torch.ones_like(ids) if mask is None else mask
-        if mask.shape != ids.shape:
-            raise BadInput(f"attention_mask {list(mask.shape)} does not fit the token ids {list(ids.shape)}")
+        if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+            shown = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise BadInput(f"attention_mask {shown} does not fit the token ids {list(ids.shape)}: expected a tensor of the same shape")
         keep = mask.bool()
         vocab = self.program.meta["vocab"]
-        if bool(((ids < 0) | (ids >= vocab))[keep].any()):
-            raise BadInput(f"token ids from {int(ids.min())} to {int(ids.max())}; the vocabulary has 0 to {vocab - 1}")
+        wrong = ids[keep & ((ids < 0) | (ids >= vocab))]
+        if len(wrong):
+            raise BadInput(f"token id {int(wrong[0])}; the vocabulary has 0 to {vocab - 1}")
         return ids, keep
 
     def _check_length(self, length: int) -> None:
@@ -219,6 +222,16 @@ class Model:
 
 #: Forward arguments that ask for what is done anyway.
 _NATURAL = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True, "logits_to_keep": 0}
+
+
+def _positions(position_ids: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    """The positions of the tokens, ``[B, T]``: counted along the row, padding too, unless given as ``[B or 1, T]``."""
+    if position_ids is None:
+        return torch.arange(ids.shape[1]).expand_as(ids)
+    shape = position_ids.shape
+    if position_ids.dtype != torch.int64 or len(shape) != 2 or shape[1] != ids.shape[1] or shape[0] not in (1, len(ids)):
+        raise BadInput(f"position_ids: expected a LongTensor {list(ids.shape)} or {[1, ids.shape[1]]}, got {position_ids.dtype} {list(shape)}")
+    return position_ids.expand_as(ids)
 
 
 def _callback(streamer: Any, prompts: list[list[int]]) -> loop.OnTokens | None:

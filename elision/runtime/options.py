@@ -51,8 +51,14 @@ def resolve(
     None means the model's generation config. Raises BadInput naming the argument.
     """
     greedy = _greedy(defaults, do_sample, temperature)
-    given = dict(temperature=temperature or None, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    Warp(**{n: v for n, v in given.items() if v is not None})  # refuses what is out of range, also where greedy does not look at it
+    given: dict[str, Any] = {
+        "temperature": temperature or None,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    Warp(**{n: v for n, v in given.items() if v is not None})  # refuses what is out of range, used or not
     used = ("repetition_penalty",) if greedy else tuple(given)
     settled = {n: _or(given[n], defaults, n, None) for n in used}
     warp = Warp(**{n: v for n, v in settled.items() if v is not None})
@@ -69,8 +75,8 @@ def resolve(
     keys = _keys(seed, rows, copies)
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     return Options(
-        max_new_tokens=new,
-        min_new_tokens=min_new_tokens,
+        max_new_tokens=int(new),
+        min_new_tokens=int(min_new_tokens),
         eos=eos,
         pad=pad if pad is not None else eos[0] if eos else 0,
         stop=stops,

@@ -62,7 +62,7 @@ def llama() -> Pair:
 @pytest.fixture(scope="session")
 def small() -> Pair:
     """A vocabulary of 8 tokens and room for many rows: its distributions can be counted."""
-    return pair(8, max_batch=4096, spread=0.35)
+    return pair(8, max_batch=4096, spread=0.2)
 
 
 @pytest.fixture(scope="session")

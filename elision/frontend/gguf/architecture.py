@@ -6,11 +6,12 @@ This is knowledge of a file format. How a model computes is not here: it is read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType as Frozen
 from typing import Any
 
 from elision.errors import BadInput
+from elision.frontend.gguf.container import GGUF
 from elision.frontend.gguf.layout import RowOrder, fused_by_group, fused_by_head, rotary_keys, rotary_queries
 
 
@@ -76,6 +77,7 @@ _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias
 _ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
+_SECOND_NORM = "blk.0.attn_norm_2.weight"
 
 
 def _decoder(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -83,7 +85,28 @@ def _decoder(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
     return {f"blk.{{}}.{ours}": f"{prefix}.{{}}.{theirs}" for ours, theirs in names.items()}
 
 
-#: ``general.architecture`` to what it means; ``+experts`` for files that have a mixture of experts.
+_FALCON = Architecture(
+    "falcon",
+    {
+        "hidden_size": "embedding_length", "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+        "num_kv_heads": "attention.head_count_kv", "ffn_hidden_size": "feed_forward_length",
+        "max_position_embeddings": "context_length", "layer_norm_epsilon": _LAYER_NORM,
+    },
+    {
+        "token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head",
+        **_decoder("transformer.h", {
+            "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+        }),
+    },
+    fixed={"num_ln_in_parallel_attn": 1},
+    flags={"bias": "blk.0.attn_qkv.bias"},
+    rows={"blk.{}.attn_qkv": fused_by_group},
+)  # fmt: skip
+_FALCON_NORMS = {"blk.{}.attn_norm": "transformer.h.{}.ln_mlp", "blk.{}.attn_norm_2": "transformer.h.{}.ln_attn"}
+
+#: ``general.architecture`` to what it means; ``+experts`` for files with a mixture of
+#: experts, ``+norms`` for those with one norm for attention and another for the feed-forward half of a parallel block.
 ARCHITECTURES: Mapping[str, Architecture] = Frozen({
     "llama": Architecture("llama", _HEADS, _LLAMA, flags=_BIASES, rows=_ROTARY_PAIRS),
     "llama+experts": Architecture(
@@ -214,36 +237,25 @@ ARCHITECTURES: Mapping[str, Architecture] = Frozen({
         rows={"blk.{}.attn_qkv": fused_by_head},
         rotary=False,
     ),
-    "falcon": Architecture(
-        "falcon",
-        {
-            "hidden_size": "embedding_length", "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
-            "num_kv_heads": "attention.head_count_kv", "ffn_hidden_size": "feed_forward_length",
-            "max_position_embeddings": "context_length", "layer_norm_epsilon": _LAYER_NORM,
-        },
-        {
-            "token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head",
-            **_decoder("transformer.h", {
-                "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense",
-                "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
-            }),
-        },
-        flags={"bias": "blk.0.attn_qkv.bias"},
-        rows={"blk.{}.attn_qkv": fused_by_group},
+    "falcon": _FALCON,
+    "falcon+norms": replace(
+        _FALCON, names={**_FALCON.names, **_FALCON_NORMS}, fixed={"num_ln_in_parallel_attn": 2}
     ),
 })  # fmt: skip
 
 
-def architecture_of(metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
+def architecture_of(file: GGUF) -> tuple[str, Architecture]:
     """The file's prefix of metadata keys and its architecture. Raises BadInput naming those that can be read."""
-    name = metadata.get("general.architecture")
+    name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
-        raise BadInput("the GGUF file does not say its general.architecture; expected a language model")
-    found = ARCHITECTURES.get(name + "+experts" if metadata.get(f"{name}.expert_count") else name)
+        raise BadInput(f"{file.path} does not say its general.architecture; expected a language model")
+    variant = "+experts" if file.metadata.get(f"{name}.expert_count") else "+norms" if _SECOND_NORM in file.tensors else ""
+    found = ARCHITECTURES.get(name + variant)
     if found is None:
-        known = ", ".join(dict.fromkeys(key.removesuffix("+experts") for key in ARCHITECTURES))
+        known = ", ".join(dict.fromkeys(key.partition("+")[0] for key in ARCHITECTURES))
+        what = f"{name!r} with experts" if variant == "+experts" else repr(name)
         raise BadInput(
-            f"GGUF files of the architecture {name!r} cannot be read directly; expected one of {known}: convert the model to a "
-            "Hugging Face directory and give that"
+            f"{file.path}: models of the architecture {what} cannot be read from GGUF; expected one of {known}: give the model's "
+            "Hugging Face directory instead"
         )
     return name, found

@@ -23,7 +23,7 @@ class Metadata:
 
     def __init__(self, file: GGUF) -> None:
         self.file = file
-        self.prefix, self.architecture = architecture_of(file.metadata)
+        self.prefix, self.architecture = architecture_of(file)
         self._largest = max((max(t.shape) for t in file.tensors.values()), default=0)
 
     def get(self, key: str) -> Any:
@@ -146,8 +146,7 @@ def _particular(meta: Metadata, fields: Mapping[str, Any]) -> dict[str, Any]:
     if meta.prefix == "phi3":
         return {"sliding_window": meta.get("attention.sliding_window") or None}
     if meta.prefix == "falcon":
-        return {"multi_query": fields["num_kv_heads"] == 1, "new_decoder_architecture": fields["num_kv_heads"] != 1,
-                "num_ln_in_parallel_attn": 1}  # fmt: skip
+        return {"multi_query": fields["num_kv_heads"] == 1, "new_decoder_architecture": fields["num_kv_heads"] != 1}
     if meta.prefix == "olmo2" and meta.get("attention.sliding_window"):
         raise BadInput(f"{meta.file.path} has a sliding window, so it is an OLMo 3; give its Hugging Face directory")
     return {}

@@ -79,7 +79,7 @@ def load(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
 
 def _weights(file: GGUF, config: Any) -> Iterator[tuple[str, Weight]]:
     """The parameters that the tensors of the file make up."""
-    architecture = architecture_of(file.metadata)[1]
+    architecture = architecture_of(file)[1]
     queries, grouped = heads(config)
     taken: set[str] = set()
     for layer in range(config.num_hidden_layers):
