@@ -54,19 +54,23 @@ def check_template(
 
 
 def check_program(program: Program, weights: dict[str, Tensor], captured: Captured) -> None:
-    """Compare the raised model's logits with the captured one's on random tokens, in the model's own dtype."""
+    """Compare the raised model's outputs with the captured one's on random tokens, in the model's own dtype."""
     ids = torch.randint(0, program.meta["vocab"], (2, 9), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(9).expand(2, 9).contiguous()
     given = {"input_ids": ids, "position_ids": positions}
-    want = captured.run(**{n: given[n] for n in captured.inputs})[captured.outputs[0]].flatten(0, 1)
+    if not set(captured.inputs) <= set(given):
+        raise UnsupportedModel(f"the model reads {', '.join(captured.inputs)}; expected token ids, and positions at most")
+    want = captured.run(**{n: given[n] for n in captured.inputs})
     at = Tokens.chunk([9, 9], [0, 0])
-    found = Interpreter(program, weights).run(program.entries["score"], {"ids": ids.flatten()}, {"t": at})[0]
-    error = float((found - want).abs().max()) / max(1e-30, float(want.abs().max()))
-    if not error <= MODEL_TOLERANCE[want.dtype]:
-        raise UnsupportedModel(
-            f"the raised {program.name} differs from the model by {error:.2e} of the largest logit; expected at most "
-            f"{MODEL_TOLERANCE[want.dtype]:.0e}. This is a fault of the frontend: please report the model"
-        )
+    found = Interpreter(program, weights).run(program.entries["score"], {"ids": ids.flatten()}, {"t": at})
+    for name, value in zip(captured.outputs, found, strict=True):
+        exact = want[name].flatten(0, 1)
+        error = float((value - exact).abs().max()) / max(1e-30, float(exact.abs().max()))
+        if not error <= MODEL_TOLERANCE[exact.dtype]:
+            raise UnsupportedModel(
+                f"{name} of the raised {program.name} differs from the model by {error:.2e} of the largest value; expected at "
+                f"most {MODEL_TOLERANCE[exact.dtype]:.0e}. This is a fault of the frontend: please report the model"
+            )
 
 
 def widen(graph: Graph) -> Graph:

@@ -181,12 +181,22 @@ class _Raiser:
             label = f"{segment.layer}.{part}" if segment.layer is not None else part
             h = b.add("call", h, *weights, target=template, label=label, name="h", **env)
         end = self.structure.stream[-1]
-        epilogue = self._between(end, self.structure.result)
         low.give(end, h)
-        logits = low.run(epilogue, self._regions(epilogue, end), self.structure.result)
+        outputs: list[Value] = []
+        for name, result in zip(self.captured.outputs, self._results(), strict=True):
+            epilogue = self._between(end, result)
+            found = low.run(epilogue, self._regions(epilogue, end), result)
+            outputs.append(b.named(found, name.replace(".", "_")))
         if low.opaque:
             self.raised.opaque["score"] = low.opaque
-        return b.build(b.named(logits, "logits"))
+        return b.build(*outputs)
+
+    def _results(self) -> list[fx.Node]:
+        """The captured graph's outputs, in order."""
+        output = next(n for n in self.captured.graph.nodes if n.op == "output")
+        results = output.args[0]
+        assert isinstance(results, list | tuple)
+        return [n for n in results if isinstance(n, fx.Node)]
 
     def _learned_positions(self, b: Builder, ids: Value, node: fx.Node) -> Value:
         """Rows of a table at position + offset (GPT-2; OPT with offset 2), the offset found by evaluation."""
@@ -226,10 +236,11 @@ class _Raiser:
     def _describe(self, program: Program) -> None:
         """Facts of the model that the runtime and the passes ask for."""
         score = program.entries["score"]
-        logits, h = score.outputs[0].tensor, score.calls()[0].args[0].tensor
+        h = score.calls()[0].args[0].tensor
+        tables = [v.args[1].tensor for v in score.values if v.op == "embed" and v.args[0] is score.inputs[0]]
         program.meta = {
-            "outputs": ("logits",),
-            "vocab": logits.width,
+            "outputs": self.captured.outputs,
+            "vocab": tables[0].axes[0] if tables else 0,
             "hidden": h.width,
             "dtype": h.dtype,
             "positions": self.positions,

@@ -38,7 +38,7 @@ class BlockFormat:
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of ``width`` weights. Raises BadInput unless it consists of whole blocks."""
         if width % self.elements:
-            raise BadInput(f"{self.name} stores weights in blocks of {self.elements}: a row of {width} is not a whole number of them")
+            raise BadInput(f"{self.name} stores weights in blocks of {self.elements}; a row of {width} is no whole number of them")
         return width // self.elements * self.nbytes
 
 
@@ -64,11 +64,11 @@ def block_format(name: str) -> BlockFormat:
 
 
 def decode(blocks: torch.Tensor, name: str) -> torch.Tensor:
-    """The weights ``f32[..., width]`` of stored rows ``u8[..., row bytes]``. Raises BadInput for an unknown format or half a block."""
+    """The weights ``f32[..., width]`` of stored rows ``u8[..., row bytes]``. Raises BadInput unless these are whole blocks."""
     form = block_format(name)
     if blocks.dtype != torch.uint8 or blocks.dim() == 0 or blocks.shape[-1] % form.nbytes:
         raise BadInput(
-            f"{name} rows are bytes, {form.nbytes} per block of {form.elements}; got {blocks.dtype} of shape {tuple(blocks.shape)}"
+            f"{name} rows are bytes, {form.nbytes} for {form.elements} weights; got {blocks.dtype} of shape {tuple(blocks.shape)}"
         )
     weights = form.decode(blocks.reshape(-1, form.nbytes))
     return weights.reshape(*blocks.shape[:-1], blocks.shape[-1] // form.nbytes * form.elements)
@@ -91,14 +91,15 @@ def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
 
 def _nibbles(data: torch.Tensor, run: int) -> torch.Tensor:
     """``[n, b]`` bytes to ``[n, 2 b]`` codes: of every ``run`` bytes first the low, then the high nibbles."""
-    runs = data.unflatten(1, (-1, 1, run))
+    runs = data.reshape(len(data), -1, 1, run)
     return torch.cat((runs & 15, runs >> 4), 2).flatten(1)
 
 
 def _bits(data: torch.Tensor, width: int) -> torch.Tensor:
     """``[n, b]`` bytes to ``[n, 8 / width, b]``: their lowest ``width`` bits, the next ones, and so on."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
-    return (data.unsqueeze(1) >> shifts[:, None]) & (2**width - 1)
+    bits: torch.Tensor = (data.unsqueeze(1) >> shifts[:, None]) & (2**width - 1)
+    return bits
 
 
 def _fifth(data: torch.Tensor) -> torch.Tensor:
@@ -142,21 +143,21 @@ def _scales(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _q4_k(b: torch.Tensor) -> torch.Tensor:
     scale, minimum = _scales(b)
-    codes = _nibbles(b[:, 16:], 32).float().unflatten(1, (8, 32))
+    codes = _nibbles(b[:, 16:], 32).float().view(-1, 8, 32)
     return codes.mul_(scale).sub_(minimum).flatten(1)
 
 
 def _q5_k(b: torch.Tensor) -> torch.Tensor:
     scale, minimum = _scales(b)
-    codes = _nibbles(b[:, 48:], 32).unflatten(1, (8, 32)) | (_bits(b[:, 16:48], 1) << 4)
+    codes = _nibbles(b[:, 48:], 32).view(-1, 8, 32) | (_bits(b[:, 16:48], 1) << 4)
     return codes.float().mul_(scale).sub_(minimum).flatten(1)
 
 
 def _q6_k(b: torch.Tensor) -> torch.Tensor:
-    low = _nibbles(b[:, :128], 64).unflatten(1, (2, 4, 32))  # halves of 128 weights, quarters of 32
+    low = _nibbles(b[:, :128], 64).view(-1, 2, 4, 32)  # halves of 128 weights, quarters of 32
     high = torch.stack((_bits(b[:, 128:160], 2), _bits(b[:, 160:192], 2)), 1)
     scale = _half(b, 208) * _typed(b[:, 192:208], torch.int8).float()
-    codes = (low | (high << 4)).float().sub_(32).flatten(1).unflatten(1, (16, 16))
+    codes = (low | (high << 4)).float().sub_(32).view(-1, 16, 16)
     return codes.mul_(scale.unsqueeze(2)).flatten(1)
 
 

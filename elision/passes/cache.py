@@ -80,7 +80,8 @@ class InsertCache(Pass):
                 results[0] = _last_only(b, results[0])
             return results[0] if len(results) == 1 else tuple(results)
 
-        graph = rewrite(replace(plain, name=entry), rule, program.targets, more=lambda: written)
+        first = replace(plain, name=entry, outputs=plain.outputs[:1])  # generation reads the logits only
+        graph = rewrite(first, rule, program.targets, more=lambda: written)
         return graph, states
 
 

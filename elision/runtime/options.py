@@ -73,13 +73,13 @@ def resolve(
     eos = _ids(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
     pad = defaults.get("pad_token_id")
     keys = _keys(seed, rows, copies)
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops: Any = () if stop is None else stop if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     return Options(
         max_new_tokens=int(new),
         min_new_tokens=int(min_new_tokens),
         eos=eos,
         pad=pad if pad is not None else eos[0] if eos else 0,
-        stop=stops,
+        stop=tuple(stops),
         requests=tuple(Request(warp, greedy, *key) for key in keys),
     )
 

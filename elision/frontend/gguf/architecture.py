@@ -195,11 +195,12 @@ ARCHITECTURES: Mapping[str, Architecture] = Frozen({
     "gpt2": Architecture(
         "gpt2",
         {
-            "n_embd": "embedding_length", "n_layer": "block_count", "n_head": "attention.head_count", "n_positions": "context_length",
-            "n_inner": "feed_forward_length", "layer_norm_epsilon": _LAYER_NORM,
+            "n_embd": "embedding_length", "n_layer": "block_count", "n_head": "attention.head_count",
+            "n_positions": "context_length", "n_inner": "feed_forward_length", "layer_norm_epsilon": _LAYER_NORM,
         },
         {
-            "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head",
+            "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+            "output": "lm_head",
             **_decoder("transformer.h", {
                 "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
                 "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
@@ -230,8 +231,8 @@ ARCHITECTURES: Mapping[str, Architecture] = Frozen({
             "token_embd": "transformer.word_embeddings", "token_embd_norm": "transformer.word_embeddings_layernorm",
             "output_norm": "transformer.ln_f", "output": "lm_head",
             **_decoder("transformer.h", {
-                "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense",
-                "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+                "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value",
+                "attn_output": "self_attention.dense", "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
             }),
         },
         rows={"blk.{}.attn_qkv": fused_by_head},

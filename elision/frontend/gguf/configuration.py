@@ -121,7 +121,8 @@ def _rotary(meta: Metadata, fields: Mapping[str, Any]) -> dict[str, Any]:
     original = meta.size("rope.scaling.original_context_length")
     if "rope_factors_long.weight" in meta.file.tensors:
         long, short = (meta.file.stored(f"rope_factors_{x}.weight").decode().tolist() for x in ("long", "short"))
-        found |= {"rope_type": "longrope", "long_factor": long, "short_factor": short, "original_max_position_embeddings": original}
+        found |= {"rope_type": "longrope", "long_factor": long, "short_factor": short}
+        found["original_max_position_embeddings"] = original or meta.size("context_length")
         if (scale := meta.real("rope.scaling.attn_factor")) is not None:
             found["attention_factor"] = scale
     elif kind == "yarn":

@@ -41,7 +41,7 @@ _DEEPSEEK = (
 )
 
 _SPLITS: dict[tuple[str, ...], Split] = {
-    ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "roberta-bpe", "jina-es", "jina-de"): Split((_GPT2,)),
+    ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "roberta-bpe"): Split((_GPT2,)),
     # SmolLM's tokenizer cuts digits out before it looks for words, so "  1" is two spaces and a digit. The reader of transformers
     # ignores the name and cuts one space and " 1": ids differ where spaces are followed by digits.
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): Split((r"\p{N}", _GPT2)),

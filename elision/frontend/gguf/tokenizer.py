@@ -21,7 +21,7 @@ _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 
 
 def read_tokenizer(file: GGUF) -> tuple[bytes, dict[str, Any]] | None:
-    """The bytes of ``tokenizer.json`` and the settings for ``elision.runtime.text.Tokenizer.from_json``; None without a tokenizer.
+    """The bytes of ``tokenizer.json`` and the settings for ``elision.runtime.text.Tokenizer.from_json``; None if there is none.
 
     Raises BadInput for a tokenizer that this cannot reproduce.
     """
