@@ -25,8 +25,8 @@ from elision.ir.types import FLOATS
 from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Graph, Value, rewrite
 
-#: Whole model in its own dtype: largest difference relative to the largest logit. Models force float32 inside norms and rope, which
-#: in a float64 model the ops do not.
+#: Whole model in its own dtype: largest difference relative to the largest logit. Models force float32 inside norms and
+#: rope, which in a float64 model the ops do not.
 MODEL_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 

@@ -47,8 +47,8 @@ class Router:
 
 @dataclass(frozen=True)
 class Experts:
-    """``experts`` of ``x``, ``weight``, ``index`` gives ``end``. ``products``: the two weights as the graph has them, [experts, in,
-    out]; ``biases``: theirs, [experts, out], or none."""
+    """``experts`` of ``x``, ``weight``, ``index`` gives ``end``. ``products``: the two weights as the graph has them,
+    [experts, in, out]; ``biases``: theirs, [experts, out], or none."""
 
     x: fx.Node
     weight: fx.Node

@@ -36,7 +36,8 @@ class Lowering:
     """Lowers the nodes of one graph (a template, the prologue or the epilogue) into ``builder``.
 
     ``outside(node, transposed)`` gives the value of something that is not a token value (a weight, or its transpose);
-    ``frequencies(cos, sin)`` those of a rotation; ``constant(node)`` is a constant's value; ``mask`` is how the graph names the mask of an attention node.
+    ``frequencies(cos, sin)`` those of a rotation; ``constant(node)`` is a constant's value; ``mask`` is how the graph
+    names the mask of an attention node.
     ``opaque`` collects the operators without a rule.
     """
 

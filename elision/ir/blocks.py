@@ -38,7 +38,7 @@ class BlockFormat:
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of ``width`` weights. Raises BadInput unless it consists of whole blocks."""
         if width % self.elements:
-            raise BadInput(f"{self.name} stores weights in blocks of {self.elements}; a row of {width} is no whole number of them")
+            raise BadInput(f"{self.name} stores weights in blocks of {self.elements}; a row of {width} is not whole blocks")
         return width // self.elements * self.nbytes
 
 

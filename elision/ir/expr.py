@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import math
+import re
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -63,23 +65,57 @@ def parse(text: str) -> ast.expr:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise BadInput(f"map: {text!r} is not an expression: {err}") from err
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "id", "?")
-            if name not in FUNCTIONS or node.keywords:
-                raise BadInput(f"map: unknown function {name!r} in {text!r}; expected one of {', '.join(FUNCTIONS)}")
-        elif isinstance(node, ast.Name):
-            if node.id not in FUNCTIONS and not (node.id[:1] == "x" and node.id[1:].isdigit()):
-                raise BadInput(f"map: unknown name {node.id!r} in {text!r}; operands are x0, x1, ...")
-        elif isinstance(node, ast.Constant):
-            if not isinstance(node.value, int | float) or isinstance(node.value, bool):
-                raise BadInput(f"map: {node.value!r} in {text!r} is not a number")
-        elif not isinstance(node, _SYNTAX):
-            raise BadInput(f"map: {type(node).__name__} is not allowed in {text!r}")
+    if _depth(tree) > _DEEPEST:
+        raise BadInput(f"map: an expression of more than {_DEEPEST} levels: {text!r:.80}")
+    if not _reads(tree):
+        raise BadInput(f"map: {text!r} reads no operand; operands are x0, x1, ...")
+    _check(tree, text)
     return tree
 
 
-_SYNTAX = (ast.BinOp, ast.UnaryOp, ast.USub, ast.Compare, ast.expr_context, *_BINARY, *_COMPARE)
+_ARITY = {"minimum": 2, "maximum": 2, "where": 3}  # the others take one
+_OPERAND = re.compile("x(0|[1-9][0-9]{0,3})")
+_DEEPEST = 100  # levels of an expression
+
+
+def _check(node: ast.expr, text: str) -> None:
+    parts = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
+    if isinstance(node, ast.Call):
+        name, parts = _function(node), node.args
+        if name not in FUNCTIONS:
+            raise BadInput(f"map: unknown function {name!r} in {text!r}; expected one of {', '.join(FUNCTIONS)}")
+        if len(parts) != _ARITY.get(name, 1) or node.keywords or not _reads(parts[0]):
+            raise BadInput(f"map: {text!r}: {name} takes {_ARITY.get(name, 1)} operands, the first not constant")
+    elif isinstance(node, ast.Name):
+        if not _OPERAND.fullmatch(node.id):
+            raise BadInput(f"map: unknown name {node.id!r} in {text!r}; operands are x0, x1, ...")
+    elif isinstance(node, ast.Constant):
+        if type(node.value) not in (int, float) or not abs(node.value) <= sys.float_info.max:
+            raise BadInput(f"map: {node.value!r:.40} in {text!r:.80} is not a finite number")
+    elif isinstance(node, ast.BinOp | ast.Compare):
+        operators = node.ops if isinstance(node, ast.Compare) else [node.op]
+        if len(operators) != 1 or type(operators[0]) not in {**_BINARY, **_COMPARE} or not _reads(node):
+            raise BadInput(f"map: {ast.unparse(node)!r} is not allowed: it is constant, a chain, or of an unknown operator")
+    elif not (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)):
+        raise BadInput(f"map: {type(node).__name__} is not allowed in {text!r}")
+    for part in parts:
+        _check(part, text)
+
+
+def _function(node: ast.Call) -> str:
+    return node.func.id if isinstance(node.func, ast.Name) else "?"
+
+
+def _depth(tree: ast.expr) -> int:
+    depth, level = 0, [tree]
+    while level:
+        depth, level = depth + 1, [c for n in level for c in ast.iter_child_nodes(n) if isinstance(c, ast.expr)]
+    return depth
+
+
+def _reads(node: ast.expr) -> bool:
+    """Whether the value of a sub-expression depends on an operand."""
+    return any(isinstance(n, ast.Name) and n.id not in FUNCTIONS for n in ast.walk(node))
 
 
 def canonical(text: str) -> str:
@@ -118,11 +154,11 @@ def _build(node: ast.expr) -> Callable[..., Any]:
     if isinstance(node, ast.BinOp):
         left, right, act = _build(node.left), _build(node.right), _BINARY[type(node.op)]
         return lambda *x: act(left(*x), right(*x))
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+    if isinstance(node, ast.Compare):
         left, right, act = _build(node.left), _build(node.comparators[0]), _COMPARE[type(node.ops[0])]
         return lambda *x: act(left(*x), right(*x))
     if isinstance(node, ast.Call):
-        function, args = FUNCTIONS[getattr(node.func, "id", "")], [_build(a) for a in node.args]
+        function, args = FUNCTIONS[_function(node)], [_build(a) for a in node.args]
         return lambda *x: function(*(a(*x) for a in args))
     raise BadInput(f"map: {ast.unparse(node)!r} is not allowed")
 

@@ -232,7 +232,8 @@ ARCHITECTURES: Mapping[str, Architecture] = Frozen({
             "output_norm": "transformer.ln_f", "output": "lm_head",
             **_decoder("transformer.h", {
                 "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value",
-                "attn_output": "self_attention.dense", "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+                "attn_output": "self_attention.dense", "ffn_norm": "post_attention_layernorm",
+                "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
             }),
         },
         rows={"blk.{}.attn_qkv": fused_by_head},

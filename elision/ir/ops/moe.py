@@ -74,8 +74,8 @@ def experts(
     """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``,
     ``down [experts, out, F']``.
 
-    ``biases``: of both products, or none. ``expr`` is f over the parts of the first product: its channels in as many equal runs as the expression has operands
-    (``halves``), or interleaved.
+    ``biases``: of both products, or none. ``expr`` is f over the parts of the first product: its channels in as many
+    equal runs as the expression has operands (``halves``), or interleaved.
     """
     y = x.new_zeros(x.shape[0], down.shape[1])
     parts = scalar.operands(expr)

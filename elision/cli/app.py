@@ -1,0 +1,184 @@
+"""The verbs of the command line. Exit status: 0, 1 for an illegal program, 2 for bad input or a bad artefact."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from elision.cli.opening import errors, open_model, progress
+from elision.errors import BadInput, ElisionError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Elision: a compiler for transformer inference.")
+
+Source = Annotated[str, typer.Argument(metavar="X", help="smollm2, a Hugging Face directory, a .gguf file or an artefact.")]
+Passes = Annotated[list[str], typer.Option("-p", "--pass", metavar="PASS", help="As in skip-layers:layers=3+7-9.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to run on.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+
+
+@app.command("compile")
+def compile_(
+    model: Source,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.elision", help="The artefact to write.")],
+    passes: Passes = [],  # noqa: B006 - typer's way to say repeatable
+    target: Annotated[list[str], typer.Option("--target", metavar="T", help="What to generate code for. Repeatable.")] = ["cpu"],  # noqa: B006
+    dtype: Annotated[str | None, typer.Option(help="Of weights and activations, as float32.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the key/value cache.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="The most positions of a sequence.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="The most sequences of a call.")] = None,
+) -> None:
+    """Compile a model ahead of time into one file."""
+    if len(target) != 1:
+        raise BadInput(f"--target {' '.join(target)}: expected one target; there is one so far, cpu")
+    with progress():
+        found = open_model(
+            model, passes, target=target[0], dtype=dtype, kv_dtype=kv_dtype, max_context=max_context, max_batch=max_batch
+        )
+        found.save(output)
+    size = output.stat().st_size / 1e6
+    Console(soft_wrap=True).print(
+        f"{output}: {size:.1f} MB, {len(found.program.layers)} layers, quality {found.program.quality}, "
+        f"passes {', '.join(found.program.applied)}"
+    )
+
+
+@app.command()
+def run(
+    model: Source,
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or the message with --chat.")],
+    passes: Passes = [],  # noqa: B006
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="The most tokens to generate.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Generate text, printed as it comes."""
+    import torch
+
+    with progress():
+        found = open_model(model, passes, threads=threads)
+    if found.tokenizer is None:
+        raise BadInput(f"{model} came without a tokenizer, so it cannot run on text")
+    text = found.tokenizer.chat(prompt) if chat else prompt
+    ids = found.tokenizer.encode(text, add_special=not chat)
+    if not ids:
+        raise BadInput("the prompt is empty: expected at least one token")
+
+    def show(row: int, tokens: list[int], piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    try:
+        found.generate(torch.tensor([ids]), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=show)
+    except KeyboardInterrupt:
+        print()
+        raise typer.Exit(130) from None
+    print()
+    stats = found.stats
+    assert stats is not None
+    errors.print(
+        f"[dim]{stats.new_tokens} tokens ({stats.finish[0]}), {stats.tokens_per_second:.1f} tokens/s, first after "
+        f"{stats.time_to_first_token * 1e3:.0f} ms, state {stats.state_bytes / 1e6:.1f} MB[/]"
+    )
+
+
+@app.command()
+def show(
+    model: Source,
+    after: Annotated[list[str], typer.Option("--after", metavar="PASS", help="Show the program after this pass.")] = [],  # noqa: B006
+    cost: Annotated[bool, typer.Option("--cost", help="FLOPs and bytes by op and phase, with the floor.")] = False,
+    coverage: Annotated[bool, typer.Option("--coverage", help="What was raised and what stayed opaque.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of stream, layers and states.")] = None,
+    bandwidth: Annotated[float, typer.Option(help="GB/s, for the floor.")] = 30.0,
+    flops: Annotated[float, typer.Option(help="GFLOP/s, for the floor.")] = 150.0,
+    context: Annotated[int, typer.Option(help="Entries that a token attends to.")] = 1024,
+) -> None:
+    """Print the IR as text, its cost or its coverage, or draw it."""
+    from elision.cli import tables
+    from elision.cli.picture import picture
+    from elision.ir.printer import print_program
+
+    with progress():
+        before = open_model(model)
+        found = before if not after else _after(before, after)
+    console = Console(soft_wrap=True)
+    if svg is not None:
+        svg.write_text(picture(found.program, before.program))
+        console.print(f"{svg}: the stream of {found.program.name}")
+    if cost:
+        console.print(*tables.cost(found.program, context, bandwidth * 1e9, flops * 1e9))
+    if coverage:
+        console.print(*tables.coverage(found))
+    if svg is None and not cost and not coverage:
+        print(print_program(found.program), end="")
+
+
+@app.command()
+def check(model: Source, passes: Passes = []) -> None:  # noqa: B006
+    """Say whether the passes compose on this model, and by which rule not."""
+    with progress():
+        found = _after(open_model(model), passes)
+    Console(soft_wrap=True).print(f"legal: {' '.join(found.program.applied)}, quality {found.program.quality}")
+
+
+@app.command()
+def bench(
+    model: Source,
+    passes: Passes = [],  # noqa: B006
+    against: Annotated[str | None, typer.Option(metavar="ENGINE", help="transformers: run it in turns with ours.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    runs: Annotated[int, typer.Option(help="Runs of each engine, after one warm-up.")] = 3,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure tokens/s, time to first token and memory, beside the floor of this machine."""
+    from elision.cli.bench import measure
+
+    with progress():
+        found = open_model(model, passes, threads=threads)
+        result = measure(found, model, against, prompt_tokens, new_tokens, runs)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table("engine", "tokens/s", "first token (ms)", "state (MB)")
+    for name, row in result["engines"].items():
+        table.add_row(
+            name, f"{row['tokens_per_second']:.1f}", f"{row['first_token'] * 1e3:.0f}", f"{row['state_bytes'] / 1e6:.2f}"
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"floor: {result['floor_tokens_per_second']:.0f} tokens/s at {result['bandwidth'] / 1e9:.1f} GB/s read; peak memory "
+        f"{result['peak_memory_bytes'] / 1e6:.0f} MB; medians of {runs}"
+    )
+
+
+@app.command("passes")
+def passes_(family: Annotated[str | None, typer.Argument(help="Only this family.")] = None) -> None:
+    """List the passes, their parameters and defaults."""
+    from elision.cli.tables import passes
+
+    Console(soft_wrap=True).print(passes(family))
+
+
+def _after(model: Any, passes: list[str]) -> Any:
+    from elision.cli.opening import with_passes
+
+    return with_passes(model, passes)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; an error of our own is one sentence (a violated rule: four lines) and its exit status."""
+    try:
+        app(args=args, prog_name="elision")
+    except ElisionError as err:
+        text = str(err) if err.exit_status == 1 else f"error: {err}"
+        print(text, file=sys.stderr)
+        sys.exit(err.exit_status)

@@ -1,0 +1,73 @@
+"""What the verbs act on: a model to compile, or an artefact to open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from elision.runtime.model import Model
+
+#: Progress, statistics and errors; standard output is for results.
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def open_model(source: str, passes: Sequence[str] = (), **options: Any) -> Model:
+    """Compile a model or open an artefact, and apply the passes. ``options`` are those of `elision.compile` that are not None."""
+    given = {k: v for k, v in options.items() if v is not None}
+    if not is_artefact(source):
+        import elision
+
+        return elision.compile(source, passes=list(passes), **given)
+    from elision.runtime.artefact import load
+
+    model = load(source, threads=given.get("threads"))
+    return with_passes(model, passes) if passes else model
+
+
+def is_artefact(source: str) -> bool:
+    """A file that is not a GGUF file is opened as an artefact (which says what is wrong with it)."""
+    path = Path(source)
+    return path.suffix == ".elision" or (path.is_file() and path.suffix != ".gguf")
+
+
+def with_passes(model: Model, passes: Sequence[str]) -> Model:
+    """The same model with more passes applied to its program."""
+    from elision.passes.pipeline import run
+
+    program = run(model.program, passes)
+    return Model(
+        program,
+        {n: model.weights[n] for n in program.params},
+        tokenizer=model.tokenizer,
+        defaults=model.defaults,
+        coverage=model.coverage,
+        max_context=model.max_context,
+        max_batch=model.max_batch,
+        threads=model.threads,
+    )
+
+
+@contextmanager
+def progress() -> Iterator[None]:
+    """Shows the stages that the compiler logs, on standard error: the last one with a spinner, on a terminal."""
+    log = logging.getLogger("elision")
+    with errors.status("starting") as status:
+
+        class Stages(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                errors.print(f"[dim]{record.getMessage()}[/]")
+                status.update("compiling")
+
+        handler, level = Stages(logging.INFO), log.level
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)

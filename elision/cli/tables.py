@@ -1,0 +1,79 @@
+"""Tables that the verbs print."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from elision.errors import BadInput
+from elision.ir.cost import Row, floor, total
+from elision.ir.cost import cost as cost_of
+from elision.ir.op import Sizes
+from elision.ir.program import Program
+from elision.runtime.model import Model
+
+#: Tokens of one call by phase, for one row.
+PHASES = {"prefill": 512, "step": 1, "score": 512}
+
+
+def cost(program: Program, context: int, bandwidth: float, flops: float) -> Iterator[Table]:
+    """One table per phase: FLOPs and bytes by kind of op, and the least time on a machine of that bandwidth (bytes/s)
+    and rate."""
+    for entry in program.entries:
+        tokens = PHASES[entry]
+        rows = cost_of(program, entry, Sizes(tokens=tokens, rows=1, context=context))
+        table = Table(
+            "op", "count", "MFLOP", "weights MB", "states MB", "activations MB", "written MB",
+            title=f"{entry}: {tokens} token{'s' if tokens > 1 else ''}, context {context}",
+        )  # fmt: skip
+        kinds: dict[str, list[Row]] = {}
+        for row in rows:
+            kinds.setdefault(row.op, []).append(row)
+        for op, group in sorted(kinds.items(), key=lambda item: -total(item[1]).bytes):
+            table.add_row(op, str(len(group)), *_numbers(total(group)))
+        everything = total(rows)
+        table.add_section()
+        table.add_row("total", str(len(rows)), *_numbers(everything))
+        seconds = floor(everything, bandwidth, flops)
+        table.caption = f"floor {seconds * 1e3:.2f} ms at {bandwidth / 1e9:.0f} GB/s and {flops / 1e9:.0f} GFLOP/s"
+        yield table
+
+
+def _numbers(row: Row) -> list[str]:
+    parts = (row.flops, row.weight_bytes, row.state_bytes, row.activation_bytes, row.write_bytes)
+    return [f"{n / 1e6:.2f}" for n in parts]
+
+
+def coverage(model: Model) -> Iterator[Any]:
+    """What was raised, what stayed opaque, and what cannot be done because of it."""
+    found = model.coverage
+    raised, opaque = sum(found["sites"].values()) - found["sites"].get("aten", 0), sum(found["opaque"].values())
+    table = Table("op", "sites", title=f"{model.program.name}: {raised} operators raised, {opaque} opaque")
+    for op, count in sorted(found["sites"].items(), key=lambda item: -item[1]):
+        table.add_row(op, str(count))
+    yield table
+    for name, count in found["opaque"].items():
+        yield f"opaque: {name} ({count})"
+    rows = ", ".join(f"{entry} {count}" for entry, count in found["entries"].items())
+    yield f"aten rows by entry: {rows}"
+    if opaque:
+        yield "unavailable: passes that change a token axis are refused across opaque operators (rule axis)"
+
+
+def passes(family: str | None) -> Table:
+    """The registry: name, family, parameters with defaults, quality, and the first sentence of the docstring."""
+    from elision.passes import REGISTRY
+
+    families = sorted({cls.family for cls in REGISTRY.values()})
+    if family is not None and family not in families:
+        raise BadInput(f"unknown family {family!r}; the families are {', '.join(families)}")
+    table = Table("pass", "family", "parameters", "quality", "what it does")
+    for name, cls in sorted(REGISTRY.items(), key=lambda item: (item[1].family, item[0])):
+        if family in (None, cls.family):
+            fields = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))
+            first = " ".join((cls.__doc__ or "").split()).split(". ")[0].rstrip(".")
+            table.add_row(name, cls.family, fields, cls.quality, first)
+    return table
