@@ -59,6 +59,8 @@ def test_types_of_products() -> None:
     refused("a weight is \\[out, in\\]", "linear", f32(T, 8), f32(8))
     refused("expected one token axis, got t, u", "matmul", f32(T, 3, 4), f32(U, 4, 3))
     refused("cannot multiply", "matmul", f32(T, 3, 4), f32(T, 3, 4))
+    refused("cannot multiply", "matmul", f32(T, 2, 3, 4), f32(T, 4, 3))  # torch would take the heads for tokens
+    refused("cannot multiply", "matmul", f32(T, 1, 3, 4), f32(T, 2, 4, 3))
     refused("unexpected keyword argument 'split'", "linear", f32(T, 8), f32(6, 8), split=(6,))
 
 

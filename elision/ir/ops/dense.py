@@ -45,7 +45,9 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None, *, s
 def _matmul_type(a: Tensor, b: Tensor) -> Tensor:
     axis = token_axis(a, b)
     need(len(a.axes) >= 3 and len(b.axes) >= 2, "expected a [t, .., m, k] and b [t, .., k, n] or [k, n]")
-    need(a.axes[-1] == b.axes[-2] and a.dtype == b.dtype, f"cannot multiply {a} and {b}")
+    lead = b.axes[:-2]
+    fits = not lead or (len(lead) == len(a.axes) - 2 and all(y in (1, x) for x, y in zip(a.axes, lead, strict=False)))
+    need(fits and a.axes[-1] == b.axes[-2] and a.dtype == b.dtype, f"cannot multiply {a} and {b}")
     return a.with_axes(axis, *a.axes[1:-1], b.axes[-1])
 
 
