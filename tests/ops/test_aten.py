@@ -57,7 +57,7 @@ def test_what_is_no_aten_operator_is_refused(function: str) -> None:
     refused("no aten op", "aten", f32(T, 4), function=function, template=(("arg", 0),), results=f32(T, 4))
 
 
-@pytest.mark.parametrize("item", ["/tmp/file", ("list", "/tmp/file"), ("file", "/tmp/file"), [1], {}, b"x", ("list", ("list", "x"))])
+@pytest.mark.parametrize("item", ["/tmp/file", ("list", "/tmp/file"), ("file", "/tmp/file"), [1], {}, b"x", ("list", ("list", "x")), ("arg", 1), ("dtype", "f12"), (1, 2)])
 def test_a_template_holds_operands_numbers_lists_and_dtypes_only(item: Any) -> None:
     refused("template .* holds something other", "aten", f32(T, 4), function="cumsum.default", template=(item,), results=f32(T, 4))
 

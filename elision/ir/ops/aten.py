@@ -18,7 +18,7 @@ from elision.ir.types import DTYPES, Axis, Tensor
 
 def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results: Tensor, rowwise: bool = False) -> Tensor:
     resolve(function)
-    need(_legal(template), f"template {template!r} holds something other than numbers, operands, lists and dtypes")
+    need(all(_legal(i, len(types)) for i in template), f"template {template!r} holds something other than numbers, operands, lists and dtypes")
     return results
 
 
@@ -36,10 +36,15 @@ def call(function: str, template: tuple[Any, ...], x: tuple[torch.Tensor, ...]) 
     return resolve(function)(*(_fill(t, x) for t in template))
 
 
-def _legal(item: Any) -> bool:
+def _legal(item: Any, operands: int) -> bool:
     """No text but the markers: an operator that takes a file name, say, is not for a program."""
-    if isinstance(item, tuple):
-        return all(_legal(i) for i in (item[1:] if item and isinstance(item[0], str) else item)) or item[:1] == ("dtype",)
+    match item:
+        case ("arg", int(i)):
+            return 0 <= i < operands
+        case ("list", *items):
+            return all(_legal(i, operands) for i in items)
+        case ("dtype", str(name)):
+            return name in DTYPES
     return item is None or isinstance(item, bool | int | float)
 
 

@@ -32,6 +32,8 @@ class SkipLayers(Pass):
         there = program.layers
         if self.half not in ("", "attn", "mlp"):
             raise BadInput(f"skip-layers: half={self.half!r}; expected attn or mlp")
+        if self.layers and not self.half and not set(there) - set(self.layers):
+            raise BadInput(f"skip-layers: every layer of {program.name} would be left out; keep at least one")
         for index in self.layers:
             if index not in there:
                 left = _spans(sorted(there))
