@@ -90,8 +90,9 @@ def _check(node: ast.expr, text: str) -> None:
         if not _OPERAND.fullmatch(node.id):
             raise BadInput(f"map: unknown name {node.id!r} in {text!r}; operands are x0, x1, ...")
     elif isinstance(node, ast.Constant):
-        if type(node.value) not in (int, float) or not abs(node.value) <= sys.float_info.max:
-            raise BadInput(f"map: {node.value!r:.40} in {text!r:.80} is not a finite number")
+        value = node.value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            raise BadInput(f"map: {value!r:.40} in {text!r:.80} is not a finite number")
     elif isinstance(node, ast.BinOp | ast.Compare):
         operators = node.ops if isinstance(node, ast.Compare) else [node.op]
         if len(operators) != 1 or type(operators[0]) not in {**_BINARY, **_COMPARE} or not _reads(node):

@@ -216,8 +216,7 @@ class Archive:
         except (ValueError, struct.error) as error:
             reason = error if isinstance(error, ValueError) else "its directory is damaged"
             raise ArtefactError(
-                f"{path} is not an intact Elision artefact: {reason}; copy it again or write it anew with "
-                "`elision compile`"
+                f"{path} is not an intact Elision artefact: {reason}; copy it again or write it anew with `elision compile`"
             ) from error
         return cls(path, view, members)
 

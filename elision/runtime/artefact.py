@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from elision.errors import ArtefactError, BadInput
+from elision.errors import ArtefactError, BadInput, IllegalProgram
 from elision.ir.layout import nbytes
 from elision.ir.parser import parse_program
 from elision.ir.printer import print_program
+from elision.ir.program import QUALITIES, Program
+from elision.ir.types import DTYPES
+from elision.ir.verifier import verify as verify_program
 from elision.runtime.archive import Archive, write_archive
 from elision.runtime.tensors import pack_tensors, unpack_tensors
 from elision.runtime.text import Tokenizer
@@ -18,10 +22,27 @@ if TYPE_CHECKING:
     from elision.runtime.model import Model
 
 FORMAT = 1
-_FIELDS = {
-    "format", "name", "passes", "quality", "targets", "coverage", "state_bytes", "tensors", "defaults", "max_context", "max_batch",
-    "text",
-}  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+#: The manifest's fields, and what each must be.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "format": lambda v: v == FORMAT,
+    "name": lambda v: isinstance(v, str),
+    "passes": lambda v: isinstance(v, list) and all(isinstance(p, str) for p in v),
+    "quality": lambda v: v in QUALITIES,
+    "targets": lambda v: v == ["reference"],
+    "coverage": lambda v: isinstance(v, dict),
+    "state_bytes": lambda v: isinstance(v, dict),
+    "tensors": lambda v: isinstance(v, list),
+    "defaults": lambda v: isinstance(v, dict),
+    "max_context": _is_count,
+    "max_batch": _is_count,
+    "text": lambda v: isinstance(v, bool),
+}
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
@@ -64,13 +85,11 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     tokenizer = None
     if manifest["text"]:
         tokenizer = Tokenizer.from_json(bytes(archive["tokenizer.json"]), json.loads(bytes(archive["text.json"])))
-    try:
-        program = parse_program(bytes(archive["program.txt"]).decode())
-    except (BadInput, UnicodeDecodeError) as err:
-        raise ArtefactError(f"{path}: the program cannot be read: {err}; write the artefact anew") from err
+    program = _program(archive)
     weights = unpack_tensors(manifest["tensors"], archive["weights.bin"])
     for name, type in program.params.items():
-        if name not in weights or tuple(weights[name].shape) != type.axes:
+        found = weights.get(name)
+        if found is None or tuple(found.shape) != type.axes or found.dtype != DTYPES[type.dtype]:
             raise ArtefactError(f"{path}: the weight {name} is missing or not of the type {type}")
     return Model(
         program,
@@ -95,6 +114,22 @@ def _manifest(archive: Archive) -> dict[str, Any]:
         raise ArtefactError(
             f"{archive.path} has format version {manifest['format']!r}, this Elision reads {FORMAT}: compile the model again"
         )
-    if set(manifest) != _FIELDS:
+    if set(manifest) != set(_FIELDS):
         raise ArtefactError(f"{archive.path}: the manifest has not the fields {', '.join(sorted(_FIELDS))}")
+    for name, legal in _FIELDS.items():
+        if not legal(manifest[name]):
+            raise ArtefactError(f"{archive.path}: the manifest's {name} cannot be {manifest[name]!r:.80}")
     return manifest
+
+
+def _program(archive: Archive) -> Program:
+    """The program, read back and verified: what was legal when it was written must be legal still."""
+    try:
+        program = parse_program(bytes(archive["program.txt"]).decode())
+        verify_program(program)
+    except (BadInput, IllegalProgram, UnicodeDecodeError) as err:
+        raise ArtefactError(f"{archive.path}: the program cannot be read: {err}; write the artefact anew") from err
+    missing = {"outputs", "vocab", "dtype"} - set(program.meta)
+    if missing or "score" not in program.entries or program.meta["dtype"] not in DTYPES:
+        raise ArtefactError(f"{archive.path}: the program is not a whole model: write the artefact anew")
+    return program

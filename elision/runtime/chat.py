@@ -29,9 +29,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals.update(
-            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_dict, namespace=_Namespace
-        )
+        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_dict, namespace=_Namespace)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -99,9 +97,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own ``tojson`` escapes for HTML, which a prompt must not be."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -194,7 +194,9 @@ class Model:
         mask = torch.ones_like(ids) if mask is None else mask
         if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
             shown = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise BadInput(f"attention_mask {shown} does not fit the token ids {list(ids.shape)}: expected a tensor of the same shape")
+            raise BadInput(
+                f"attention_mask {shown} does not fit the token ids {list(ids.shape)}: expected a tensor of the same shape"
+            )
         keep = mask.bool()
         vocab = self.program.meta["vocab"]
         wrong = ids[keep & ((ids < 0) | (ids >= vocab))]
@@ -221,7 +223,13 @@ class Model:
 
 
 #: Forward arguments that ask for what is done anyway.
-_NATURAL = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True, "logits_to_keep": 0}
+_NATURAL = {
+    "use_cache": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "logits_to_keep": 0,
+}
 
 
 def _positions(position_ids: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
@@ -230,7 +238,9 @@ def _positions(position_ids: torch.Tensor | None, ids: torch.Tensor) -> torch.Te
         return torch.arange(ids.shape[1]).expand_as(ids)
     shape = position_ids.shape
     if position_ids.dtype != torch.int64 or len(shape) != 2 or shape[1] != ids.shape[1] or shape[0] not in (1, len(ids)):
-        raise BadInput(f"position_ids: expected a LongTensor {list(ids.shape)} or {[1, ids.shape[1]]}, got {position_ids.dtype} {list(shape)}")
+        raise BadInput(
+            f"position_ids: expected a LongTensor {list(ids.shape)} or {[1, ids.shape[1]]}, got {position_ids.dtype} {list(shape)}"
+        )
     return position_ids.expand_as(ids)
 
 

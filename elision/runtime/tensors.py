@@ -110,9 +110,7 @@ def _unpack(row: object, view: memoryview, end: int) -> tuple[torch.Tensor, int]
     if not fits or type(nbytes) is not int or nbytes != count * dtype.itemsize:
         raise ArtefactError(f"tensor {name!r} of shape {shape} and {nbytes!r} bytes does not fit the weights")
     if type(row["offset"]) is not int or row["offset"] != offset:
-        raise ArtefactError(
-            f"tensor {name!r} lies at {row['offset']!r}, not at {offset} behind the one before"
-        )
+        raise ArtefactError(f"tensor {name!r} lies at {row['offset']!r}, not at {offset} behind the one before")
     if count == 0:
         return torch.empty(shape, dtype=dtype), offset
     return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).view(shape), offset + nbytes

@@ -43,9 +43,7 @@ class Tokenizer:
         try:
             core = tokenizers.Tokenizer.from_buffer(bytes(data))
         except Exception as error:  # the library raises bare Exception and ValueError
-            raise ArtefactError(
-                f"tokenizer.json cannot be read by the tokenizers library: {error}"
-            ) from error
+            raise ArtefactError(f"tokenizer.json cannot be read by the tokenizers library: {error}") from error
         return cls(core, settings)
 
     def to_members(self) -> dict[str, bytes]:

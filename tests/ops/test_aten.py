@@ -15,7 +15,9 @@ from elision.ir.value import Builder
 from tests.ops.harness import T, f32, randn, refused, run
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=4).filter(lambda rows: any(n for n, _ in rows)))
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=4).filter(lambda rows: any(n for n, _ in rows))
+)
 def test_pad_puts_every_row_in_a_line_and_unpad_takes_it_back(rows: list[tuple[int, int]]) -> None:
     lengths = [n for n, _ in rows]
     at = Tokens.chunk(lengths, [start for _, start in rows])
@@ -51,15 +53,41 @@ def test_an_operator_runs_on_the_padded_tensor_with_its_template() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    ["no_such.default", "cumsum.no_such", "cumsum.__class__", "__class__.__init__", "os.system", "", ".", "add..Tensor", "__name__"],
+    [
+        "no_such.default",
+        "cumsum.no_such",
+        "cumsum.__class__",
+        "__class__.__init__",
+        "os.system",
+        "",
+        ".",
+        "add..Tensor",
+        "__name__",
+    ],
 )
 def test_what_is_no_aten_operator_is_refused(function: str) -> None:
     refused("no aten op", "aten", f32(T, 4), function=function, template=(("arg", 0),), results=f32(T, 4))
 
 
-@pytest.mark.parametrize("item", ["/tmp/file", ("list", "/tmp/file"), ("file", "/tmp/file"), [1], {}, b"x", ("list", ("list", "x")), ("arg", 1), ("dtype", "f12"), (1, 2)])
+@pytest.mark.parametrize(
+    "item",
+    [
+        "/tmp/file",
+        ("list", "/tmp/file"),
+        ("file", "/tmp/file"),
+        [1],
+        {},
+        b"x",
+        ("list", ("list", "x")),
+        ("arg", 1),
+        ("dtype", "f12"),
+        (1, 2),
+    ],
+)
 def test_a_template_holds_operands_numbers_lists_and_dtypes_only(item: Any) -> None:
-    refused("template .* holds something other", "aten", f32(T, 4), function="cumsum.default", template=(item,), results=f32(T, 4))
+    refused(
+        "template .* holds something other", "aten", f32(T, 4), function="cumsum.default", template=(item,), results=f32(T, 4)
+    )
 
 
 def test_types() -> None:

@@ -66,7 +66,7 @@ def small() -> bytes:
 
 # --- tiny models ---
 
-#: Architecture, metadata after its name (from the configuration) and what the converter does to weights; one row a family.
+#: Metadata after the architecture's name, from the configuration.
 _BASE = {
     "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
@@ -139,14 +139,14 @@ def converted(architecture: str, config: Any, name: str, value: torch.Tensor) ->
 def write_model(path: Path, architecture: str, model: nn.Module, changes: Mapping[str, Any] | None = None) -> None:
     """Write a model of transformers as the converter would, in float32. Names are those of the gguf package.
 
-    ``changes``: metadata to replace (None: to leave out).
+    ``changes``: metadata to add or replace (None: to leave out), after the architecture's name but for those of the tokenizer.
     """
     config: Any = model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in {**metadata(architecture, config), **(changes or {})}.items():
-        full = f"{architecture}.{key}"
+        full = key if key.startswith("tokenizer.") else f"{architecture}.{key}"
         if isinstance(value, bool):
             writer.add_bool(full, value)
         elif isinstance(value, int):

@@ -57,7 +57,9 @@ def test_explicit_positions_equal_transformers(llama: Pair, padded: Batch) -> No
 def test_arguments_that_ask_for_what_is_done_anyway_are_taken(llama: Pair) -> None:
     ids = torch.tensor([[5, 6]])
     plain = llama.compiled(ids).logits
-    found = llama.compiled(ids, use_cache=False, output_attentions=False, return_dict=True, logits_to_keep=0, past_key_values=None)
+    found = llama.compiled(
+        ids, use_cache=False, output_attentions=False, return_dict=True, logits_to_keep=0, past_key_values=None
+    )
     assert torch.equal(found.logits, plain)
 
 

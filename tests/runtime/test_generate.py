@@ -117,7 +117,9 @@ def test_temperature_and_do_sample_say_whether_to_sample(llama: Pair, padded: Ba
 
 def test_generation_config_gives_the_defaults(llama: Pair, padded: Batch) -> None:
     kept = dict(llama.compiled.defaults)
-    explicit = llama.compiled.generate(*padded, max_new_tokens=6, do_sample=True, temperature=1.4, top_k=9, repetition_penalty=1.2)
+    explicit = llama.compiled.generate(
+        *padded, max_new_tokens=6, do_sample=True, temperature=1.4, top_k=9, repetition_penalty=1.2
+    )
     try:
         llama.compiled.defaults.update(max_new_tokens=6, do_sample=True, temperature=1.4, top_k=9, repetition_penalty=1.2)
         assert torch.equal(llama.compiled.generate(*padded), explicit)

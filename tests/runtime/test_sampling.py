@@ -92,7 +92,9 @@ def test_equal_prompts_in_one_batch_draw_differently_and_a_seed_repeats(small: P
     assert torch.equal(found, small.compiled.generate(ids, **options, seed=3 + (1 << 64)))
 
 
-def test_a_row_does_not_depend_on_its_batch(llama: Pair, prompts: list[list[int]], padded: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_row_does_not_depend_on_its_batch(
+    llama: Pair, prompts: list[list[int]], padded: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": [], "temperature": 1.2, "repetition_penalty": 1.3}
     seeds = [11, 7, 11, 2]
     together = llama.compiled.generate(*padded, seed=seeds, **options)

@@ -18,7 +18,8 @@ from elision.ir.types import DTYPES, Axis, Tensor
 
 def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results: Tensor, rowwise: bool = False) -> Tensor:
     resolve(function)
-    need(all(_legal(i, len(types)) for i in template), f"template {template!r} holds something other than numbers, operands, lists and dtypes")
+    legal = all(_legal(item, len(types)) for item in template)
+    need(legal, f"template {template!r} holds something other than numbers, operands, lists and dtypes")
     return results
 
 
