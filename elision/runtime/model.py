@@ -238,9 +238,8 @@ def _positions(position_ids: torch.Tensor | None, ids: torch.Tensor) -> torch.Te
         return torch.arange(ids.shape[1]).expand_as(ids)
     shape = position_ids.shape
     if position_ids.dtype != torch.int64 or len(shape) != 2 or shape[1] != ids.shape[1] or shape[0] not in (1, len(ids)):
-        raise BadInput(
-            f"position_ids: expected a LongTensor {list(ids.shape)} or {[1, ids.shape[1]]}, got {position_ids.dtype} {list(shape)}"
-        )
+        expected = f"expected a LongTensor {list(ids.shape)} or {[1, ids.shape[1]]}"
+        raise BadInput(f"position_ids: {expected}, got {position_ids.dtype} {list(shape)}")
     return position_ids.expand_as(ids)
 
 

@@ -39,16 +39,15 @@ def test_an_operator_runs_on_the_padded_tensor_with_its_template() -> None:
     padded = b.add("pad", value)
     kind = padded.tensor
     summed = b.add("aten", padded, function="cumsum.default", template=(("arg", 0), 1), results=kind)
-    joined = b.add(
-        "aten", padded, summed, function="cat.default", template=(("list", ("arg", 0), ("arg", 1)), -1), results=kind.with_axes(*kind.axes[:2], 12)
-    )  # fmt: skip
+    both, wide = (("list", ("arg", 0), ("arg", 1)), -1), kind.with_axes(*kind.axes[:2], 12)
+    joined = b.add("aten", padded, summed, function="cat.default", template=both, results=wide)
     typed = b.add("aten", summed, function="to.dtype", template=(("arg", 0), ("dtype", "f64")), results=kind.with_dtype("f64"))
     outputs = [b.add("unpad", value, v) for v in (summed, joined, typed)]
-    found, both, wide = run(b.build(*outputs), {"x": x}, {"t": at})
+    found, longer, doubled = run(b.build(*outputs), {"x": x}, {"t": at})
     want = torch.cat((x[:3].cumsum(0), x[3:]))
     torch.testing.assert_close(found, want)
-    torch.testing.assert_close(both, torch.cat((x, want), -1))
-    torch.testing.assert_close(wide, want.double())
+    torch.testing.assert_close(longer, torch.cat((x, want), -1))
+    torch.testing.assert_close(doubled, want.double())
 
 
 @pytest.mark.parametrize(
@@ -69,25 +68,16 @@ def test_what_is_no_aten_operator_is_refused(function: str) -> None:
     refused("no aten op", "aten", f32(T, 4), function=function, template=(("arg", 0),), results=f32(T, 4))
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        "/tmp/file",
-        ("list", "/tmp/file"),
-        ("file", "/tmp/file"),
-        [1],
-        {},
-        b"x",
-        ("list", ("list", "x")),
-        ("arg", 1),
-        ("dtype", "f12"),
-        (1, 2),
-    ],
-)
+ILLEGAL = [
+    "/tmp/file", ("list", "/tmp/file"), ("file", "/tmp/file"), ("list", ("list", "x")), [1], {}, b"x", (1, 2), (),
+    ("arg", 1), ("arg", -1), ("arg",), ("dtype", "f12"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("item", ILLEGAL, ids=repr)
 def test_a_template_holds_operands_numbers_lists_and_dtypes_only(item: Any) -> None:
-    refused(
-        "template .* holds something other", "aten", f32(T, 4), function="cumsum.default", template=(item,), results=f32(T, 4)
-    )
+    attrs = {"function": "cumsum.default", "results": f32(T, 4)}
+    refused("template .* holds something other", "aten", f32(T, 4), template=(item,), **attrs)
 
 
 def test_types() -> None:

@@ -63,10 +63,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def tiny(family: str) -> tuple[str, nn.Module]:
+def tiny(family: str, **changes: Any) -> tuple[str, nn.Module]:
+    """The architecture of the family's files and a randomly initialised model of it."""
     architecture, model_type, fields = FAMILIES[family]
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**fields, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)  # no two rows alike, no norm weight one

@@ -93,7 +93,8 @@ def metadata(architecture: str, config: Any) -> dict[str, Any]:
         "use_parallel_residual": ("use_parallel_residual",),
         "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads"),
     }.items():
-        found |= {key: value for name in names if (value := getattr(config, name, None)) is not None}
+        value = next((v for name in names if (v := getattr(config, name, None)) is not None), None)
+        found |= {} if value is None else {key: value}
     if architecture in ("gpt2", "bloom", "falcon"):
         found["feed_forward_length"] = 4 * config.hidden_size
         found.setdefault("context_length", config.hidden_size)

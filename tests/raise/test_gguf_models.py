@@ -15,6 +15,7 @@ from elision.frontend.gguf.architecture import ARCHITECTURES
 from elision.frontend.gguf.container import GGUF
 from elision.frontend.gguf.model import load
 
+
 def logits(model: nn.Module) -> torch.Tensor:
     tokens = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -35,6 +36,16 @@ def test_the_model_read_is_the_model_written(family: str, tmp_path: Path) -> Non
 
 def test_every_architecture_is_tried() -> None:
     assert {row[0] for row in FAMILIES.values()} == {name.partition("+")[0] for name in ARCHITECTURES}
+
+
+def test_what_older_files_leave_out(tmp_path: Path) -> None:
+    for family, keys in [
+        ("gemma3", ["rope.freq_base"]), ("llama, tied", ["attention.key_length", "attention.value_length"]),
+        ("phi2", ["attention.head_count_kv"]),
+    ]:  # fmt: skip
+        architecture, model = tiny(family, **({"num_key_value_heads": 4} if family == "phi2" else {}))
+        write_model(tmp_path / "m.gguf", architecture, model, dict.fromkeys(keys))
+        assert torch.equal(logits(load(GGUF.open(tmp_path / "m.gguf"))[0]), logits(model))
 
 
 def test_weights_stay_when_the_file_goes(tmp_path: Path) -> None:

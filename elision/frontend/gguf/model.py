@@ -71,6 +71,7 @@ def load(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
     with _one_thread():
         values = {name: weight.decode(file, dtype) for name, weight in weights.items()}
     model = kind.from_pretrained(None, config=config, state_dict=values, dtype=dtype)
+    model.config.name_or_path = str(file.path)
     if "rope_freqs.weight" in file.tensors:
         _scale_frequencies(file, model)
     stored = {name: found for name, weight in weights.items() if (found := weight.stored(file)) is not None}
