@@ -83,7 +83,8 @@ def _block(program: Program, block: Value, label: str, y: int, colours: dict[str
 def _ghost(y: int, label: str) -> str:
     return "\n".join(
         [
-            f'<rect x="{LEFT + 30}" y="{y - 9}" width="120" height="19" rx="4" fill="none" stroke="#999" stroke-dasharray="4 3"/>',
+            f'<rect x="{LEFT + 30}" y="{y - 9}" width="120" height="19" rx="4" fill="none" stroke="#999" '
+            'stroke-dasharray="4 3"/>',
             _text(LEFT + 90, y + 5, label, anchor="middle", colour="#999"),
         ]
     )

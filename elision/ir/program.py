@@ -1,8 +1,7 @@
 """A program: templates, the entries that run them as a stream of blocks, states, and the round that generates.
 
-Entries share one raised graph: ``prefill`` (committed tokens, logits of each row's last), ``step`` (drafted tokens, all
-logits) and
-``score`` (the model's own forward). ``round`` is generation itself; ``ticks`` run on the clock.
+Entries share one raised graph: ``prefill`` (committed tokens, logits of each row's last), ``step`` (drafted tokens, all logits)
+and ``score`` (the model's own forward). ``round`` is generation itself; ``ticks`` run on the clock.
 """
 
 from __future__ import annotations

@@ -88,14 +88,11 @@ class Model:
         """Continue the prompts.
 
         ``inputs``: token ids ``[B, T]`` (left-padded; ``attention_mask`` marks the padding), or texts. Ids give ids ``[B
-        * n, T + new]``:
-        the padded prompt, then the new tokens, filled with the pad token; texts give the new texts. None means the model's
-        generation config; ``eos_token_id=[]`` never ends at a token; temperature 0 is greedy. ``stop`` strings end a row
-        and are cut
-        from its text, but kept in its tokens. ``seed``: one for the call or one per prompt; a row's tokens do not depend
-        on the other
-        rows. ``streamer``: an object with ``put``/``end`` (one row, as in transformers), or a function of (row, tokens, text)
-        that ends a row by returning False.
+        * n, T + new]``: the padded prompt, then the new tokens, filled with the pad token; texts give the new texts. None
+        means the model's generation config; ``eos_token_id=[]`` never ends at a token; temperature 0 is greedy. ``stop``
+        strings end a row and are cut from its text, but kept in its tokens. ``seed``: one for the call or one per prompt; a
+        row's tokens do not depend on the other rows. ``streamer``: an object with ``put``/``end`` (one row, as in
+        transformers), or a function of (row, tokens, text) that ends a row by returning False.
         """
         if "step" not in self.program.entries:
             raise BadInput(f"{self.program.name} has no decoder: call it as m(...) for its outputs")

@@ -72,7 +72,7 @@ def test_no_eos_token_never_ends_at_a_token(llama: Pair, padded: Batch) -> None:
 @pytest.mark.parametrize("least", [1, 5, 12])
 def test_min_new_tokens_puts_eos_off(llama: Pair, padded: Batch, least: int) -> None:
     eos = ends(llama, padded)
-    options = {"max_new_tokens": 12, "min_new_tokens": least, "eos_token_id": eos}
+    options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": least, "eos_token_id": eos}
     found = llama.compiled.generate(*padded, **options)
     assert torch.equal(found, original(llama, *padded, **options))
     if least > 3:
@@ -98,7 +98,7 @@ def test_padding_is_not_part_of_the_history_that_is_penalised(llama: Pair, padde
 
 
 def test_num_return_sequences_come_one_prompt_after_the_other(llama: Pair, padded: Batch) -> None:
-    options = {"max_new_tokens": 5, "num_return_sequences": 2, "do_sample": True, "seed": 4}
+    options: dict[str, Any] = {"max_new_tokens": 5, "num_return_sequences": 2, "do_sample": True, "seed": 4}
     found = llama.compiled.generate(*padded, **options)
     ids = padded[0]
     assert found.shape == (8, ids.shape[1] + 5) and torch.equal(found[:, : ids.shape[1]], ids.repeat_interleave(2, 0))
@@ -160,7 +160,9 @@ def test_prefill_in_chunks_equals_prefill_at_once(
 
 
 def test_concurrent_calls_equal_calls_one_after_the_other(llama: Pair, padded: Batch) -> None:
-    jobs = [{"max_new_tokens": 10 + i, "seed": i, "temperature": 0.9 if i % 2 else 0, "min_p": i / 20} for i in range(8)]
+    jobs: list[dict[str, Any]] = [
+        {"max_new_tokens": 10 + i, "seed": i, "temperature": 0.9 if i % 2 else 0, "min_p": i / 20} for i in range(8)
+    ]
 
     def run(job: dict[str, Any]) -> list[list[int]]:
         return llama.compiled.generate(*padded, **job).tolist()  # type: ignore[no-any-return]

@@ -26,9 +26,8 @@ def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results
 @op(_aten_type)
 def aten(*x: torch.Tensor, function: str, template: tuple[Any, ...], results: Tensor, rowwise: bool = False) -> Any:
     """Call ``torch.ops.aten.<function>`` with positional arguments ``template``: ``("arg", i)`` stands for operand i,
-    ``("list", ...)``
-    for a list. ``results`` is the type of the (one) result; ``rowwise`` says that it was seen to look at one token
-    at a time, without which it can only run over whole sequences."""
+    ``("list", ...)`` for a list. ``results`` is the type of the (one) result; ``rowwise`` says that it was seen to look at
+    one token at a time, without which it can only run over whole sequences."""
     return call(function, template, x)
 
 
