@@ -91,7 +91,7 @@ def test_selections_nest(at: Tokens, first: int, second: int) -> None:
 def assigned(draw: Any) -> tuple[Tokens, torch.Tensor]:
     """Ragged tokens, each with the token of its row that it joins (one that names itself)."""
     at = draw(ragged())
-    assign = []
+    assign: list[int] = []
     for i, row in enumerate(at.row.tolist()):
         kept = [j for j in range(i) if int(at.row[j]) == row and assign[j] == j]
         assign.append(draw(st.sampled_from([i, *kept])))

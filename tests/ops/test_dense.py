@@ -248,7 +248,7 @@ def test_route_with_sigmoid_and_ties() -> None:
 @pytest.mark.parametrize("biased", [True, False])
 def test_experts_equal_one_token_after_the_other(halves: bool, biased: bool) -> None:
     x, up, down = randn(6, 8), randn(4, 10, 8, seed=1), randn(4, 7, 5, seed=2)
-    biases = (randn(4, 10, seed=3), randn(4, 7, seed=4)) if biased else ()
+    biases = [randn(4, 10, seed=3), randn(4, 7, seed=4)] if biased else []
     weight, index = apply("route", randn(6, 4, seed=5), k=2)
     found = apply("experts", x, weight, index, *map(Weight, (up, down, *biases)), expr="silu(x0) * x1", halves=halves)
     for t in range(6):

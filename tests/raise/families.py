@@ -28,7 +28,11 @@ DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "mistral": (T.MistralConfig, {"sliding_window": 8}, True),
     "qwen2": (T.Qwen2Config, {}, True),
     "qwen3": (T.Qwen3Config, {"head_dim": 16}, True),
-    "gemma2": (T.Gemma2Config, {**UNTIED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING}, True),
+    "gemma2": (
+        T.Gemma2Config,
+        {**UNTIED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING},
+        True,
+    ),
     "gemma3": (
         T.Gemma3TextConfig,
         {**UNTIED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING},

@@ -33,7 +33,7 @@ def words(vocab: int) -> Tokenizer:
     return Tokenizer(core, {"chat_template": None, "special_tokens": {"eos_token": f"t{EOS:03}"}})
 
 
-def pair(vocab: int, positions: int = 64, max_batch: int = 8, spread: float = 0.2, **defaults: Any) -> Pair:
+def pair(vocab: int, max_batch: int = 8, spread: float = 0.2, dtype: torch.dtype = torch.float32) -> Pair:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -42,13 +42,13 @@ def pair(vocab: int, positions: int = 64, max_batch: int = 8, spread: float = 0.
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=positions,
+        max_position_embeddings=64,
         initializer_range=spread,
         pad_token_id=PAD,
         eos_token_id=EOS,
     )
-    model: Any = LlamaForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, **defaults)
+    model: Any = LlamaForCausalLM(config).to(dtype).eval()
+    model.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS)
     compiled = elision.compile(model, max_batch=max_batch)
     compiled.tokenizer = words(vocab)
     return Pair(model, compiled)

@@ -131,9 +131,7 @@ def test_sizes_beyond_the_file_are_refused_by_the_directory(tiny: Path) -> None:
     """The digests are not even computed: with the sizes believed, a view would leave the file."""
     intact = tiny.read_bytes()
     for size in (40, 13):
-        for position in (
-            at for at in range(len(intact) - 8) if intact[at : at + 8] == struct.pack("<Q", size)
-        ):
+        for position in (at for at in range(len(intact) - 8) if intact[at : at + 8] == struct.pack("<Q", size)):
             for claim in (2**40, 2**63, 2**64 - 1):
                 tiny.write_bytes(intact[:position] + struct.pack("<Q", claim) + intact[position + 8 :])
                 with pytest.raises(ArtefactError, match="member|directory"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elision.errors import BadInput
-from tests.runtime.conftest import Pair
+from tests.runtime.conftest import Pair, pair
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -52,6 +52,18 @@ def test_explicit_positions_equal_transformers(llama: Pair, padded: Batch) -> No
     close(llama.compiled(ids[:, -5:], position_ids=gaps).logits, logits(llama, ids[:, -5:], torch.ones(4, 5), position_ids=gaps))
     with pytest.raises(AssertionError):
         close(llama.compiled(ids[:, -5:]).logits, llama.compiled(ids[:, -5:], position_ids=gaps).logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=["f64", "f16", "bf16"]
+)
+def test_models_of_other_dtypes_are_raised_whole(dtype: torch.dtype, tolerance: float) -> None:
+    """The casts to float32 inside their norms belong to the norms."""
+    model = pair(32, dtype=dtype)
+    ids = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(1))
+    found, want = model.compiled(ids).logits, logits(model, ids)
+    assert found.dtype == dtype and float((found - want).abs().max()) <= tolerance * float(want.abs().max())
+    assert model.compiled.coverage["opaque"] == {} and model.compiled.coverage["sites"]["norm"] == 5
 
 
 def test_arguments_that_ask_for_what_is_done_anyway_are_taken(llama: Pair) -> None:

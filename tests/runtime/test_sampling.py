@@ -37,7 +37,7 @@ def exact(pair: Pair, options: dict[str, Any]) -> np.ndarray:
     }
     processors = hf.LogitsProcessorList([maker(options[name]) for name, maker in makers.items() if name in options])
 
-    def following(ids: torch.Tensor) -> torch.Tensor:
+    def following(ids: Any) -> torch.Tensor:
         with torch.no_grad():
             logits = pair.original(ids).logits[:, -1]
         return processors(ids, logits).softmax(-1).double()

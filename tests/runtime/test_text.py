@@ -125,9 +125,7 @@ token_ids = st.integers(0, 270) | st.integers(0, 50_000)
 @example([263, 1, 263, 2, 263], True)  # in the small vocabulary: words after special tokens keep their space
 @example([68, 1, 229, 260], True)  # bytes that become text only together, across a special token
 @example([229, 133, 175, 263], True)
-def test_streaming_any_tokens_equals_decoding(
-    tokenizer: Tokenizer, ids: list[int], skip_special: bool
-) -> None:
+def test_streaming_any_tokens_equals_decoding(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> None:
     pieces = stream(tokenizer, ids, skip_special)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special)
     assert not any(piece.endswith("\ufffd") for piece in pieces[: len(ids)])
@@ -155,9 +153,7 @@ def rich(**changes: Any) -> PreTrainedTokenizerFast:
     core = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<u>": 2, "a": 3}, unk_token="<u>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     core.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    result = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<u>"
-    )
+    result = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<u>")
     result.chat_template = changes.get("chat_template", RICH_TEMPLATE)
     return result
 
