@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend import huggingface
+from elision.frontend.normalise import operator_name
 
 Kind = Literal["param", "const", "token", "position"]
 
@@ -81,8 +82,15 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
     if isinstance(example, tuple):
         example = dict(zip(inspect.signature(model.forward).parameters, example, strict=False))
     kwargs = huggingface.inputs(private, dict(example or {}))
-    with torch.no_grad(), huggingface.plain_experts(private):
-        expected = private(**kwargs)
+    try:
+        with torch.no_grad(), huggingface.plain_experts(private):
+            expected = private(**kwargs)
+    except Exception as error:  # whatever the model's own code raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not run on {', '.join(kwargs)}: {reason} "
+            "(a model that needs other inputs, such as an encoder's, cannot be compiled yet)"
+        ) from error
     with huggingface.one_attention(private):
         captured = _export(private, (), kwargs, Dim.DYNAMIC)
     if not _agrees(captured, kwargs, expected):
@@ -139,15 +147,16 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _agrees(captured: Captured, kwargs: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Most rows of the outputs are equal up to rounding. Not all need be: a rounding may flip an expert."""
+    """The outputs are equal up to rounding. With experts, only most of their rows need be: a rounding may flip an expert."""
     found = captured.run(**{name: kwargs[name] for name in captured.inputs})
+    routed = any(operator_name(node) == "aten::topk" for node in captured.graph.nodes)
     for name, value in found.items():
         if name not in expected or not isinstance(expected[name], Tensor):
             continue
         want = expected[name].double()
         error = (value.double() - want).abs().amax(-1) / want.abs().amax(-1).clamp(min=1e-30)
         tolerance = 1e-3 if torch.finfo(expected[name].dtype).bits >= 32 else 0.1
-        if not float(error.median()) <= tolerance:
+        if not float(error.median() if routed else error.max()) <= tolerance:
             return False
     return True
 

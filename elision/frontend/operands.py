@@ -71,6 +71,13 @@ class Operands:
             raise UnsupportedModel(f"the rotation of layer {segment.layer} is not of the same kind as that of its template")
         return self.frequencies(table.inv_freq)
 
+    def exact(self, operand: Operand, segment: Segment) -> Tensor:
+        """The operand's value for checks: an expression of a weight (``1 + w``) is not rounded to the weight's dtype."""
+        if isinstance(operand, Frequencies) or operand.expression is None:
+            return self._weights[self.name(operand, segment)]
+        found: Tensor = evaluate(self._captured, [operand.expression], _NOWHERE, wide=True)[0]
+        return found.mT if operand.transposed else found
+
     def weight(self, placeholder: fx.Node, expression: fx.Node | None = None, transposed: bool = False) -> str:
         """The parameter of a weight or of an expression of it (stored as a view where it is one)."""
         name = self._captured.source[placeholder.name]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from elision.errors import UnsupportedModel
+from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import AnchorFinder, close
 from elision.frontend.capture import Captured
 from elision.frontend.check import check_program, check_template
@@ -19,7 +19,7 @@ from elision.frontend.lower import Lowering, Region
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
 from elision.frontend.sites import attention_site
-from elision.frontend.structure import Segment, Structure, find_structure, is_attention
+from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.fuse import fuse_maps
@@ -52,9 +52,19 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
     taint = Taint(graph, captured.kinds)
     structure = find_structure(graph, taint)
     if not any(is_attention(n) for s in structure.segments for n in s.nodes):
+        if any(attends(n) for n in graph.nodes):
+            raise UnsupportedModel(
+                f"{name} writes its attention out (a softmax over the tokens): expected torch's scaled_dot_product_attention or a "
+                "model that uses the attention functions of transformers"
+            )
         raise UnsupportedModel(f"{name} has no attention: expected a transformer")
     log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
-    return _Raiser(captured, taint, structure, name, positions).run()
+    try:
+        return _Raiser(captured, taint, structure, name, positions).run()
+    except UnsupportedModel:
+        raise
+    except BadInput as err:  # a type rule refused
+        raise UnsupportedModel(f"{name} cannot be raised: {err}") from err
 
 
 class _Raiser:
@@ -113,7 +123,7 @@ class _Raiser:
         graph = fuse_maps(b.build(b.named(end, "h")))
         if low.opaque:
             self.raised.opaque[name] = low.opaque
-        weights = [self.raised.weights[self.operands.name(o, segment)] for o in formals]
+        weights = [self.operands.exact(o, segment) for o in formals]
         check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment))
         return graph, list(formals)
 

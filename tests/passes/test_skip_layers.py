@@ -22,10 +22,15 @@ LAYERS = 5
 @cache
 def source(family: str = "llama") -> nn.Module:
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     if family == "gemma3":
         kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
         config = transformers.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4, layer_types=kinds)
