@@ -54,8 +54,8 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
     if not any(is_attention(n) for s in structure.segments for n in s.nodes):
         if any(attends(n) for n in graph.nodes):
             raise UnsupportedModel(
-                f"{name} writes its attention out (a softmax over the tokens): expected torch's scaled_dot_product_attention or a "
-                "model that uses the attention functions of transformers"
+                f"{name} writes its attention out (a softmax over the tokens): expected torch's scaled_dot_product_attention "
+                "or a model that uses the attention functions of transformers"
             )
         raise UnsupportedModel(f"{name} has no attention: expected a transformer")
     log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)

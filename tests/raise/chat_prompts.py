@@ -8,8 +8,8 @@ _STORY = (
     "bell gave no sound. He wrote the hour in his book, as the regulations asked, and went down to the shore with a rope. "
 )
 _RECIPE = (
-    "Ingredients: 300 g flour, 2 eggs, 150 ml milk, a pinch of salt, 40 g butter. Mix the flour with the salt, make a hollow, add "
-    "the eggs and stir while pouring the milk. Let the batter rest for half an hour, then bake thin cakes in the butter. "
+    "Ingredients: 300 g flour, 2 eggs, 150 ml milk, a pinch of salt, 40 g butter. Mix the flour with the salt, make a hollow, "
+    "add the eggs and stir while pouring the milk. Let the batter rest for half an hour, then bake thin cakes in the butter. "
 )
 _CODE = '''def merge(a, b):
     out = []

@@ -138,7 +138,8 @@ def refused(captured: Captured, says: str | None = None) -> None:
 
 def test_the_model_of_the_mutants_is_raised_without_them() -> None:
     raised = raise_model(mistral(), "tiny", positions=64)
-    assert [dict(v.attr("env", ())).get("mask") for v in raised.program.entries["score"].calls()][::2] == [Mask("window", WINDOW)] * 2
+    masks = [dict(v.attr("env", ())).get("mask") for v in raised.program.entries["score"].calls()]
+    assert masks[::2] == [Mask("window", WINDOW)] * 2
 
 
 def on_anchors(monkeypatch: pytest.MonkeyPatch, op: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -287,7 +288,7 @@ def test_wrong_attention_is_noticed(wrong: dict[str, float], monkeypatch: pytest
 
 @pytest.mark.parametrize("window", [None, WINDOW + 2], ids=["no mask", "wide window"])
 def test_a_graph_that_is_not_the_model_is_not_used(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture replaces the attention; with a fault there the graph differs from the model, and the model's own attention stays."""
+    """Capture replaces the attention; with a fault there the graph differs from the model, whose own attention stays."""
     right = huggingface._attend
 
     def mutant(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
