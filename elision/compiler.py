@@ -57,11 +57,12 @@ def compile(
         raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
     chosen: list[Any] = resolve(passes)
     source = load_source(model, dtype)
-    if max_context is not None and max_context > source.positions:
-        raise BadInput(f"max_context={max_context}, but {source.name} has {source.positions} positions")
     captured = capture(source.model)
     log.info("captured %s: %d operators", source.name, len(captured.graph.nodes))
     raised = raise_model(captured, source.name, positions=source.positions)
+    longest = raised.program.meta["positions"]
+    if max_context is not None and max_context > longest:
+        raise BadInput(f"max_context={max_context}, but {source.name} has {longest} positions")
     if raised.program.meta["causal"]:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     program = run(raised.program, chosen)
@@ -72,7 +73,7 @@ def compile(
         tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
         defaults=source.defaults,
         coverage=coverage(raised, program),
-        max_context=max_context or source.positions,
+        max_context=max_context or longest,
         max_batch=max_batch,
         threads=threads,
     )

@@ -72,10 +72,11 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
     """
     private = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     if not huggingface.recognises(model):
+        example = _token_ids(model) if example is None else example
         if example is None:
             raise BadInput(
-                f"{type(model).__name__} was given without example inputs; a plain nn.Module is traced by "
-                "running it once, so pass example=(tensor, ...) or example={name: tensor, ...}"
+                f"{type(model).__name__} was given without example inputs; a plain nn.Module is traced by running it once, "
+                "so its forward must take token ids alone, or pass example=(tensor, ...) to capture"
             )
         args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
         return _export(private, args, kwargs, Dim.AUTO)
@@ -101,6 +102,15 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
                 "the model depends on something besides its inputs and weights"
             )
     return captured
+
+
+def _token_ids(model: nn.Module) -> tuple[Tensor] | None:
+    """Token ids ``[2, 12]`` for a module that embeds the one thing that its forward must be given; else None."""
+    table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    given = [p for p in inspect.signature(model.forward).parameters.values() if p.default is inspect.Parameter.empty]
+    if table is None or len(given) != 1 or given[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        return None
+    return ((torch.arange(24) % table.num_embeddings).reshape(2, 12).to(table.weight.device),)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Captured:
@@ -166,8 +176,10 @@ def _captured(program: ExportedProgram) -> Captured:
     kinds: dict[str, Kind] = {}
     source: dict[str, str] = {}
     inputs: list[str] = []
-    for spec in signature.input_specs:
-        name = spec.arg.name
+    graph = fx.Graph()
+    flat: Any = graph.graph_copy(program.graph, {})
+    names = [n.name for n in graph.nodes if n.op == "placeholder"]  # a copy renames what shadows a builtin
+    for spec, name in zip(signature.input_specs, names, strict=True):
         if spec.kind == InputKind.USER_INPUT:
             if isinstance(spec.arg, TensorArgument):
                 kinds[name] = "position" if name == "position_ids" else "token"
@@ -175,8 +187,6 @@ def _captured(program: ExportedProgram) -> Captured:
         elif spec.target is not None:
             kinds[name] = "param" if spec.kind == InputKind.PARAMETER else "const"
             source[name] = spec.target
-    graph = fx.Graph()
-    flat: Any = graph.graph_copy(program.graph, {})
     values = [
         value
         for spec, value in zip(signature.output_specs, flat, strict=True)

@@ -57,10 +57,10 @@ def check_program(program: Program, weights: dict[str, Tensor], captured: Captur
     """Compare the raised model's outputs with the captured one's on random tokens, in the model's own dtype."""
     ids = torch.randint(0, program.meta["vocab"], (2, 9), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(9).expand(2, 9).contiguous()
-    given = {"input_ids": ids, "position_ids": positions}
-    if not set(captured.inputs) <= set(given):
+    given = {n: positions if captured.kinds[n] == "position" else ids for n in captured.inputs}
+    if sum(captured.kinds[n] == "token" for n in captured.inputs) != 1:
         raise UnsupportedModel(f"the model reads {', '.join(captured.inputs)}; expected token ids, and positions at most")
-    want = captured.run(**{n: given[n] for n in captured.inputs})
+    want = captured.run(**given)
     at = Tokens.chunk([9, 9], [0, 0])
     found = Interpreter(program, weights).run(program.entries["score"], {"ids": ids.flatten()}, {"t": at})
     for name, value in zip(captured.outputs, found, strict=True):

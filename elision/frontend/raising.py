@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from elision.errors import BadInput, UnsupportedModel
@@ -50,21 +51,24 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
     graph = normalise(captured.graph)
     captured = Captured(graph, captured.params, captured.source, captured.kinds, captured.inputs, captured.outputs)
     taint = Taint(graph, captured.kinds)
-    structure = find_structure(graph, taint)
-    if not any(is_attention(n) for s in structure.segments for n in s.nodes):
-        if any(attends(n) for n in graph.nodes):
-            raise UnsupportedModel(
-                f"{name} writes its attention out (a softmax over the tokens): expected torch's scaled_dot_product_attention "
-                "or a model that uses the attention functions of transformers"
-            )
-        raise UnsupportedModel(f"{name} has no attention: expected a transformer")
-    log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
     try:
+        structure = find_structure(graph, taint)
+        _need_attention(graph, structure)
+        log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
         return _Raiser(captured, taint, structure, name, positions).run()
-    except UnsupportedModel:
-        raise
-    except BadInput as err:  # a type rule refused
+    except BadInput as err:
         raise UnsupportedModel(f"{name} cannot be raised: {err}") from err
+
+
+def _need_attention(graph: fx.Graph, structure: Structure) -> None:
+    if any(is_attention(n) for s in structure.segments for n in s.nodes):
+        return
+    if any(attends(n) for n in graph.nodes):
+        raise UnsupportedModel(
+            "its attention is written out (a softmax over the tokens); expected torch's scaled_dot_product_attention or a model "
+            "that uses the attention functions of transformers"
+        )
+    raise UnsupportedModel("it has no attention; expected a transformer")
 
 
 class _Raiser:
@@ -201,6 +205,19 @@ class _Raiser:
             self.raised.opaque["score"] = low.opaque
         return b.build(*outputs)
 
+    def _offset(self, index: fx.Node) -> int | None:
+        """What an index is more than the position, if it is a constant; without positions given, a model counts from 0."""
+        if not self.taint.position_only(index):
+            return None
+        counts = "position" not in self.captured.kinds.values()
+        offsets: set[int] = set()
+        for first in (0, 3):
+            positions, _ = check_tokens(2, 5, first)
+            start = 0 if counts else first
+            found = evaluate(self.captured, [index], positions)[0]
+            offsets.update((found - torch.arange(start, start + 5)).flatten().tolist())
+        return offsets.pop() if len(offsets) == 1 else None
+
     def _results(self) -> list[fx.Node]:
         """The captured graph's outputs, in order."""
         output = next(n for n in self.captured.graph.nodes if n.op == "output")
@@ -210,19 +227,19 @@ class _Raiser:
 
     def _learned_positions(self, b: Builder, ids: Value, node: fx.Node) -> Value:
         """Rows of a table at position + offset (GPT-2; OPT with offset 2), the offset found by evaluation."""
-        if operator_name(node) == "aten::embedding":
-            table, index = node.args[0], node.args[1]
-            if isinstance(table, fx.Node) and isinstance(index, fx.Node) and self.taint.position_only(index):
-                positions, _ = check_tokens(2, 5, first=3)
-                offset = evaluate(self.captured, [index], positions)[0] - positions
-                if bool((offset == offset.flatten()[0]).all()):
-                    place = b.add("positions", ids, name="pos")
-                    if start := int(offset.flatten()[0]):
-                        place = b.add("map", place, expr=f"x0 + {start}" if start > 0 else f"x0 - {-start}", name="pos")
-                    name = self.operands.weight(table)
-                    found = b.add("embed", place, b.param(name, self.raised.program.params[name]), name="positions")
-                    assert isinstance(found, Value)
-                    return found
+        table, index = (*node.args, None, None)[:2]
+        found = operator_name(node) == "aten::embedding" and isinstance(table, fx.Node) and isinstance(index, fx.Node)
+        offset = self._offset(index) if found else None  # type: ignore[arg-type]
+        if offset is not None:
+            place = b.add("positions", ids, name="pos")
+            if offset:
+                place = b.add("map", place, expr=f"x0 + {offset}" if offset > 0 else f"x0 - {-offset}", name="pos")
+            name = self.operands.weight(table)  # type: ignore[arg-type]
+            type = self.raised.program.params[name]
+            self.positions = min(self.positions, int(self.raised.weights[name].shape[0]) - offset)
+            rows = b.add("embed", place, b.param(name, type), name="positions")
+            assert isinstance(rows, Value)
+            return rows
         raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor a table of positions")
 
     def _between(self, start: fx.Node | None, end: fx.Node) -> tuple[fx.Node, ...]:
