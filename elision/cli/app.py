@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from elision.cli.opening import errors, open_model, progress
+from elision.cli.opening import errors, is_artefact, open_model, progress, violations, with_passes
 from elision.errors import BadInput, ElisionError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Elision: a compiler for transformer inference.")
@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Elision: a c
 Source = Annotated[str, typer.Argument(metavar="X", help="smollm2, a Hugging Face directory, a .gguf file or an artefact.")]
 Passes = Annotated[list[str], typer.Option("-p", "--pass", metavar="PASS", help="As in skip-layers:layers=3+7-9.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to run on.")]
+Target = Annotated[list[str], typer.Option(metavar="T", help="What to generate code for. Repeatable.  [default: cpu]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
@@ -27,22 +28,28 @@ def compile_(
     model: Source,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.elision", help="The artefact to write.")],
     passes: Passes = [],  # noqa: B006 - typer's way to say repeatable
-    target: Annotated[list[str], typer.Option("--target", metavar="T", help="What to generate code for. Repeatable.")] = ["cpu"],  # noqa: B006
+    target: Target = [],  # noqa: B006
     dtype: Annotated[str | None, typer.Option(help="Of weights and activations, as float32.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the key/value cache.")] = None,
     max_context: Annotated[int | None, typer.Option(help="The most positions of a sequence.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="The most sequences of a call.")] = None,
 ) -> None:
     """Compile a model ahead of time into one file."""
-    if len(target) != 1:
+    if len(target) > 1:
         raise BadInput(f"--target {' '.join(target)}: expected one target; there is one so far, cpu")
     with progress():
         found = open_model(
-            model, passes, target=target[0], dtype=dtype, kv_dtype=kv_dtype, max_context=max_context, max_batch=max_batch
+            model,
+            passes,
+            target=target[0] if target else None,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            max_context=max_context,
+            max_batch=max_batch,
         )
         found.save(output)
     size = output.stat().st_size / 1e6
-    Console(soft_wrap=True).print(
+    Console(soft_wrap=True, markup=False).print(
         f"{output}: {size:.1f} MB, {len(found.program.layers)} layers, quality {found.program.quality}, "
         f"passes {', '.join(found.program.applied)}"
     )
@@ -83,8 +90,9 @@ def run(
     stats = found.stats
     assert stats is not None
     errors.print(
-        f"[dim]{stats.new_tokens} tokens ({stats.finish[0]}), {stats.tokens_per_second:.1f} tokens/s, first after "
-        f"{stats.time_to_first_token * 1e3:.0f} ms, state {stats.state_bytes / 1e6:.1f} MB[/]"
+        f"{stats.new_tokens} tokens ({stats.finish[0]}), {stats.tokens_per_second:.1f} tokens/s, first after "
+        f"{stats.time_to_first_token * 1e3:.0f} ms, state {stats.state_bytes / 1e6:.1f} MB",
+        style="dim",
     )
 
 
@@ -97,7 +105,7 @@ def show(
     svg: Annotated[Path | None, typer.Option(help="Write a picture of stream, layers and states.")] = None,
     bandwidth: Annotated[float, typer.Option(help="GB/s, for the floor.")] = 30.0,
     flops: Annotated[float, typer.Option(help="GFLOP/s, for the floor.")] = 150.0,
-    context: Annotated[int, typer.Option(help="Entries that a token attends to.")] = 1024,
+    context: Annotated[int | None, typer.Option(help="Entries that a token attends to.  [default: 1024 or fewer]")] = None,
 ) -> None:
     """Print the IR as text, its cost or its coverage, or draw it."""
     from elision.cli import tables
@@ -106,13 +114,16 @@ def show(
 
     with progress():
         before = open_model(model)
-        found = before if not after else _after(before, after)
-    console = Console(soft_wrap=True)
+        found = with_passes(before, after) if after else before
+    console = Console(soft_wrap=True, markup=False)
     if svg is not None:
-        svg.write_text(picture(found.program, before.program))
+        try:
+            svg.write_text(picture(found.program, before.program), encoding="utf-8")
+        except OSError as err:
+            raise BadInput(f"{svg} could not be written: {err.strerror or err}") from err
         console.print(f"{svg}: the stream of {found.program.name}")
     if cost:
-        console.print(*tables.cost(found.program, context, bandwidth * 1e9, flops * 1e9))
+        console.print(*tables.cost(found, context, bandwidth * 1e9, flops * 1e9))
     if coverage:
         console.print(*tables.coverage(found))
     if svg is None and not cost and not coverage:
@@ -123,8 +134,13 @@ def show(
 def check(model: Source, passes: Passes = []) -> None:  # noqa: B006
     """Say whether the passes compose on this model, and by which rule not."""
     with progress():
-        found = _after(open_model(model), passes)
-    Console(soft_wrap=True).print(f"legal: {' '.join(found.program.applied)}, quality {found.program.quality}")
+        before = open_model(model)
+        broken = violations(before.program, passes)
+        if broken:
+            print(*broken, sep="\n\n", file=sys.stderr)
+            raise typer.Exit(1)
+        found = with_passes(before, passes)
+    Console(soft_wrap=True, markup=False).print(f"legal: {' '.join(found.program.applied)}, quality {found.program.quality}")
 
 
 @app.command()
@@ -139,11 +155,15 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens/s, time to first token and memory, beside the floor of this machine."""
-    from elision.cli.bench import measure
+    from elision.cli.bench import compare
 
+    if against not in (None, "transformers"):
+        raise BadInput(f"--against {against}: expected transformers")
+    if against and is_artefact(model):
+        raise BadInput(f"--against {against} needs the model that {model} was compiled from: bench that, with its passes as -p")
     with progress():
         found = open_model(model, passes, threads=threads)
-        result = measure(found, model, against, prompt_tokens, new_tokens, runs)
+        result = compare(found, model, against, prompt_tokens, new_tokens, runs)
     if as_json:
         print(json.dumps(result, indent=1))
         return
@@ -152,11 +172,11 @@ def bench(
         table.add_row(
             name, f"{row['tokens_per_second']:.1f}", f"{row['first_token'] * 1e3:.0f}", f"{row['state_bytes'] / 1e6:.2f}"
         )
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     console.print(table)
     console.print(
-        f"floor: {result['floor_tokens_per_second']:.0f} tokens/s at {result['bandwidth'] / 1e9:.1f} GB/s read; peak memory "
-        f"{result['peak_memory_bytes'] / 1e6:.0f} MB; medians of {runs}"
+        f"floor: {result['floor_tokens_per_second']:.0f} tokens/s at {result['bandwidth'] / 1e9:.1f} GB/s read; peak memory of "
+        f"the process {result['peak_memory_bytes'] / 1e6:.0f} MB; {result['threads']} threads; medians of {runs}"
     )
 
 
@@ -165,13 +185,7 @@ def passes_(family: Annotated[str | None, typer.Argument(help="Only this family.
     """List the passes, their parameters and defaults."""
     from elision.cli.tables import passes
 
-    Console(soft_wrap=True).print(passes(family))
-
-
-def _after(model: Any, passes: list[str]) -> Any:
-    from elision.cli.opening import with_passes
-
-    return with_passes(model, passes)
+    Console(soft_wrap=True, markup=False).print(passes(family))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
+from elision.errors import BadInput, IllegalProgram
+from elision.ir.program import QUALITIES, Program
 from elision.runtime.model import Model
 
-#: Progress, statistics and errors; standard output is for results.
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+#: Progress, statistics and errors; standard output is for results. Text is printed as it is: names may have brackets.
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def open_model(source: str, passes: Sequence[str] = (), **options: Any) -> Model:
-    """Compile a model or open an artefact, and apply the passes. ``options`` are those of `elision.compile` that are not None."""
+    """Compile a model or open an artefact, and apply the passes. ``options``: those of `elision.compile`, None where not
+    given; for an artefact only ``threads`` can be chosen."""
     given = {k: v for k, v in options.items() if v is not None}
     if not is_artefact(source):
         import elision
@@ -25,7 +28,11 @@ def open_model(source: str, passes: Sequence[str] = (), **options: Any) -> Model
         return elision.compile(source, passes=list(passes), **given)
     from elision.runtime.artefact import load
 
-    model = load(source, threads=given.get("threads"))
+    threads = given.pop("threads", None)
+    if False:
+        settled = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise BadInput(f"{source} is taken as an artefact, where {settled} cannot be changed: compile the model again")
+    model = load(source, threads=threads)
     return with_passes(model, passes) if passes else model
 
 
@@ -52,6 +59,21 @@ def with_passes(model: Model, passes: Sequence[str]) -> Model:
     )
 
 
+def violations(program: Program, passes: Sequence[str]) -> list[IllegalProgram]:
+    """Every violation at the first pass that breaks a rule, each naming that pass; none if the passes compose."""
+    from elision.ir.verifier import check
+    from elision.passes.pipeline import resolve
+
+    done = program.copy()
+    for step in resolve(passes):
+        step.apply(done)
+        done.quality = max(done.quality, step.quality, key=QUALITIES.index)
+        if found := check(done):
+            by = step.text()
+            return [IllegalProgram(v.rule, v.what, sides=f"{by}; {v.sides}", because=v.because, help=v.help) for v in found]
+    return []
+
+
 @contextmanager
 def progress() -> Iterator[None]:
     """Shows the stages that the compiler logs, on standard error: the last one with a spinner, on a terminal."""
@@ -60,7 +82,7 @@ def progress() -> Iterator[None]:
 
         class Stages(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                errors.print(f"[dim]{record.getMessage()}[/]")
+                errors.print(record.getMessage(), style="dim")
                 status.update("compiling")
 
         handler, level = Stages(logging.INFO), log.level

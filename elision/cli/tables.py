@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +13,23 @@ from elision.errors import BadInput
 from elision.ir.cost import Row, floor, total
 from elision.ir.cost import cost as cost_of
 from elision.ir.op import Sizes
-from elision.ir.program import Program
 from elision.runtime.model import Model
 
 #: Tokens of one call by phase, for one row.
 PHASES = {"prefill": 512, "step": 1, "score": 512}
 
 
-def cost(program: Program, context: int, bandwidth: float, flops: float) -> Iterator[Table]:
-    """One table per phase: FLOPs and bytes by kind of op, and the least time on a machine of that bandwidth (bytes/s)
-    and rate."""
+def cost(model: Model, context: int | None, bandwidth: float, flops: float) -> Iterator[Table]:
+    """One table per phase: FLOPs and bytes by kind of op, and the least time on a machine of that bandwidth (bytes/s) and rate
+    (FLOP/s). ``context``: entries that a token attends to (default: 1024, or as many as the model has room for)."""
+    if not (0 < bandwidth < math.inf and 0 < flops < math.inf):
+        raise BadInput(f"--bandwidth {bandwidth / 1e9:g}, --flops {flops / 1e9:g}: expected numbers above 0")
+    context = min(1024, model.max_context) if context is None else context
+    if not 1 <= context <= model.max_context:
+        raise BadInput(f"--context {context}: expected 1 to {model.max_context} (max_context)")
+    program = model.program
     for entry in program.entries:
-        tokens = PHASES[entry]
+        tokens = min(PHASES[entry], context)
         rows = cost_of(program, entry, Sizes(tokens=tokens, rows=1, context=context))
         table = Table(
             "op", "count", "MFLOP", "weights MB", "states MB", "activations MB", "written MB",

@@ -134,7 +134,7 @@ def _loading(path: Path) -> Iterator[None]:
         log.info("weights loaded from %s", path)
     except BadInput:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as err:
+    except Exception as err:  # transformers and the libraries under it raise many unrelated types
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise BadInput(f"{path} cannot be loaded: {reason}") from err
     finally:

@@ -28,6 +28,13 @@ class Pass:
     quality: ClassVar[str] = "approximate"
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not _is(value, hint):
+                raise BadInput(f"pass {self.name}: {field.name}={value!r} is not of the expected type ({_kind(hint)})")
+
     def apply(self, program: Program) -> None:
         """Rewrite the program. Raises BadInput when the pass finds nothing to act on, saying what it saw instead."""
         raise NotImplementedError
@@ -91,9 +98,20 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
             return hint(value)
         return tuple(n for part in value.split("+") for n in _span(part))
     except (ValueError, KeyError):
-        kind = getattr(hint, "__name__", str(hint))
-        kind = "numbers such as 3+7-9" if kind.startswith("tuple") else kind
-        raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({kind})") from None
+        raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({_kind(hint)})") from None
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, tuple) and all(_is(v, int) for v in value)
+
+
+def _kind(hint: Any) -> str:
+    name = getattr(hint, "__name__", str(hint))
+    return "numbers such as 3+7-9" if name.startswith("tuple") else name
 
 
 def _span(part: str) -> range:

@@ -84,7 +84,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     manifest = _manifest(archive)
     tokenizer = None
     if manifest["text"]:
-        tokenizer = Tokenizer.from_json(bytes(archive["tokenizer.json"]), json.loads(bytes(archive["text.json"])))
+        tokenizer = Tokenizer.from_json(bytes(archive["tokenizer.json"]), _json(archive, "text.json"))
     program = _program(archive)
     weights = unpack_tensors(manifest["tensors"], archive["weights.bin"])
     for name, type in program.params.items():
@@ -103,11 +103,15 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     )
 
 
-def _manifest(archive: Archive) -> dict[str, Any]:
+def _json(archive: Archive, member: str) -> Any:
     try:
-        manifest = json.loads(bytes(archive["manifest.json"]))
+        return json.loads(bytes(archive[member]))
     except (ValueError, RecursionError) as err:
-        raise ArtefactError(f"{archive.path}: the manifest is not JSON: {err}") from err
+        raise ArtefactError(f"{archive.path}: its {member} is not JSON: {err}") from err
+
+
+def _manifest(archive: Archive) -> dict[str, Any]:
+    manifest = _json(archive, "manifest.json")
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ArtefactError(f"{archive.path}: the manifest does not say its format version")
     if manifest["format"] != FORMAT:

@@ -16,9 +16,10 @@ class SkipLayers(Pass):
     """Static layer skipping: the residual stream passes by the layers named.
 
     The rewrite in one sentence: every entry's calls of those blocks are replaced by their stream operand, and their caches
-    and weights are dropped. ``layers``: indices in the model as it was raised, from 0 (text: ``3+7-9``). ``half``: ``attn`` or
-    ``mlp`` to leave out just that part. Positions and masks do not change. Identity setting: no layers. This is ShortGPT's
-    edit (Men et al. 2024) without its choice of layers, and LayerDrop's inference (Fan et al. 2019).
+    and weights are dropped. ``layers``: indices in the model as it was raised, from 0 (text: ``3+7-9``); one that is named
+    twice is left out once. ``half``: ``attn`` or ``mlp`` to leave out just that part. Positions and masks do not change.
+    Identity setting: no layers. This is ShortGPT's edit (Men et al. 2024) without its choice of layers, and LayerDrop's
+    inference (Fan et al. 2019).
     """
 
     layers: tuple[int, ...] = ()
@@ -34,7 +35,7 @@ class SkipLayers(Pass):
             raise BadInput(f"skip-layers: half={self.half!r}; expected attn or mlp")
         if self.layers and not self.half and not set(there) - set(self.layers):
             raise BadInput(f"skip-layers: every layer of {program.name} would be left out; keep at least one")
-        for index in self.layers:
+        for index in dict.fromkeys(self.layers):
             if index not in there:
                 left = _spans(sorted(there))
                 raise BadInput(f"skip-layers: there is no layer {index}; the layers of {program.name} are {left}")

@@ -1,0 +1,78 @@
+"""Families besides those of `families`: the model is raised and right, or the user is told; never silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import BASE
+from torch import nn
+
+import elision
+from elision.errors import UnsupportedModel
+
+PARTS = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
+BART = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in PARTS.items()}
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, vocab_size=128)
+RIGHT: dict[str, dict[str, Any]] = {
+    "StableLm": {**BASE, "partial_rotary_factor": 0.5},
+    "Starcoder2": {**BASE, "sliding_window": 8},
+    "Granite": {**BASE, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "Gemma": {**BASE, "head_dim": 16},
+    "Nemotron": BASE,
+    "Bart": {**IDS, **BART, "d_model": 64},  # its decoder: learned positions with an offset, counted by the model itself
+    "DistilBert": {**IDS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+}
+TOLD: dict[str, tuple[dict[str, Any], str]] = {
+    "Bloom": ({**IDS, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "bloom cannot be raised: its attention is written"),
+    "GPTJ": (
+        {**IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        "gptj cannot be raised: its attention is written",
+    ),
+    "T5": ({**IDS, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}, "T5Model does not run on input_ids"),
+    "Mamba": ({**BASE, "state_size": 8}, "MambaForCausalLM cannot be traced"),
+    "Lfm2": ({**BASE, "layer_types": ["conv", "full_attention"] * 2}, "lfm2 cannot be raised: operator aten.conv1d"),
+    "ViT": (dict(image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4, num_hidden_layers=2), "reads no input_ids"),
+}
+
+
+def model(family: str, values: dict[str, Any]) -> nn.Module:
+    config = getattr(transformers, f"{family}Config")(**values)
+    torch.manual_seed(0)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    found: nn.Module = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config).eval()
+    for name, p in found.named_parameters():
+        noise = torch.randn(p.shape)
+        p.data = noise * (1.0 if "embed" in name else 2.0 * p.shape[-1] ** -0.5) if p.dim() > 1 else p.data + 0.1 * noise
+    return found
+
+
+def assert_right(original: Any) -> None:
+    compiled = elision.compile(original)
+    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = original(ids)
+    for name, value in compiled(ids).items():
+        assert float((value - want[name]).abs().max()) <= 1e-5 * float(want[name].abs().max()), name
+
+
+@pytest.mark.parametrize("family", RIGHT)
+def test_right(family: str) -> None:
+    assert_right(model(family, RIGHT[family]))
+
+
+@pytest.mark.parametrize("family", TOLD)
+def test_told(family: str) -> None:
+    """What cannot be raised yet is said in a sentence; a family that a later version raises moves to `RIGHT`."""
+    values, says = TOLD[family]
+    with pytest.raises(elision.BadInput, match=says):
+        elision.compile(model(family, values))
+
+
+def test_positions_that_depend_on_the_length_are_told() -> None:
+    """Dynamic RoPE: other frequencies beyond the length of training."""
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+    with pytest.raises(UnsupportedModel, match="cannot be traced with dynamic batch and length.*dynamic RoPE"):
+        elision.compile(model("Llama", {**BASE, "rope_parameters": rope}))
