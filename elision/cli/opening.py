@@ -29,7 +29,7 @@ def open_model(source: str, passes: Sequence[str] = (), **options: Any) -> Model
     from elision.runtime.artefact import load
 
     threads = given.pop("threads", None)
-    if False:
+    if given:
         settled = ", ".join("--" + name.replace("_", "-") for name in given)
         raise BadInput(f"{source} is taken as an artefact, where {settled} cannot be changed: compile the model again")
     model = load(source, threads=threads)

@@ -76,7 +76,6 @@ def _block(program: Program, block: Value, label: str, y: int, colours: dict[str
     for i, state in enumerate(_states(block)):
         x = LEFT + 290 + STATE * i
         text = f"{state.attr('name')}: {_contents(state.type)}"
-        parts.append(f'<line x1="{x - 28}" y1="{y}" x2="{x}" y2="{y}" stroke="#9ab" stroke-dasharray="2 3"/>')
         parts.append(f'<rect x="{x}" y="{y - 9}" width="{STATE - 10}" height="19" rx="9" fill="#eef2f6" stroke="#9ab"/>')
         parts.append(_text(x + 155, y + 5, text, anchor="middle", size=11))
     return "\n".join(parts)

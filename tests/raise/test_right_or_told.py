@@ -29,7 +29,7 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({**IDS, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "bloom cannot be raised: its attention is written"),
     "GPTJ": (
         {**IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        "gptj cannot be raised: its attention is written",
+        "gptj cannot be raised: its attention",
     ),
     "T5": ({**IDS, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}, "T5Model does not run on input_ids"),
     "Mamba": ({**BASE, "state_size": 8}, "MambaForCausalLM cannot be traced"),
