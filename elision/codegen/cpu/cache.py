@@ -1,0 +1,108 @@
+"""Kernels on a cache: append, commit, advance. The memory is that of `elision.ir.layout`."""
+
+from __future__ import annotations
+
+from elision.codegen.cpu.emit import LANES, Fn, Val
+from elision.codegen.cpu.kernel import Kernel
+from elision.ir.states import Encoding, Float
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+
+
+def supported(encoding: Encoding) -> bool:
+    return isinstance(encoding, Float) and encoding.dtype in BYTES
+
+
+def narrow(fn: Fn, x: Val, dtype: str) -> Val:
+    """A float32 scalar as it is stored, rounded to the nearest even."""
+    if dtype == "f32":
+        return x
+    if dtype == "f16":
+        return fn.cast(x, "arith.truncf", "f16")
+    bits = fn.cast(x, "arith.bitcast", "i32")
+    rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+    return fn.cast(rounded, "arith.trunci", "i16")
+
+
+def unit(dtype: str) -> str:
+    return {"f32": "f32", "bf16": "i16", "f16": "f16"}[dtype]
+
+
+def append(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, Float], drafted: bool) -> Kernel:
+    """`append`: committed tokens after the entries of their sequence, drafted ones to Scratch at their node."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, k, v, state = kernel.axis(), kernel.view("k"), kernel.view("v"), kernel.state("S")
+    prefix = "draft_" if drafted else ""
+    blocks = state.number(f"{prefix}blocks")
+    keys, values = state.address(f"{prefix}k"), state.address(f"{prefix}v")
+    rows = axis.array("row")
+    with kernel.tokens(axis) as t:
+        row, place = fn.load(rows, "i64", t), fn.load(axis.array("pos"), "i64", t)
+        if drafted:
+            slot = fn.load(axis.array("node"), "i64", t)
+            at = row * state.number("nodes") + slot
+            fn.store(fn.i32(place), state.address("node_pos"), at)
+            fn.store(fn.const(1, "i8"), state.address("node_live"), at)
+        else:
+            slot = fn.load(state.address("len_k"), "i64", row) + t - fn.load(axis.array("start"), "i64", row)
+            fn.store(fn.i32(place), state.address("pos"), row * state.number("entries") + slot)
+        block, lane = slot // LANES, slot % LANES
+        with fn.loop(0, heads) as loop:
+            first = (row * heads + loop.index) * blocks + block
+            source = k.place(t, loop.index)
+            with fn.loop(0, dim) as d:
+                code = narrow(fn, fn.load(source, "f32", d.index), encodings[0].dtype)
+                fn.store(code, keys, (first * dim + d.index) * LANES + lane)
+            source = v.place(t, loop.index)
+            with fn.loop(0, vdim) as d:
+                code = narrow(fn, fn.load(source, "f32", d.index), encodings[1].dtype)
+                fn.store(code, values, (first * LANES + lane) * vdim + d.index)
+    return kernel
+
+
+def commit(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, Float]) -> Kernel:
+    """The accepted nodes join the cache: codes move unchanged. The axis is that of the accepted tokens; threads share heads."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, state = kernel.axis(), kernel.state("S")
+    low, high = kernel.part(fn.const(heads, "i64"))
+    planes = (
+        (state.address("draft_k"), state.address("k"), unit(encodings[0].dtype)),
+        (state.address("draft_v"), state.address("v"), unit(encodings[1].dtype)),
+    )
+    with fn.loop(0, axis.count) as loop:
+        t = loop.index
+        row, node = fn.load(axis.array("row"), "i64", t), fn.load(axis.array("node"), "i64", t)
+        slot = fn.load(state.address("len_k"), "i64", row) + t - fn.load(axis.array("start"), "i64", row)
+        place = fn.load(state.address("node_pos"), "i32", row * state.number("nodes") + node)
+        fn.store(place, state.address("pos"), row * state.number("entries") + slot)
+        with fn.loop(low, high) as heads_loop:
+            head = row * heads + heads_loop.index
+            source = head * state.number("draft_blocks") + node // LANES
+            target = head * state.number("blocks") + slot // LANES
+            with fn.loop(0, dim) as d:
+                code = fn.load(planes[0][0], planes[0][2], (source * dim + d.index) * LANES + node % LANES)
+                fn.store(code, planes[0][1], (target * dim + d.index) * LANES + slot % LANES)
+            with fn.loop(0, vdim) as d:
+                code = fn.load(planes[1][0], planes[1][2], (source * LANES + node % LANES) * vdim + d.index)
+                fn.store(code, planes[1][1], (target * LANES + slot % LANES) * vdim + d.index)
+    return kernel
+
+
+def advance(name: str) -> Kernel:
+    """Count the tokens of the axis into the lengths of their sequences and clear Scratch; the last thread does it."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, state = kernel.axis(), kernel.state("S")
+    starts = axis.array("start")
+    low, high = kernel.share(state.number("sequences"))
+    with fn.loop(low, high) as loop:
+        row = loop.index
+        count = fn.load(starts, "i64", row + 1) - fn.load(starts, "i64", row)
+        for length in ("len_k", "len_v"):
+            base = state.address(length)
+            fn.store(fn.load(base, "i64", row) + count, base, row)
+        with fn.loop(0, state.number("nodes")) as nodes:
+            fn.store(fn.const(0, "i8"), state.address("node_live"), row * state.number("nodes") + nodes.index)
+    return kernel

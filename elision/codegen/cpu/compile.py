@@ -1,0 +1,90 @@
+"""A program's entries as native code: one object file, a schedule per entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elision.codegen.cpu import cache
+from elision.codegen.cpu.emitters import Emitter
+from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.cpu.lower import to_object
+from elision.codegen.planner import NotNative, Planner
+from elision.codegen.regions import regions
+from elision.ir import schedule as abi
+from elision.ir.flatten import flatten
+from elision.ir.program import Program
+from elision.ir.states import KV, Dense, Float
+
+
+@dataclass
+class Compiled:
+    """Machine code and schedules. ``hosts``: by entry, the ops that the host runs, each with the reason."""
+
+    code: bytes
+    schedules: dict[str, abi.Schedule]
+    kernels: Kernels
+    hosts: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compile the entries that generation runs (``prefill``, ``step``) and the commit of a round.
+
+    Raises BadInput without the MLIR bindings.
+    """
+    kernels = Kernels()
+    emitter = Emitter(kernels)
+    schedules: dict[str, abi.Schedule] = {}
+    hosts: dict[str, list[tuple[str, str]]] = {}
+    packings: dict[str, str] = {}
+    for entry in ("step", "prefill"):
+        graph = flatten(program, entry)
+        plan = Planner(graph, entry == "prefill", kernels.signatures.__getitem__)
+        plan.schedule.packings = packings
+        schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
+        hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
+    if all(_plain(s) for s in program.states.values()):
+        schedules["commit"] = _commit(program, kernels)
+    return Compiled(to_object(kernels.text()), schedules, kernels, hosts)
+
+
+_ON_HOST = ("positions", "last")  # they follow from the call's positions and are ready before native code starts
+
+
+def _plain(state: object) -> bool:
+    """Whether kernels append to and commit this state."""
+    if not isinstance(state, KV) or len(state.main) != 1 or state.scratch is None:
+        return False
+    main = state.main[0]
+    floats = isinstance(main.k, Float) and isinstance(main.v, Float) and all(cache.supported(e) for e in (main.k, main.v))
+    return floats and isinstance(main.slots, Dense) and state.keep != "per_head" and not main.shared
+
+
+def _advance_all(plan: Planner, kernels: Kernels) -> None:
+    """Committed tokens are counted once everything has been read."""
+    done = [r for r in plan.kernels() if r[0].startswith("append_")]
+    for _, operands in done:
+        name = next(o for o in operands if o[0] == "state")[1]
+        axis = operands[0]
+        if plan.many:
+            kernel = kernels.add(("advance",), cache.advance)
+            plan.row(kernel, axis, ("state", name), ("int", abi.LAST), reads=[name], writes=[name])
+
+
+def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
+    """Every cache takes its accepted nodes, then counts them. Axis 0 is that of the accepted tokens."""
+    rows: list[abi.Row] = []
+    for name, state in program.states.items():
+        assert isinstance(state, KV)
+        k, v = state.main[0].k, state.main[0].v
+        assert isinstance(k, Float) and isinstance(v, Float)
+        key = ("commit", state.heads, state.dim, state.vdim, (k, v))
+        kernel = kernels.add(key, lambda n, key=key: cache.commit(n, *key[1:]))
+        rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
+    rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
+    kernel = kernels.add(("advance",), cache.advance)
+    for name in program.states:
+        rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
+    return abi.Schedule("commit", ["accepted"], rows=rows, states=list(program.states))
+
+
+__all__ = ["Compiled", "NotNative", "compile_program"]

@@ -1,0 +1,294 @@
+"""Which kernel computes which op on the CPU, and with which operands. What has no kernel raises NotNative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from elision.codegen.cpu import attend, cache, expression, linear, rows
+from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.planner import NotNative, Planner, Ref, contiguous
+from elision.codegen.regions import Products, Region
+from elision.ir import schedule as abi
+from elision.ir.mask import Mask
+from elision.ir.states import KV, Dense, Float, Ring
+from elision.ir.types import Tensor
+from elision.ir.value import Value
+
+Rule = Callable[["Emitter", Planner, Value], None]
+
+
+def _need(condition: bool, why: str) -> None:
+    if not condition:
+        raise NotNative(why)
+
+
+class Emitter:
+    """Adds the rows of regions to a plan, with kernels from a shared collection."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def __call__(self, plan: Planner, region: Region) -> None:
+        if isinstance(region, Products):
+            self._products(plan, region)
+            return
+        rule = _RULES.get(region.op)
+        _need(rule is not None, f"{region.op} has no kernel")
+        assert rule is not None
+        if isinstance(region.type, Tensor) and region.op not in ("view", "slice"):
+            _need(region.tensor.dtype == "f32", f"{region.tensor.dtype} values")
+        rule(self, plan, region)
+
+    def _products(self, plan: Planner, region: Products) -> None:
+        value = region.result
+        weights = [w.tensor for w in region.weights]
+        _need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
+        _need(expression.supported(region.expr), f"no vector code for {region.expr}")
+        operands, outer, k = plan.view(plan.ref(region.x))
+        _need(outer == 1, "a product of three axes")
+        out = self._result(plan, value, weights[0])
+        extras: list[tuple[Any, ...]] = []
+        kinds: list[str] = []
+        for extra in region.extras:
+            if extra.op == "param":
+                kinds.append("row")
+                extras.append(("tensor", plan.packing(extra, "plain")[1], 0, 0))
+            else:
+                kinds.append("tokens")
+                ref = plan.ref(extra)
+                _need(ref.contiguous, "an operand with gaps")
+                extras.append(plan.tensor(ref))
+        formats = ["f32"] * len(weights)
+        key = ("linear", *formats, k, region.expr, *kinds)
+        name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds))
+        count = -(-prod(d for d in weights[0].axes[:1] if isinstance(d, int)) // linear.PANEL)
+        packed = [plan.packing(w, "panel:f32") for w in region.weights]
+        plan.row(
+            name, ("axis", plan.axis(value if isinstance(value.type, Tensor) else region.x)), operands[0], plan.tensor(out),
+            ("int", count), *packed, *extras, writes=[out.buffer],
+        )  # fmt: skip
+
+    def _result(self, plan: Planner, value: Value, weight: Tensor) -> Ref:
+        """The buffer of a product, whole panels wide; with splits, every part is a slice of it."""
+        width = weight.axes[0]
+        assert isinstance(width, int)
+        bytes = -(-width // linear.PANEL) * linear.PANEL * 4
+        if isinstance(value.type, tuple):
+            buffer = plan.buffer(plan.axis(value.args[0]), bytes, private=False)
+            offset = 0
+            for part in (v for v in plan.graph.values if v.op == "item" and v.args[0] is value):
+                size = part.tensor.width
+                start = sum(value.attr("splits")[: part.attr("index")])
+                plan.refs[part] = Ref(buffer, start, (1,), (size,))
+                offset += size
+            return Ref(buffer, 0, (1,), (width,))
+        ref = Ref(plan.buffer(plan.axis(value), bytes, private=False), 0, (1,), (width,))
+        plan.refs[value] = ref
+        return ref
+
+
+def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
+    ids, table = value.args
+    _need(table.tensor.dtype == "f32", "a table that is not float32")
+    width = table.tensor.axes[1]
+    name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))  # type: ignore[arg-type]
+    packed = plan.packing(table, "panel:f32")
+    source, out = plan.ref(ids), plan.new(value)
+    plan.row(name, ("axis", plan.axis(value)), plan.tensor(source, 8), plan.tensor(out), packed, ("int", plan.share), writes=[out.buffer])
+
+
+def _restrict(emitter: Emitter, plan: Planner, value: Value) -> None:
+    source = plan.ref(value.args[0])
+    _need(source.contiguous and value.args[1].op == "last", "a selection that depends on data")
+    out, width = plan.new(value), prod(source.shape)
+    name = emitter.kernels.add(("gather", width), lambda n: rows.gather(n, width))
+    plan.row(name, ("axis", plan.axis(value)), plan.tensor(source), plan.tensor(out), ("int", plan.share), writes=[out.buffer])
+
+
+def _norm(emitter: Emitter, plan: Planner, value: Value) -> None:
+    x, *weights = value.args
+    attrs = dict(value.attrs)
+    source, outer, size = plan.view(plan.ref(x))
+    more: list[tuple[Any, ...]] = []
+    for w in weights:
+        _need(w.tensor.dtype == "f32" and len(w.tensor.axes) <= 2, "a weight of this kind")
+        more += [plan.packing(w, "plain"), ("int", size if len(w.tensor.axes) == 2 else 0)]
+    out = plan.new(value)
+    key = ("norm", size, attrs["kind"], attrs["eps"], attrs.get("offset", 0.0), len(weights))
+    name = emitter.kernels.add(key, lambda n: rows.norm(n, *key[1:]))  # type: ignore[arg-type]
+    target, *_ = plan.view(out)
+    plan.row(
+        name, ("axis", plan.axis(value)), *source, *target, ("int", outer), *more, ("int", plan.share), writes=[out.buffer]
+    )  # fmt: skip
+
+
+def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
+    x, freq = value.args
+    half, scale = freq.tensor.width, float(value.attr("scale", 1.0))
+    axis = plan.axis(value)
+    table = plan.tables.get((freq, scale, axis))
+    if table is None:
+        table = Ref(plan.buffer(axis, 2 * half * 4), 0, (1,), (2 * half,))
+        name = emitter.kernels.add(("rotation", half), lambda n: rows.rotation(n, half))
+        operands = [plan.packing(freq, "plain"), ("float", scale), ("int", plan.share)]
+        plan.row(name, ("axis", axis), plan.tensor(table), *operands, writes=[table.buffer])
+        plan.tables[freq, scale, axis] = table
+    source, outer, width = plan.view(plan.ref(x))
+    out = plan.new(value)
+    target, *_ = plan.view(out)
+    style = value.attr("style")
+    name = emitter.kernels.add(("rope", half, width, style), lambda n: rows.rope(n, half, width, style))
+    plan.row(
+        name, ("axis", axis), *source, *target, ("int", outer), plan.tensor(table), ("int", plan.share), writes=[out.buffer]
+    )  # fmt: skip
+
+
+def _map(emitter: Emitter, plan: Planner, value: Value) -> None:
+    expr = value.attr("expr")
+    _need(value.attr("dtype") is None and expression.supported(expr), f"no vector code for {expr}")
+    shape = tuple(d for d in value.tensor.features if isinstance(d, int))
+    placed = [_broadcast(plan, a, shape) for a in value.args]
+    outer, width = prod(shape[:-1]), shape[-1] if shape else 1
+    if all(ref.contiguous and ref.shape == shape for ref, _ in placed):
+        outer, width = 1, prod(shape)
+        placed = [(Ref(r.buffer, r.offset, (1,), (width,)), o) for r, o in placed]
+    kinds = ["last" if ref.shape[-1:] == (width,) and width > 1 else "one" for ref, _ in placed]
+    sources: list[tuple[Any, ...]] = []
+    for ref, operand in placed:
+        found, count, _ = plan.view(ref)
+        stride = found[1] if count == outer and outer > 1 else ("int", 0)
+        _need(count in (1, outer), "a broadcast over some of the outer axes")
+        sources += [operand or found[0], stride]
+    out = plan.new(value)
+    target = [plan.tensor(out), ("int", width)]
+    name = emitter.kernels.add(("map", width, expr, *kinds), lambda n: rows.pointwise(n, width, expr, kinds))
+    plan.row(name, ("axis", plan.axis(value)), *target, ("int", outer), *sources, ("int", plan.share), writes=[out.buffer])
+
+
+def _broadcast(plan: Planner, arg: Value, shape: tuple[int, ...]) -> tuple[Ref, tuple[Any, ...] | None]:
+    """A map operand aligned with the result's features; for a weight the operand that says where it is."""
+    _need(arg.tensor.dtype == "f32", f"{arg.tensor.dtype} values")
+    if arg.op == "param":
+        own = tuple(d for d in arg.tensor.axes if isinstance(d, int))
+        ref, operand = Ref(-1, 0, contiguous(own), own), ("tensor", plan.packing(arg, "plain")[1], 0, 0)
+    else:
+        ref, operand = plan.ref(arg), None
+    missing = len(shape) - len(ref.shape)
+    _need(missing >= 0, "an operand of more axes than the result")
+    return Ref(ref.buffer, ref.offset, (0,) * missing + ref.strides, (1,) * missing + ref.shape), operand
+
+
+def _view(emitter: Emitter, plan: Planner, value: Value) -> None:
+    ref, shape = plan.ref(value.args[0]), tuple(value.attr("shape"))
+    if ref.contiguous:
+        plan.refs[value] = Ref(ref.buffer, ref.offset, contiguous(shape), shape)
+        return
+    head = ref.shape[: len(ref.shape) - 1]
+    _need(len(shape) > len(head) and shape[: len(head)] == head, "a view across a gap")
+    rest = shape[len(head) :]
+    _need(ref.strides[-1] == 1, "a view of channels that are not side by side")
+    plan.refs[value] = Ref(ref.buffer, ref.offset, (*ref.strides[:-1], *contiguous(rest)), shape)
+
+
+def _slice(emitter: Emitter, plan: Planner, value: Value) -> None:
+    ref, axis, start = plan.ref(value.args[0]), value.attr("axis", -1), value.attr("start")
+    shape = list(ref.shape)
+    shape[axis] = value.attr("stop") - start
+    plan.refs[value] = Ref(ref.buffer, ref.offset + start * ref.strides[axis], ref.strides, tuple(shape))
+
+
+def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
+    sources = [plan.view(plan.ref(a)) for a in value.args]
+    out = plan.new(value)
+    offset = 0
+    for source, outer, width in sources:
+        name = emitter.kernels.add(("map", width, "x0", "last"), lambda n, w=width: rows.pointwise(n, w, "x0", ["last"]))
+        part = Ref(out.buffer, offset, (out.shape[-1], 1), (outer, width))
+        target = [plan.tensor(part), ("int", out.shape[-1])]
+        plan.row(
+            name, ("axis", plan.axis(value)), *target, ("int", outer), *source, ("int", plan.share), writes=[out.buffer]
+        )  # fmt: skip
+        offset += width
+
+
+def _site(value: Value) -> tuple[KV, tuple[Float, Float]]:
+    """The cache of an attention or an append, if kernels can read it."""
+    state = next(a.type for a in value.args if a.is_state)
+    assert isinstance(state, KV)
+    _need(len(state.main) == 1 and not state.main[0].shared, "a cache of several segments")
+    k, v = state.main[0].k, state.main[0].v
+    _need(isinstance(k, Float) and isinstance(v, Float), "a quantised cache")
+    assert isinstance(k, Float) and isinstance(v, Float)
+    _need(attend.supported(state.dim, state.vdim, (k.dtype, v.dtype)), f"heads of {state.dim} and {state.vdim} channels")
+    _need(isinstance(state.main[0].slots, Dense) and state.keep != "per_head", "slots that are not dense")
+    return state, (k, v)
+
+
+def _append(emitter: Emitter, plan: Planner, value: Value) -> None:
+    before, k, v = value.args
+    state, encodings = _site(value)
+    axis = k.tensor.tokens
+    assert axis is not None
+    _need(axis.parent is None, "an append of some of the tokens")
+    (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
+    key = ("append", state.heads, state.dim, state.vdim, encodings, axis.drafted)
+    name = emitter.kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
+    plan.follow(value, before)
+    share = abi.LAST if axis.drafted else plan.share
+    # Drafted rows are written and read by the last thread alone, so nobody waits for them.
+    touched = [] if axis.drafted and not plan.many else [plan.state(value)]
+    operands = [("axis", plan.axis(k)), *keys, *values, ("state", plan.state(value)), ("int", share)]
+    plan.row(name, *operands, writes=touched)
+
+
+def _attend(emitter: Emitter, plan: Planner, value: Value) -> None:
+    q, cached, *extra = value.args
+    state, encodings = _site(value)
+    _need(not value.attr("results"), "results beside the output")
+    mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
+    assert isinstance(mask, Mask)
+    queries, outer, _ = plan.view(plan.ref(q))
+    drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
+    site = attend.Site(
+        state.heads, outer // state.heads, state.dim, state.vdim, (encodings[0].dtype, encodings[1].dtype), drafted,
+        state.keyed_by == "position", float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
+    )  # fmt: skip
+    name = emitter.kernels.add(("attend", site), lambda n: attend.attend(n, site))
+    joined = emitter.kernels.add(("combine", site), lambda n: attend.combine(n, site))
+    axis = plan.axis(value)
+    part = plan.buffer(axis, outer * (state.vdim + attend.PAD) * 4, private=not plan.many)
+    scratch = plan.buffer(-1, attend.TILE * attend.CHUNK * 8 * 4, private=True)
+    tile = plan.buffer(-1, attend.TILE * attend.TILE_WORDS * 8, private=True)
+    tail = state.main[-1].slots
+    ring = tail.sinks if isinstance(tail, Ring) else 0
+    sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
+    more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
+    across = [("part", part)]  # each thread reads what the others wrote in their own memory
+    plan.row(
+        name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
+        ("tensor", tile, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
+        ("int", int(mask.kind == "full")), ("int", ring), *more,
+        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tile, *across],
+    )  # fmt: skip
+    out = plan.new(value)
+    more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []
+    plan.row(
+        joined, ("axis", axis), plan.tensor(out), ("tensor", part, 0, 4), ("int", int(plan.many)), *more, ("int", plan.share),
+        reads=across, writes=[out.buffer],
+    )  # fmt: skip
+
+
+_RULES: dict[str, Rule] = {
+    "embed": _embed,
+    "restrict": _restrict,
+    "norm": _norm,
+    "rope": _rope,
+    "map": _map,
+    "view": _view,
+    "slice": _slice,
+    "concat": _concat,
+    "append": _append,
+    "attend": _attend,
+}

@@ -1,0 +1,96 @@
+"""The fusion plan: which values of a flat graph are computed together, and where.
+
+A region has one anchor. For linears that is the products of one ``x`` with one or several weights, with the `map` that alone reads
+them as the epilogue: SwiGLU, bias, residual and softcap cost no pass of their own. Everything else is a region by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from elision.ir.expr import canonical
+from elision.ir.types import Tensor
+from elision.ir.value import Graph, Value
+
+
+@dataclass(frozen=True)
+class Products:
+    """``result = expr(x weights.., extras..)``: operand i of the expression is a product for i < len(weights)."""
+
+    result: Value
+    x: Value
+    weights: tuple[Value, ...]
+    expr: str
+    extras: tuple[Value, ...]
+
+
+Region = Products | Value
+
+
+def regions(graph: Graph) -> list[Region]:
+    """The regions in an order that can be executed. Values that depend on positions alone come first."""
+    users = graph.users()
+    first = _of_positions(graph)
+    fused: dict[Value, Products] = {}
+    taken: set[Value] = set()
+    for value in graph.values:
+        if value.op == "map" and (found := _epilogue(value, users, set(graph.outputs))):
+            fused[value] = found
+            taken.update(a for a in value.args if a.op == "linear" and a.args[0] is found.x and users[a] == [value])
+    ordered = [v for v in graph.values if v in first] + [v for v in graph.values if v not in first]
+    found_regions: list[Region] = []
+    for value in ordered:
+        if value.op in ("input", "param") or value in taken:
+            continue
+        if value in fused:
+            found_regions.append(fused[value])
+        elif value.op == "linear":
+            found_regions.append(_alone(value))
+        else:
+            found_regions.append(value)
+    return found_regions
+
+
+def _of_positions(graph: Graph) -> set[Value]:
+    """Values that follow from the positions of the tokens alone."""
+    found: set[Value] = set()
+    for value in graph.values:
+        plain = value.op in ("map", "view", "slice") and value.args and all(a in found for a in value.args)
+        if value.op in ("positions", "last") or plain:
+            found.add(value)
+    return found
+
+
+def _alone(value: Value) -> Products:
+    x, weight, *bias = value.args
+    return Products(value, x, (weight,), "x0 + x1" if bias else "x0", tuple(bias))
+
+
+def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]) -> Products | None:
+    """The linears that a `map` alone reads, of one x, with the map's expression over their products."""
+    if value.attr("dtype") is not None or len(value.tensor.axes) != 2:
+        return None
+    candidates = [
+        a
+        for a in value.args
+        if a.op == "linear" and isinstance(a.type, Tensor) and users[a] == [value] and a.tensor == value.tensor and a not in outputs
+    ]
+    if not candidates:
+        return None
+    x = candidates[-1].args[0]
+    products = [a for a in candidates if a.args[0] is x]
+    biases = [a.args[2] for a in products if len(a.args) > 2]
+    others = [a for a in value.args if a not in products]
+    if not all(isinstance(a.type, Tensor) and a.tensor.axes in (value.tensor.axes, value.tensor.axes[1:]) for a in others):
+        return None
+    extras = tuple(dict.fromkeys([*others, *biases]))
+    names: list[str] = []
+    for a in value.args:
+        if a in products:
+            term = f"x{products.index(a)}"
+            names.append(f"({term} + x{len(products) + extras.index(a.args[2])})" if len(a.args) > 2 else term)
+        else:
+            names.append(f"x{len(products) + extras.index(a)}")
+    expr = canonical(re.sub(r"\bx(\d+)\b", lambda m: names[int(m[1])], value.attr("expr")))
+    return Products(value, x, tuple(a.args[1] for a in products), expr, extras)

@@ -1,0 +1,41 @@
+"""An entry as one flat graph: every call replaced by its template's values, every `Env` by what the block supplies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elision.ir.program import Program
+from elision.ir.value import Builder, Env, Graph, Value
+
+
+def flatten(program: Program, entry: str) -> Graph:
+    """The entry without calls. Values of different blocks that are equal are one value."""
+    graph = program.entries[entry]
+    builder = Builder(entry, program.targets)
+    known: dict[Value, Any] = {}
+    for value in graph.inputs:
+        assert not isinstance(value.type, tuple)
+        known[value] = builder.input(graph.names[value], value.type)
+    _inline(builder, program, graph, known, {})
+    return builder.build(*(known[v] for v in graph.outputs))
+
+
+def _inline(builder: Builder, program: Program, graph: Graph, known: dict[Value, Any], env: dict[str, Any]) -> None:
+    """Add a graph's values to the builder; ``known`` maps its inputs, and then all its values."""
+    for value in graph.values:
+        if value in known:
+            continue
+        if value.op == "param":
+            known[value] = builder.param(value.attr("name"), value.tensor)
+        elif value.op == "item":
+            known[value] = known[value.args[0]][value.attr("index")]
+        elif value.op == "call":
+            target = program.targets[value.attr("target")]
+            inner = dict(zip(target.inputs, (known[a] for a in value.args), strict=True))
+            _inline(builder, program, target, inner, dict(value.attr("env") or ()))
+            found = tuple(inner[v] for v in target.outputs)
+            known[value] = found if isinstance(value.type, tuple) else found[0]
+        else:
+            attrs = {k: env[a.name] if isinstance(a, Env) else a for k, a in value.attrs}
+            found = builder.add_with(value.op, [known[a] for a in value.args], attrs, None, graph.names.get(value))
+            known[value] = tuple(builder.items(found)) if isinstance(found.type, tuple) else found

@@ -1,0 +1,229 @@
+"""Running entries natively: tokens and states become a context, the table is walked, what has no kernel runs here in between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from elision.ir import schedule as abi
+from elision.ir.flatten import flatten
+from elision.ir.nodes import nodes_of
+from elision.ir.op import lookup
+from elision.ir.program import Program
+from elision.ir.store import KVStore
+from elision.ir.tokens import Tokens
+from elision.ir.types import Axis, Tensor
+from elision.ir.value import Value
+from elision.runtime.native.orc import Code
+from elision.runtime.native.pool import pool
+from elision.runtime.native.table import Table
+from elision.runtime.native.weights import PackedWeights
+
+
+class Engine:
+    """The native entries of a program. Calls of one engine take turns: they share the memory of activations."""
+
+    def __init__(
+        self, program: Program, code: bytes, schedules: Mapping[str, abi.Schedule], weights: PackedWeights, threads: int
+    ) -> None:
+        self.program, self.schedules, self.weights, self.threads = program, dict(schedules), weights, threads
+        self._code = Code(code)
+        self._kernels = {r.kernel: self._code.address(r.kernel) for s in schedules.values() for r in s.rows if r.kernel}
+        self._graphs = {name: flatten(program, name) for name in schedules if name in program.entries}
+        self._tables: dict[str, Table] = {}
+        self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
+        self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
+        self._lock = threading.RLock()
+
+    def run(self, entry: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
+        """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches).
+
+        Tensors are views of the engine's memory, good until its next call.
+        """
+        graph, schedule = self._graphs[entry], self.schedules[entry]
+        states = {n: s for n, s in zip((graph.names[v] for v in graph.inputs), args, strict=True) if isinstance(s, KVStore)}
+        with self._lock:
+            run = _Run(self, schedule, graph.values, states, at)
+            for buffer, given in zip(schedule.inputs, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
+                run.give(buffer, given)
+            run.all()
+            outputs = iter(schedule.outputs)
+            return tuple(
+                run.tensor(next(outputs)) if isinstance(v.type, Tensor) else states[_origin_name(graph, v)] for v in graph.outputs
+            )
+
+    def commit(self, stores: Mapping[str, KVStore], paths: Sequence[Sequence[int]]) -> None:
+        """The accepted nodes of every row join all caches (`commit` of the IR); Scratch is empty afterwards."""
+        row = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(p) for p in paths]))
+        node = torch.tensor([i for p in paths for i in p], dtype=torch.int64)
+        with self._lock:
+            run = _Run(self, self.schedules["commit"], (), stores, Tokens(row, node, len(paths)))
+            run.set_axis(0, row, node=node)
+            run.all()
+
+    def table(self, schedule: abi.Schedule, counts: Sequence[int]) -> Table:
+        """The table of an entry with room for ``counts`` tokens on its axes."""
+        found = self._tables.get(schedule.entry)
+        if found is None or any(have < want for have, want in zip(found.capacity, counts, strict=True)):
+            room = [1 << max(0, n - 1).bit_length() for n in counts]
+            self._tables.pop(schedule.entry, None)
+            found = Table(schedule, room, self.threads, self._kernels.__getitem__, self.weights.address)
+            self._tables[schedule.entry] = found
+        return found
+
+    def launch(self, start: int) -> int:
+        return pool(self.threads, self._code).run(self._context.ctypes.data, start)
+
+    @property
+    def context(self) -> Any:
+        return self._context
+
+
+class _Run:
+    """One call: its context, its axes, and its values on the host."""
+
+    def __init__(
+        self, engine: Engine, schedule: abi.Schedule, values: Sequence[Value], states: Mapping[str, KVStore], at: Tokens
+    ) -> None:
+        self._engine, self._schedule, self._values, self._states = engine, schedule, values, states
+        self._axes: dict[int, Tokens] = {0: at}
+        self._counts: dict[int, int] = {}
+        self._early: dict[int, torch.Tensor] = {}  # buffers that were given before there is a table
+        self._table: Table | None = None
+        self._kept: list[Any] = []  # what the context points to
+        context = engine.context
+        # The barrier's counter only grows: a worker may still be on its way out of the previous run.
+        context[abi.THREADS], context[abi.SEQUENCES] = engine.threads, at.rows
+        self.set_axis(0, at.row, at)
+
+    def set_axis(self, index: int, row: torch.Tensor, at: Tokens | None = None, node: torch.Tensor | None = None) -> None:
+        """Describe an axis to native code."""
+        arrays = {"row": row}
+        if at is not None:
+            arrays["pos"] = at.pos
+            if at.anc is not None:
+                arrays |= {"anc": at.anc, "node": nodes_of(at)}
+        if node is not None:
+            arrays["node"] = node
+        counts = torch.bincount(row, minlength=self._axes[0].rows)
+        start = torch.zeros(len(counts) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=start[1:])
+        arrays["start"] = start
+        base = abi.AXES + abi.AXIS_WORDS * index
+        self._engine.context[base] = self._counts[index] = len(row)
+        for name, array in arrays.items():
+            self._point(base + abi.AXIS[name], array)
+
+    def _point(self, word: int, array: torch.Tensor) -> None:
+        array = array.contiguous()
+        self._kept.append(array)
+        self._engine.context[word] = array.data_ptr()
+
+    def give(self, buffer: int, value: torch.Tensor) -> None:
+        self._early[buffer] = value
+
+    def tensor(self, place: tuple[Any, ...]) -> torch.Tensor:
+        assert self._table is not None
+        return self._table.view(place, self._counts[place[6]])
+
+    def all(self) -> None:
+        """Run every row: those of the host here, the others natively."""
+        rows = self._schedule.rows
+        i = 0
+        while i < len(rows) and rows[i].host >= 0:
+            self._host(rows[i])
+            i += 1
+        self._bind()
+        while i < len(rows):
+            if rows[i].host >= 0:
+                self._host(rows[i])
+                i += 1
+            else:
+                i = self._engine.launch(i)
+
+    def _bind(self) -> None:
+        counts = [self._counts.get(i, self._counts[0]) for i in range(len(self._schedule.axes))]
+        table = self._table = self._engine.table(self._schedule, counts)
+        context = self._engine.context
+        context[abi.TABLE] = table.words.ctypes.data
+        described = np.zeros((len(self._schedule.states), abi.STATE_WORDS), np.int64)
+        for line, name in zip(described, self._schedule.states, strict=True):
+            _describe(line, self._states[name])
+        self._kept.append(described)
+        context[abi.STATES] = described.ctypes.data
+        for buffer, value in self._early.items():
+            b = self._schedule.buffers[buffer]
+            if b.slot >= 0:
+                shape = tuple(value.shape[1:])
+                place = ("view", buffer, 0, value[:1].contiguous().stride()[1:], shape, _dtype(value), b.axis)
+                table.view(place, len(value)).copy_(value)
+
+    def _host(self, row: abi.Row) -> None:
+        """Compute one value by its op's body, on the memory that native code uses."""
+        value = self._values[row.host]
+        op, (_, args), (_, results) = lookup(value.op), *row.operands
+        kwargs: dict[str, Any] = dict(value.attrs)
+        if op.wants_at:
+            kwargs["at"] = self._axes[next(a[-1] for a in args if a[0] in ("view", "axis"))]
+        found = op.body(*map(self._operand, args), **kwargs)
+        if op.makes_axis:
+            found, tokens = found
+            axis = results[0][6]
+            self._axes[axis] = tokens
+            self.set_axis(axis, tokens.row, tokens)
+            self._point(abi.AXES + abi.AXIS_WORDS * axis + abi.AXIS["index"], found)
+        parts = found if isinstance(value.type, tuple) else (found,)
+        for place, part in zip(results, parts, strict=True):
+            if place[0] == "view":
+                if self._table is None:
+                    self._early[place[1]] = part
+                else:
+                    self.tensor(place).copy_(part)
+
+    def _operand(self, place: tuple[Any, ...]) -> Any:
+        kind, name, *_ = place
+        if kind == "weight":
+            return self._engine.weights[name]
+        if kind == "state":
+            return self._states[name]
+        if kind == "axis":
+            return torch.empty(self._counts[name], 0)
+        return self.tensor(place) if self._table is not None else self._early[name]
+
+
+def _dtype(x: torch.Tensor) -> str:
+    from elision.ir.types import NAMES
+
+    return NAMES[x.dtype]
+
+
+def _origin_name(graph: Any, value: Value) -> str:
+    from elision.ir.ops.program import origin
+
+    return str(graph.names[origin(value)])
+
+
+def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None:
+    """The words of a cache's descriptor (`elision.ir.schedule.STATE`)."""
+    main, scratch, at = store.segments[0], store.segments[-1], abi.STATE
+    for prefix, rows in (("", main), ("draft_", scratch)):
+        for what in ("k", "v"):
+            for name, array in rows.planes[what].arrays.items():
+                key = f"{prefix}{what}" + ("" if name == "codes" else f"_{name}")
+                if key in at:
+                    line[at[key]] = array.data_ptr()
+        line[at[f"{prefix}blocks"]] = rows.planes["k"].arrays["codes"].shape[2]
+    for name, array in (("pos", store.pos), ("len_k", store.len["k"]), ("len_v", store.len["v"])):
+        line[at[name]] = array.data_ptr()
+    line[at["entries"]], line[at["sequences"]] = store.pos.shape[-1], store.rows
+    if "node_pos" in store.index:
+        line[at["node_pos"]], line[at["node_live"]] = store.index["node_pos"].data_ptr(), store.index["node_live"].data_ptr()
+        line[at["nodes"]] = store.index["node_pos"].shape[1]
+
+
+__all__ = ["Axis", "Engine", "partial"]
