@@ -206,6 +206,12 @@ class Fn:
         place = self.at(base, index, unit or element(x.type))
         self.line(f"llvm.store {x.name}, {place.name} {{alignment = {_BYTES[element(x.type)]} : i64}} : {x.type}, {PTR}")
 
+    def prefetch(self, place: Val) -> None:
+        """Ask for the cache line at an address, to be read soon."""
+        flags = [self.const(x, "i32").name for x in (0, 2, 1)]  # to read, into the second level, data
+        args = f"{place.name}, {', '.join(flags)}"
+        self.line(f'llvm.call_intrinsic "llvm.prefetch.p0"({args}) : ({PTR}, i32, i32, i32) -> ()')
+
     # --- control ---
 
     @contextmanager

@@ -48,6 +48,10 @@ def dot(fn: Fn, format: str, panel: Val, x: Rows, token: Val, tile: int, k: int)
 
     def rows(at: Val | int, step: int, sums: list[Val]) -> list[Val]:
         weights = weight_vectors(fn, format, panel, at, step)
+        if tile > 1 and isinstance(at, Val):  # the next panel comes while this one is multiplied
+            size = panel_bytes(f"panel:{format}", 1)
+            for line in range(0, step * size, 64):
+                fn.prefetch(fn.at(panel, at * size + (k * size + line)))
         sums = list(sums)
         for s in range(step):
             for t in range(tile):
