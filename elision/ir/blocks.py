@@ -41,6 +41,14 @@ class BlockFormat:
             raise BadInput(f"{self.name} stores weights in blocks of {self.elements}; a row of {width} is not whole blocks")
         return width // self.elements * self.nbytes
 
+    def decode_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The weights ``f32[..., width]`` of stored ``rows u8[..., row bytes]``. Raises BadInput unless these are whole blocks."""
+        if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] % self.nbytes:
+            shown = f"{rows.dtype} of shape {tuple(rows.shape)}"
+            raise BadInput(f"{self.name} rows are bytes, {self.nbytes} for {self.elements} weights; got {shown}")
+        weights = self.decode(rows.reshape(-1, self.nbytes))
+        return weights.reshape(*rows.shape[:-1], rows.shape[-1] // self.nbytes * self.elements)
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -49,6 +57,10 @@ class Stored:
     format: str
     blocks: torch.Tensor
     rows: torch.Tensor | None = None
+
+    def in_order(self) -> torch.Tensor:
+        """The stored rows ``u8[..., row bytes]`` in the weight's order: the blocks themselves where that is theirs."""
+        return self.blocks if self.rows is None else self.blocks[self.rows]
 
     def decode(self) -> torch.Tensor:
         """The weight ``f32[..., width]``."""
@@ -65,13 +77,7 @@ def block_format(name: str) -> BlockFormat:
 
 def decode(blocks: torch.Tensor, name: str) -> torch.Tensor:
     """The weights ``f32[..., width]`` of stored rows ``u8[..., row bytes]``. Raises BadInput unless these are whole blocks."""
-    form = block_format(name)
-    if blocks.dtype != torch.uint8 or blocks.dim() == 0 or blocks.shape[-1] % form.nbytes:
-        raise BadInput(
-            f"{name} rows are bytes, {form.nbytes} for {form.elements} weights; got {blocks.dtype} of shape {tuple(blocks.shape)}"
-        )
-    weights = form.decode(blocks.reshape(-1, form.nbytes))
-    return weights.reshape(*blocks.shape[:-1], blocks.shape[-1] // form.nbytes * form.elements)
+    return block_format(name).decode_rows(blocks)
 
 
 def _plain(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -111,8 +117,9 @@ def _q4_0(b: torch.Tensor) -> torch.Tensor:
     return (_nibbles(b[:, 2:], 16).float() - 8).mul_(_half(b, 0))
 
 
-def _q4_1(b: torch.Tensor) -> torch.Tensor:
-    return _nibbles(b[:, 4:], 16).float().mul_(_half(b, 0)).add_(_half(b, 2))
+def scaled_nibbles(b: torch.Tensor) -> torch.Tensor:
+    """Q4_1 with any number of codes: fp16 scale and minimum, then nibbles, those of the first half of the block low."""
+    return _nibbles(b[:, 4:], b.shape[1] - 4).float().mul_(_half(b, 0)).add_(_half(b, 2))
 
 
 def _q5_0(b: torch.Tensor) -> torch.Tensor:
@@ -125,7 +132,8 @@ def _q5_1(b: torch.Tensor) -> torch.Tensor:
     return codes.float().mul_(_half(b, 0)).add_(_half(b, 2))
 
 
-def _q8_0(b: torch.Tensor) -> torch.Tensor:
+def scaled_bytes(b: torch.Tensor) -> torch.Tensor:
+    """Q8_0 with any number of codes: an fp16 scale, then signed bytes."""
     return _typed(b[:, 2:], torch.int8).float().mul_(_half(b, 0))
 
 
@@ -169,10 +177,10 @@ FORMATS: dict[str, BlockFormat] = {
         BlockFormat("F16", 1, 2, _plain(torch.float16)),
         BlockFormat("BF16", 1, 2, _plain(torch.bfloat16)),
         BlockFormat("Q4_0", 32, 18, _q4_0),
-        BlockFormat("Q4_1", 32, 20, _q4_1),
+        BlockFormat("Q4_1", 32, 20, scaled_nibbles),
         BlockFormat("Q5_0", 32, 22, _q5_0),
         BlockFormat("Q5_1", 32, 24, _q5_1),
-        BlockFormat("Q8_0", 32, 34, _q8_0),
+        BlockFormat("Q8_0", 32, 34, scaled_bytes),
         BlockFormat("Q4_K", 256, 144, _q4_k),
         BlockFormat("Q5_K", 256, 176, _q5_k),
         BlockFormat("Q6_K", 256, 210, _q6_k),
