@@ -42,7 +42,7 @@ class BlockFormat:
         return width // self.elements * self.nbytes
 
     def decode_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The weights ``f32[..., width]`` of stored ``rows u8[..., row bytes]``. Raises BadInput unless these are whole blocks."""
+        """The weights ``f32[..., width]`` of stored rows ``u8[.., row bytes]``. Raises BadInput unless these are whole blocks."""
         if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] % self.nbytes:
             shown = f"{rows.dtype} of shape {tuple(rows.shape)}"
             raise BadInput(f"{self.name} rows are bytes, {self.nbytes} for {self.elements} weights; got {shown}")

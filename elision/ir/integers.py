@@ -9,15 +9,16 @@ import torch
 from elision.errors import BadInput
 from elision.ir.blocks import BlockFormat
 
-#: Groups that are encoded at a time: what is computed between stays small.
-CHUNK = 1 << 16
+#: Weights that are encoded at a time: what is computed between stays in a cache.
+CHUNK = 1 << 18
 
 
 def by_group(weight: torch.Tensor, block: BlockFormat, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Rows ``u8[.., row bytes]`` of ``weight [.., width]``, block by block. Raises BadInput for what has no such form."""
     width = block.row_bytes(weight.shape[-1])
     groups = finite(weight.float(), block.name).reshape(-1, block.elements)
-    return torch.cat([encode(part) for part in torch.split(groups, CHUNK)]).reshape(*weight.shape[:-1], width)
+    parts = torch.split(groups, max(1, CHUNK // block.elements))
+    return torch.cat([encode(part) for part in parts]).reshape(*weight.shape[:-1], width)
 
 
 def finite(weight: torch.Tensor, name: str) -> torch.Tensor:

@@ -48,6 +48,8 @@ class WeightEncoding(ABC):
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a stored row of ``width`` weights. Raises BadInput unless it consists of whole blocks."""
+        if width < 1:
+            raise BadInput(f"{self}: a row of {width} weights; expected at least 1")
         return self.block(width).row_bytes(width)
 
     def decode(self, rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -91,7 +93,7 @@ class Int8(WeightEncoding):
             raise BadInput(f"{self}: expected a group of at least 1, or of a row")
 
     def __str__(self) -> str:
-        return f"int8(group={self.group or 'row'})"
+        return f"int8(group={'row' if self.group is None else self.group})"
 
     def block(self, width: int) -> BlockFormat:
         size = self.group or width
