@@ -52,19 +52,23 @@ class BlockFormat:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A weight as it is stored: ``blocks u8[..., row bytes]`` in ``format``; weight row r is stored row ``rows[r]`` (None: r)."""
+    """A weight as it is stored: ``blocks u8[..., row bytes]`` in ``format``, then ``more`` rows that lie elsewhere; weight row r
+    is stored row ``rows[r]`` (None: r)."""
 
     format: str
     blocks: torch.Tensor
     rows: torch.Tensor | None = None
+    more: tuple[torch.Tensor, ...] = ()
 
     def in_order(self) -> torch.Tensor:
-        """The stored rows ``u8[..., row bytes]`` in the weight's order: the blocks themselves where that is theirs."""
-        return self.blocks if self.rows is None else self.blocks[self.rows]
+        """The stored rows ``u8[..., rows, row bytes]`` of a weight with two axes or more, in its order: a view where they lie so."""
+        blocks = torch.cat((self.blocks, *self.more), -2) if self.more else self.blocks
+        return blocks if self.rows is None else blocks[self.rows]
 
     def decode(self) -> torch.Tensor:
         """The weight ``f32[..., width]``."""
-        weight = decode(self.blocks, self.format)
+        parts = [decode(b, self.format) for b in (self.blocks, *self.more)]
+        weight = torch.cat(parts, -2) if self.more else parts[0]
         return weight if self.rows is None else weight[self.rows]
 
 
@@ -86,7 +90,8 @@ def _plain(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The bytes read as ``dtype``: a copy where they are not aligned to it."""
-    aligned = data.is_contiguous() and data.data_ptr() % dtype.itemsize == 0
+    starts = (data.data_ptr(), *data.stride()[:-1])  # strides count even where there is one block
+    aligned = data.is_contiguous() and all(n % dtype.itemsize == 0 for n in starts)
     return (data if aligned else data.clone(memory_format=torch.contiguous_format)).view(dtype)
 
 

@@ -107,7 +107,7 @@ def _converted(name: str, weight: torch.Tensor, before: Tensor, after: Tensor, s
     if wanted is None or before.encoding is not None or before.axes != after.axes:
         raise BadInput(f"{name} is {before}, and cannot become {after}; compile the model again")
     if stored is not None and Blocks(stored.format) in (wanted, SAME_BYTES.get(wanted)):
-        return stored.in_order()
+        return stored.in_order().clone()  # the file may go away
     try:
         return wanted.encode(weight)
     except BadInput as err:

@@ -55,8 +55,7 @@ class Weight:
         parts = [file.stored(t) for t in self.tensors]
         if len({p.format for p in parts}) > 1 or self.transposed or self.offset:
             return None
-        blocks = parts[0].blocks if len(parts) == 1 else torch.cat([p.blocks for p in parts], -2)
-        return Stored(parts[0].format, blocks, self.rows)
+        return Stored(parts[0].format, parts[0].blocks, self.rows, tuple(p.blocks for p in parts[1:]))
 
 
 def load(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Stored]]:
