@@ -61,7 +61,7 @@ class Stored:
     more: tuple[torch.Tensor, ...] = ()
 
     def in_order(self) -> torch.Tensor:
-        """The stored rows ``u8[..., rows, row bytes]`` of a weight with two or more axes, in its order (a view if it is theirs)."""
+        """The stored rows ``u8[..., rows, row bytes]`` of a weight of two or more axes, in its order (a view if it is theirs)."""
         blocks = torch.cat((self.blocks, *self.more), -2) if self.more else self.blocks
         return blocks if self.rows is None else blocks[self.rows]
 
