@@ -42,10 +42,10 @@ def store(program: Program, encodings: Mapping[str, WeightEncoding]) -> None:
     work = _Retyper(program)
     for name, graph in program.entries.items():
         program.entries[name] = work.retyped(graph)
-    program.templates = work.made
     program.ticks = tuple(replace(t, graph=work.retyped(t.graph)) for t in program.ticks)
     if program.round is not None:
         program.round = work.retyped(program.round)
+    program.templates = work.made
 
 
 @dataclass

@@ -17,7 +17,8 @@ order, not fused; then the weight is rounded to the dtype of its type. Encoding 
     int8    d = max|w| / 127, rounded up to fp16      |w' - w| <= d / 2
     int4    m = min w, rounded down, d = (max w - m) / 15, rounded up       |w' - w| <= d / 2, up to fp32 rounding
 
-except that int4 finds the numbers of a group again that are d * q + m already, as those of a decoded Q4_1 weight are.
+except that int4 gives back the very numbers of a group that are d * q + m already, for d > 0 and more than one q: from a decoded
+Q4_1 weight come its own numbers.
 """
 
 from __future__ import annotations

@@ -52,6 +52,20 @@ def test_templates_follow_and_split() -> None:
     assert parse_program(text) == done and print_program(parse_program(text)) == text
 
 
+def test_what_only_a_tick_calls_stays() -> None:
+    done = program()
+    inner = Builder("scale")
+    x, w = inner.input("x", Tensor((Axis("b"), 32), "f32")), inner.input("w", Tensor((32, 32), "f32"))
+    done.templates["scale"] = inner.build(inner.add("linear", x, w))
+    done.params["extra"] = Tensor((32, 32), "f32")
+    b = Builder("tick_0", done.targets)
+    given = b.input("x", Tensor((Axis("b"), 32), "f32"))
+    done.ticks = (Tick(4, b.build(b.add("call", given, b.param("extra", done.params["extra"]), target="scale"))),)
+    store(done, {"extra": Int8(32), "0.q": Int8(32)})
+    assert str(done.templates["scale"].inputs[1].type) == "f32[32, 32] in int8(group=32)"
+    assert parse_program(print_program(done)) == done
+
+
 def test_again_and_back() -> None:
     """One encoding after the other gives what all at once give; the program that it was made from stays."""
     first, once = program(), program()
