@@ -97,7 +97,7 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
         if hint in (int, float, str):
             return hint(value)
         if hint == int | str:
-            return int(value) if value.isdecimal() else value
+            return int(value) if value.removeprefix("-").isdecimal() else value
         return tuple(n for part in value.split("+") for n in _span(part))
     except (ValueError, KeyError):
         raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({_kind(hint)})") from None
