@@ -35,7 +35,7 @@ def compile(
     """Compile a model.
 
     ``model``: an `nn.Module`, a Hugging Face directory, a GGUF file, or ``"smollm2"``. ``passes``: text or Pass objects, such as
-    ``["skip-layers:layers=3"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
+    ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
     model's own).
     ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
 
@@ -46,6 +46,9 @@ def compile(
     from elision.frontend.coverage import coverage
     from elision.frontend.raising import raise_model
     from elision.frontend.source import load_source
+    from elision.frontend.stored import blocks_of
+    from elision.ir.retype import convert
+    from elision.ir.weights import Blocks
     from elision.passes import InsertCache
     from elision.passes.pipeline import resolve, run
     from elision.runtime.model import Model
@@ -60,6 +63,8 @@ def compile(
     captured = capture(source.model)
     log.info("captured %s: %d operators", source.name, len(captured.graph.nodes))
     raised = raise_model(captured, source.name, positions=source.positions)
+    stored = blocks_of(raised.weights, source.model, source.stored)
+    raised.program.stored = {name: Blocks(found.format) for name, found in stored.items()}
     longest = raised.program.meta["positions"]
     if max_context is not None and max_context > longest:
         raise BadInput(f"max_context={max_context}, but {source.name} has {longest} positions")
@@ -69,7 +74,7 @@ def compile(
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
     return Model(
         program,
-        {n: raised.weights[n] for n in program.params},
+        convert(raised.weights, raised.program.params, program.params, stored),
         tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
         defaults=source.defaults,
         coverage=coverage(raised, program),

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elision.cli.opening import errors, is_artefact, open_model, progress, violations, with_passes
+from elision.cli.opening import errors, is_artefact, open_model, progress, violations
 from elision.errors import BadInput, ElisionError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Elision: a compiler for transformer inference.")
@@ -113,8 +113,8 @@ def show(
     from elision.ir.printer import print_program
 
     with progress():
-        before = open_model(model)
-        found = with_passes(before, after) if after else before
+        found = open_model(model, after)
+        before = open_model(model) if svg is not None and after else found
     console = Console(soft_wrap=True, markup=False)
     if svg is not None:
         try:
@@ -133,14 +133,16 @@ def show(
 @app.command()
 def check(model: Source, passes: Passes = []) -> None:  # noqa: B006
     """Say whether the passes compose on this model, and by which rule not."""
+    from elision.passes.pipeline import run as run_passes
+
     with progress():
         before = open_model(model)
         broken = violations(before.program, passes)
         if broken:
             print(*broken, sep="\n\n", file=sys.stderr)
             raise typer.Exit(1)
-        found = with_passes(before, passes)
-    Console(soft_wrap=True, markup=False).print(f"legal: {' '.join(found.program.applied)}, quality {found.program.quality}")
+        found = run_passes(before.program, passes)
+    Console(soft_wrap=True, markup=False).print(f"legal: {' '.join(found.applied)}, quality {found.quality}")
 
 
 @app.command()

@@ -44,12 +44,13 @@ def is_artefact(source: str) -> bool:
 
 def with_passes(model: Model, passes: Sequence[str]) -> Model:
     """The same model with more passes applied to its program."""
+    from elision.ir.retype import convert
     from elision.passes.pipeline import run
 
     program = run(model.program, passes)
     return Model(
         program,
-        {n: model.weights[n] for n in program.params},
+        convert(model.weights, model.program.params, program.params),
         tokenizer=model.tokenizer,
         defaults=model.defaults,
         coverage=model.coverage,

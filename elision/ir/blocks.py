@@ -41,18 +41,34 @@ class BlockFormat:
             raise BadInput(f"{self.name} stores weights in blocks of {self.elements}; a row of {width} is not whole blocks")
         return width // self.elements * self.nbytes
 
+    def decode_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The weights ``f32[..., width]`` of stored rows ``u8[.., row bytes]``. Raises BadInput unless these are whole blocks."""
+        if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] % self.nbytes:
+            shown = f"{rows.dtype} of shape {tuple(rows.shape)}"
+            raise BadInput(f"{self.name} rows are bytes, {self.nbytes} for {self.elements} weights; got {shown}")
+        weights = self.decode(rows.reshape(-1, self.nbytes))
+        return weights.reshape(*rows.shape[:-1], rows.shape[-1] // self.nbytes * self.elements)
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A weight as it is stored: ``blocks u8[..., row bytes]`` in ``format``; weight row r is stored row ``rows[r]`` (None: r)."""
+    """A weight as it is stored: ``blocks u8[..., row bytes]`` in ``format``, then ``more`` rows that lie elsewhere; weight row r
+    is stored row ``rows[r]`` (None: r)."""
 
     format: str
     blocks: torch.Tensor
     rows: torch.Tensor | None = None
+    more: tuple[torch.Tensor, ...] = ()
+
+    def in_order(self) -> torch.Tensor:
+        """The stored rows ``u8[..., rows, row bytes]`` of a weight of two or more axes, in its order (a view if it is theirs)."""
+        blocks = torch.cat((self.blocks, *self.more), -2) if self.more else self.blocks
+        return blocks if self.rows is None else blocks[self.rows]
 
     def decode(self) -> torch.Tensor:
         """The weight ``f32[..., width]``."""
-        weight = decode(self.blocks, self.format)
+        parts = [decode(b, self.format) for b in (self.blocks, *self.more)]
+        weight = torch.cat(parts, -2) if self.more else parts[0]
         return weight if self.rows is None else weight[self.rows]
 
 
@@ -65,13 +81,7 @@ def block_format(name: str) -> BlockFormat:
 
 def decode(blocks: torch.Tensor, name: str) -> torch.Tensor:
     """The weights ``f32[..., width]`` of stored rows ``u8[..., row bytes]``. Raises BadInput unless these are whole blocks."""
-    form = block_format(name)
-    if blocks.dtype != torch.uint8 or blocks.dim() == 0 or blocks.shape[-1] % form.nbytes:
-        raise BadInput(
-            f"{name} rows are bytes, {form.nbytes} for {form.elements} weights; got {blocks.dtype} of shape {tuple(blocks.shape)}"
-        )
-    weights = form.decode(blocks.reshape(-1, form.nbytes))
-    return weights.reshape(*blocks.shape[:-1], blocks.shape[-1] // form.nbytes * form.elements)
+    return block_format(name).decode_rows(blocks)
 
 
 def _plain(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -80,7 +90,8 @@ def _plain(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The bytes read as ``dtype``: a copy where they are not aligned to it."""
-    aligned = data.is_contiguous() and data.data_ptr() % dtype.itemsize == 0
+    starts = (data.data_ptr(), *data.stride()[:-1])  # strides count even where there is one block
+    aligned = data.is_contiguous() and all(n % dtype.itemsize == 0 for n in starts)
     return (data if aligned else data.clone(memory_format=torch.contiguous_format)).view(dtype)
 
 
@@ -111,8 +122,9 @@ def _q4_0(b: torch.Tensor) -> torch.Tensor:
     return (_nibbles(b[:, 2:], 16).float() - 8).mul_(_half(b, 0))
 
 
-def _q4_1(b: torch.Tensor) -> torch.Tensor:
-    return _nibbles(b[:, 4:], 16).float().mul_(_half(b, 0)).add_(_half(b, 2))
+def scaled_nibbles(b: torch.Tensor) -> torch.Tensor:
+    """Q4_1 with any number of codes: fp16 scale and minimum, then nibbles, those of the first half of the block low."""
+    return _nibbles(b[:, 4:], b.shape[1] - 4).float().mul_(_half(b, 0)).add_(_half(b, 2))
 
 
 def _q5_0(b: torch.Tensor) -> torch.Tensor:
@@ -125,7 +137,8 @@ def _q5_1(b: torch.Tensor) -> torch.Tensor:
     return codes.float().mul_(_half(b, 0)).add_(_half(b, 2))
 
 
-def _q8_0(b: torch.Tensor) -> torch.Tensor:
+def scaled_bytes(b: torch.Tensor) -> torch.Tensor:
+    """Q8_0 with any number of codes: an fp16 scale, then signed bytes."""
     return _typed(b[:, 2:], torch.int8).float().mul_(_half(b, 0))
 
 
@@ -169,10 +182,10 @@ FORMATS: dict[str, BlockFormat] = {
         BlockFormat("F16", 1, 2, _plain(torch.float16)),
         BlockFormat("BF16", 1, 2, _plain(torch.bfloat16)),
         BlockFormat("Q4_0", 32, 18, _q4_0),
-        BlockFormat("Q4_1", 32, 20, _q4_1),
+        BlockFormat("Q4_1", 32, 20, scaled_nibbles),
         BlockFormat("Q5_0", 32, 22, _q5_0),
         BlockFormat("Q5_1", 32, 24, _q5_1),
-        BlockFormat("Q8_0", 32, 34, _q8_0),
+        BlockFormat("Q8_0", 32, 34, scaled_bytes),
         BlockFormat("Q4_K", 256, 144, _q4_k),
         BlockFormat("Q5_K", 256, 176, _q5_k),
         BlockFormat("Q6_K", 256, 210, _q6_k),

@@ -15,8 +15,9 @@ import torch
 from elision.ir.op import bind_axes, lookup, substitute
 from elision.ir.program import Program, Weights
 from elision.ir.tokens import Tokens
-from elision.ir.types import Axis, Tensor
+from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Env, Graph, Value
+from elision.ir.weights import Encoded
 
 Axes = dict[Axis, Tokens]
 
@@ -46,7 +47,7 @@ class _Step:
 @dataclass(frozen=True)
 class _Plan:
     size: int
-    weights: tuple[tuple[int, str], ...]
+    weights: tuple[tuple[int, str, Tensor], ...]
     steps: tuple[_Step, ...]
     outputs: tuple[int, ...]
 
@@ -73,8 +74,8 @@ class Interpreter:
     def _execute(self, plan: _Plan, inputs: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
         slots: list[Any] = [None] * plan.size
         slots[: len(inputs)] = inputs
-        for slot, name in plan.weights:
-            slots[slot] = self.weights[name]
+        for slot, name, type in plan.weights:
+            slots[slot] = operand(self.weights[name], type)
         for step in plan.steps:
             args = [slots[i] for i in step.args]
             if step.target is not None:
@@ -133,7 +134,7 @@ def _make_plan(graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Ma
             if a in slot and v.op != "item":
                 last[slot[a]] = v
     keep = {slot[v] for v in graph.outputs}
-    weights = tuple((slot[v], v.attr("name")) for v in graph.values if v.op == "param")
+    weights = tuple((slot[v], v.attr("name"), v.tensor) for v in graph.values if v.op == "param")
     steps: list[_Step] = []
     for v in graph.values:
         if v.op in ("input", "param", "item"):
@@ -147,6 +148,11 @@ def _make_plan(graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Ma
         inner = target(v, dict(kwargs.get("env", ()))) if op.runs else None
         steps.append(_Step(op.body, tuple(slot[a] for a in v.args), out, kwargs, at, made, inner, dead))
     return _Plan(len(slot), weights, tuple(steps), tuple(slot[v] for v in graph.outputs))
+
+
+def operand(weight: torch.Tensor, type: Tensor) -> torch.Tensor | Encoded:
+    """A weight as the bodies of ops take it: an encoded one stays so until its op decodes what it needs."""
+    return weight if type.encoding is None else Encoded(weight, type.encoding, type.row, DTYPES[type.dtype])
 
 
 def _first_axis(value: Value) -> Axis:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -35,7 +35,8 @@ Body = TypeVar("Body", bound=Callable[..., Any])
 @dataclass
 class Op:
     """``infer(*types, **attrs)`` gives the result type or raises BadInput; ``cost(sizes, types, result, attrs)`` overrides
-    the default cost (every operand read once, the result written once, no FLOPs)."""
+    the default cost (every operand read once, the result written once, no FLOPs). ``encoded``: operands that may be encoded
+    weights, which the body gets as `elision.ir.weights.Encoded`."""
 
     name: str
     body: Callable[..., Any]
@@ -44,20 +45,26 @@ class Op:
     wants_at: bool = False
     runs: bool = False
     makes_axis: bool = False
+    encoded: tuple[int, ...] = ()
 
 
 OPS: dict[str, Op] = {}
 
 
 def op(
-    infer: Callable[..., Types], *, cost: CostRule | None = None, makes_axis: bool = False, name: str | None = None
+    infer: Callable[..., Types],
+    *,
+    cost: CostRule | None = None,
+    makes_axis: bool = False,
+    name: str | None = None,
+    encoded: tuple[int, ...] = (),
 ) -> Callable[[Body], Body]:
     """Register the decorated body as an op with this type rule."""
 
     def register(body: Body) -> Body:
         key = name or body.__name__
         wants = inspect.signature(body).parameters
-        OPS[key] = Op(key, body, infer, cost, "at" in wants, "run" in wants, makes_axis)
+        OPS[key] = Op(key, body, infer, cost, "at" in wants, "run" in wants, makes_axis, encoded)
         return body
 
     return register
@@ -79,6 +86,9 @@ def infer_type(name: str, args: tuple[Value, ...], attrs: Mapping[str, Any], tar
     types: list[Types] = [a.type for a in args]
     found = lookup(name)
     try:
+        for i, t in enumerate(types):
+            plain = found.runs or i in found.encoded or not isinstance(t, Tensor) or t.encoding is None
+            need(plain, f"operand {i} cannot be a stored weight; keep it as plain numbers")
         if "target" in attrs:
             need(attrs["target"] in targets, f"no template or entry {attrs['target']!r}; there are {', '.join(targets)}")
             return found.infer(*types, graph=targets[attrs["target"]], **attrs)
@@ -114,7 +124,7 @@ def substitute(axis: Axis, mapping: Mapping[Axis, Axis]) -> Axis:
 def substitute_type(type: Type, mapping: Mapping[Axis, Axis]) -> Type:
     if not isinstance(type, Tensor):
         return type
-    return Tensor(tuple(substitute(d, mapping) if isinstance(d, Axis) else d for d in type.axes), type.dtype)
+    return replace(type, axes=tuple(substitute(d, mapping) if isinstance(d, Axis) else d for d in type.axes))
 
 
 def bind_axes(formals: list[Types], actuals: list[Types]) -> dict[Axis, Axis]:
@@ -129,7 +139,7 @@ def bind_axes(formals: list[Types], actuals: list[Types]) -> dict[Axis, Axis]:
                 need(mapping.setdefault(f, a) == a, f"axis {f} would be both {mapping[f]} and {a}")
             else:
                 need(f == a, f"expected {formal}, got {actual}")
-        need(formal.dtype == actual.dtype, f"expected {formal}, got {actual}")
+        need((formal.dtype, formal.encoding) == (actual.dtype, actual.encoding), f"expected {formal}, got {actual}")
     return mapping
 
 
@@ -157,7 +167,9 @@ class Sizes:
         return count
 
     def bytes(self, type: Tensor) -> int:
-        return self.elements(type) * type.itemsize
+        """Bytes in memory, of an encoded weight those of its blocks."""
+        shape, dtype = type.storage
+        return prod(map(self.of, shape)) * dtype.itemsize
 
     def state_bytes(self, type: Array) -> int:
         """Bytes of an array state's value over all sequences."""

@@ -18,6 +18,7 @@ from elision.ir.printer import VERSION
 from elision.ir.program import Program, Tick
 from elision.ir.types import DTYPES, Axis, Host, Tensor
 from elision.ir.value import Builder, Env, Graph, Value
+from elision.ir.weights import weight_encoding
 
 MOST = 1 << 26  # characters; a program of 100 layers has about 10^5
 
@@ -192,6 +193,10 @@ class _Reader:
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in DTYPES:
             axes = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
             return Tensor(tuple(_axis(a) for a in axes), node.value.id)
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.In):
+            type = self._atom(node.left)
+            _need(isinstance(type, Tensor) and type.encoding is None, f"{ast.unparse(node.left)[:80]} is not a tensor type")
+            return type.stored(weight_encoding(ast.unparse(node.comparators[0])))
         if isinstance(node, ast.Call):
             return self._object(node)
         raise BadInput(f"{ast.unparse(node)[:80]} is not an attribute or a type")

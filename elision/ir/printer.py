@@ -64,7 +64,7 @@ def atom(value: Any, aliases: Mapping[Any, str] | None = None) -> str:
         return f"({', '.join(atom(v, aliases) for v in value)}{',' if len(value) == 1 else ''})"
     if isinstance(value, Tensor):
         axes = ", ".join(map(str, value.axes))
-        return f"{value.dtype}[{axes or '()'}]"
+        return f"{value.dtype}[{axes or '()'}]" + (f" in {value.encoding}" if value.encoding is not None else "")
     if isinstance(value, Env):
         return f"env.{value.name}"
     if isinstance(value, Mask):

@@ -17,6 +17,7 @@ from elision.errors import BadInput
 from elision.ir.states import StateType
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Builder, Graph, Rule, Value, rewrite
+from elision.ir.weights import WeightEncoding
 
 QUALITIES = ("exact", "distribution", "approximate")
 
@@ -34,7 +35,8 @@ class Program:
     """``params`` are the types of the weights; ``meta`` holds plain facts of the model (``vocab``, ``positions``,
     ``hidden`` ...).
 
-    ``applied`` is the text of the passes so far, ``quality`` the join of theirs.
+    ``stored``: by parameter, the encoding in which the model's file has the weight, for passes that keep it; known while
+    compiling only, hence not printed. ``applied`` is the text of the passes so far, ``quality`` the join of theirs.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Program:
     meta: dict[str, Any] = field(default_factory=dict)
     applied: tuple[str, ...] = ()
     quality: str = "exact"
+    stored: Mapping[str, WeightEncoding] = field(default_factory=dict, compare=False)
 
     def copy(self) -> Program:
         """A program that can be changed without changing this one (graphs are immutable and shared)."""

@@ -7,11 +7,12 @@ are plain integers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from elision.errors import BadInput
+from elision.ir.weights import WeightEncoding
 
 DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64,
@@ -58,17 +59,27 @@ Dim = int | Axis
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor: axes (token axes first) and dtype, printed as ``f32[t, 576]``."""
+    """A tensor: axes (token axes first) and dtype, printed as ``f32[t, 576]``.
+
+    A weight may be stored in an ``encoding`` of its rows (the last axis), printed as ``f32[192, 576] in Q4_1``; ``dtype`` is
+    then that of its values, to which they are rounded when they are decoded.
+    """
 
     axes: tuple[Dim, ...]
     dtype: str
+    encoding: WeightEncoding | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise BadInput(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.encoding is not None:
+            if self.dtype not in FLOATS or len(self.axes) < 2 or not all(isinstance(d, int) for d in self.axes):
+                raise BadInput(f"{self} is no weight: expected floats on two or more axes that are sizes")
+            self.encoding.row_bytes(self.row)
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.axes))}]"
+        plain = f"{self.dtype}[{', '.join(map(str, self.axes))}]"
+        return plain if self.encoding is None else f"{plain} in {self.encoding}"
 
     @property
     def tokens(self) -> Axis | None:
@@ -94,11 +105,29 @@ class Tensor:
         """Bytes per element."""
         return DTYPES[self.dtype].itemsize
 
+    @property
+    def row(self) -> int:
+        """Elements along the last axis of a weight."""
+        assert isinstance(self.axes[-1], int)
+        return self.axes[-1]
+
+    @property
+    def storage(self) -> tuple[tuple[Dim, ...], torch.dtype]:
+        """Shape and dtype of the tensor that holds it: for an encoded weight ``u8[..., row bytes]``."""
+        if self.encoding is None:
+            return self.axes, DTYPES[self.dtype]
+        return (*self.axes[:-1], self.encoding.row_bytes(self.row)), torch.uint8
+
     def with_axes(self, *axes: Dim) -> Tensor:
+        """A tensor of the same dtype on other axes: of values, not of stored ones."""
         return Tensor(axes, self.dtype)
 
     def with_dtype(self, dtype: str) -> Tensor:
-        return Tensor(self.axes, dtype)
+        return replace(self, dtype=dtype)
+
+    def stored(self, encoding: WeightEncoding | None) -> Tensor:
+        """The same weight in another encoding. Raises BadInput unless its rows are whole groups of it."""
+        return replace(self, encoding=encoding)
 
 
 @dataclass(frozen=True)

@@ -4,5 +4,20 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.weights.bf16 import BFloat16Weights
+from elision.passes.weights.int4 import Int4Weights
+from elision.passes.weights.int8 import Int8Weights
+from elision.passes.weights.stored import StoredWeights
 
-__all__ = ["REGISTRY", "Clean", "InsertCache", "Pass", "SkipLayers", "from_text"]
+__all__ = [
+    "REGISTRY",
+    "BFloat16Weights",
+    "Clean",
+    "InsertCache",
+    "Int4Weights",
+    "Int8Weights",
+    "Pass",
+    "SkipLayers",
+    "StoredWeights",
+    "from_text",
+]

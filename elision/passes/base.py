@@ -96,6 +96,8 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
         if hint in (int, float, str):
             return hint(value)
+        if hint == int | str:
+            return int(value) if value.removeprefix("-").isdecimal() else value
         return tuple(n for part in value.split("+") for n in _span(part))
     except (ValueError, KeyError):
         raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({_kind(hint)})") from None
@@ -104,6 +106,8 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
 def _is(value: Any, hint: Any) -> bool:
     if hint in (bool, str):
         return isinstance(value, hint)
+    if hint == int | str:
+        return isinstance(value, int | str) and not isinstance(value, bool)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, tuple) and all(_is(v, int) for v in value)

@@ -89,7 +89,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     weights = unpack_tensors(manifest["tensors"], archive["weights.bin"])
     for name, type in program.params.items():
         found = weights.get(name)
-        if found is None or tuple(found.shape) != type.axes or found.dtype != DTYPES[type.dtype]:
+        if found is None or (tuple(found.shape), found.dtype) != type.storage:
             raise ArtefactError(f"{path}: the weight {name} is missing or not of the type {type}")
     return Model(
         program,

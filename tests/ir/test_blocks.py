@@ -115,6 +115,11 @@ def test_rows_of_a_stored_weight_in_another_order() -> None:
     order = torch.tensor([2, 0, 3, 1])
     assert torch.equal(Stored("Q4_0", blocks, order).decode(), decode(blocks, "Q4_0")[order])
     assert torch.equal(Stored("Q4_0", blocks[order]).decode(), Stored("Q4_0", blocks, order).decode())
+    apart = Stored("Q4_0", blocks[:1], order, (blocks[1:3], blocks[3:]))
+    assert torch.equal(apart.in_order(), blocks[order]) and torch.equal(apart.decode(), Stored("Q4_0", blocks, order).decode())
+    assert Stored("Q4_0", blocks).in_order() is blocks
+    bias = torch.arange(4.0)
+    assert torch.equal(Stored("F32", bias.view(torch.uint8), order).decode(), bias[order])
 
 
 def test_what_is_no_row_of_blocks_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,12 @@ def converted(architecture: str, config: Any, name: str, value: torch.Tensor) ->
     return value
 
 
-def write_model(path: Path, architecture: str, model: nn.Module, changes: Mapping[str, Any] | None = None) -> None:
-    """Write a model of transformers as the converter would, in float32. Names are those of the gguf package.
+def write_model(
+    path: Path, architecture: str, model: nn.Module, changes: Mapping[str, Any] | None = None,
+    formats: Callable[[str], str] = lambda name: "F32",
+) -> None:  # fmt: skip
+    """Write a model of transformers as the converter would. Names are those of the gguf package. ``formats``: that of each weight
+    with two axes or more, by its name in the model.
 
     ``changes``: metadata to add or replace (None: to leave out), after the architecture's name but for those of the tokenizer.
     """
@@ -166,8 +170,9 @@ def write_model(path: Path, architecture: str, model: nn.Module, changes: Mappin
             base, dot, suffix = part.rpartition(".")
             found = names.get_name(base) if suffix in ("weight", "bias") else None
             assert found is not None, part
-            data = converted(architecture, config, name, stored)
-            writer.add_tensor(f"{found}{dot}{suffix}", np.ascontiguousarray(data.float().numpy()))
+            data = np.ascontiguousarray(converted(architecture, config, name, stored).float().numpy())
+            form = gguf.GGMLQuantizationType[formats(part) if data.ndim > 1 else "F32"]
+            writer.add_tensor(f"{found}{dot}{suffix}", gguf.quantize(data, form), raw_dtype=form)
     for name, value in _factors(model):
         writer.add_tensor(name, value.numpy())
     writer.write_header_to_file()

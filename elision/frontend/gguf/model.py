@@ -52,10 +52,10 @@ class Weight:
 
     def stored(self, file: GGUF) -> Stored | None:
         """The blocks of a weight that is stored as it is, but for the order of its rows; None for any other."""
-        if len(self.tensors) > 1 or self.transposed or self.offset:
+        parts = [file.stored(t) for t in self.tensors]
+        if len({p.format for p in parts}) > 1 or self.transposed or self.offset:
             return None
-        found = file.stored(self.tensors[0])
-        return Stored(found.format, found.blocks, self.rows)
+        return Stored(parts[0].format, parts[0].blocks, self.rows, tuple(p.blocks for p in parts[1:]))
 
 
 def load(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Stored]]:

@@ -11,6 +11,7 @@ from elision.ir import expr as scalar
 from elision.ir.op import Cost, Sizes, need, op, token_axis
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Tensor, parse_dtype
+from elision.ir.weights import Encoded, decoded
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -35,10 +36,10 @@ def _linear_cost(sizes: Sizes, types: list[Tensor], result: Any, attrs: dict[str
     return Cost(2.0 * rows * out * width, read, float(rows * out * x.itemsize))
 
 
-@op(_linear_type, cost=_linear_cost)
-def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None, *, splits: tuple[int, ...] = ()) -> Tensors:
+@op(_linear_type, cost=_linear_cost, encoded=(1,))
+def linear(x: torch.Tensor, w: torch.Tensor | Encoded, b: torch.Tensor | None = None, *, splits: tuple[int, ...] = ()) -> Tensors:
     """``x [.., in] @ w [out, in].T + b [out]``; ``splits`` cuts the result into several along ``out``."""
-    y = F.linear(x, w, b)
+    y = F.linear(x, decoded(w), b)
     return torch.split(y, list(splits), dim=-1) if splits else y
 
 
@@ -148,14 +149,15 @@ def _embed_type(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def _embed_cost(sizes: Sizes, types: list[Tensor], result: Tensor, attrs: dict[str, Any]) -> Cost:
-    rows = float(sizes.bytes(result))
-    return Cost(0.0, {0: float(sizes.bytes(types[0])), 1: rows}, rows)
+    ids, table = types
+    rows = float(sizes.bytes(table)) * sizes.elements(ids) / sizes.of(table.axes[0])
+    return Cost(0.0, {0: float(sizes.bytes(ids)), 1: rows}, float(sizes.bytes(result)))
 
 
-@op(_embed_type, cost=_embed_cost)
-def embed(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The rows of ``table [vocab, width]`` at ``ids [t]``."""
-    return F.embedding(ids, table)
+@op(_embed_type, cost=_embed_cost, encoded=(1,))
+def embed(ids: torch.Tensor, table: torch.Tensor | Encoded) -> torch.Tensor:
+    """The rows of ``table [vocab, width]`` at ``ids [t]``; of an encoded table only these are decoded."""
+    return table[ids] if isinstance(table, Encoded) else F.embedding(ids, table)
 
 
 def _positions_type(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from elision.ir import expr as scalar
 from elision.ir.op import Cost, Sizes, need, op, token_axis
 from elision.ir.ops.dense import topk, topk_type
 from elision.ir.types import Tensor
+from elision.ir.weights import Encoded
 
 
 def _route_type(x: Tensor, *, k: int, kind: str = "softmax", renormalise: bool = True) -> tuple[Tensor, Tensor]:
@@ -60,13 +61,13 @@ def _experts_cost(sizes: Sizes, types: list[Tensor], result: Tensor, attrs: dict
     return Cost(2.0 * pairs * (wide * width + out * inner), read, float(sizes.bytes(result)))
 
 
-@op(_experts_type, cost=_experts_cost)
+@op(_experts_type, cost=_experts_cost, encoded=(3, 4))
 def experts(
     x: torch.Tensor,
     weight: torch.Tensor,
     index: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
+    up: torch.Tensor | Encoded,
+    down: torch.Tensor | Encoded,
     *biases: torch.Tensor,
     expr: str,
     halves: bool = True,

@@ -1,0 +1,88 @@
+"""From weights to integer codes with fp16 scales (the formats are described in `elision.ir.weights`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.blocks import BlockFormat
+
+#: Weights that are encoded at a time: what is computed between stays in a cache.
+CHUNK = 1 << 18
+
+
+def by_group(weight: torch.Tensor, block: BlockFormat, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Rows ``u8[.., row bytes]`` of ``weight [.., width]``, block by block. Raises BadInput for what has no such form."""
+    width = block.row_bytes(weight.shape[-1])
+    groups = finite(weight.float(), block.name).reshape(-1, block.elements)
+    parts = torch.split(groups, max(1, CHUNK // block.elements))
+    return torch.cat([encode(part) for part in parts]).reshape(*weight.shape[:-1], width)
+
+
+def finite(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """The weight itself. Raises BadInput where it is infinite or not a number."""
+    if not bool(weight.isfinite().all()):
+        raise BadInput(f"{name} cannot hold numbers that are not finite or too large; look for the fault in the weights")
+    return weight
+
+
+def encode_int8(w: torch.Tensor) -> torch.Tensor:
+    """Groups ``f32[n, size]`` to blocks ``u8[n, 2 + size]``."""
+    scale = half_at_least(w.abs().amax(1, keepdim=True) / 127)
+    codes = _codes(w, scale).clamp_(-127, 127).to(torch.int8)
+    return torch.cat((_bytes(scale), codes.view(torch.uint8)), 1)
+
+
+def encode_int4(w: torch.Tensor) -> torch.Tensor:
+    """Groups ``f32[n, size]`` to blocks ``u8[n, 4 + size / 2]``."""
+    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    minimum = -half_at_least(-low)
+    scale = half_at_least((high - minimum) / 15)
+    codes = _codes(w - minimum, scale).clamp_(0, 15)
+    inexact = (codes * scale + minimum != w).any(1)
+    if bool(inexact.any()):
+        _find_exact(w, inexact, scale, minimum, codes)
+    nibbles = codes.to(torch.uint8).view(len(w), 2, -1)
+    return torch.cat((_bytes(scale), _bytes(minimum), nibbles[:, 0] | nibbles[:, 1] << 4), 1)
+
+
+def _find_exact(w: torch.Tensor, open: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, codes: torch.Tensor) -> None:
+    """For groups that hold ``d * q + m`` with fp16 d and m already, but not the codes 0 and 15, put these d, m and q in place.
+
+    The lowest and the highest number of such a group have some codes a < b, which give d and m; all pairs are tried.
+    """
+    few = w[open].sort(1).values.diff(dim=1).ne(0).sum(1) < 16  # more different numbers cannot be sixteen codes
+    left = open.nonzero().flatten()[few]
+    for span in range(15, 0, -1):
+        for a in range(16 - span):
+            if not len(left):
+                return
+            group = w[left]
+            low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+            d = ((high - low) / span).half().float()
+            m = (low - d * a).half().float()
+            q = _codes(group - m, d).clamp_(0, 15)
+            found = (q * d + m == group).all(1)
+            done = left[found]
+            scale[done], minimum[done], codes[done] = d[found], m[found], q[found]
+            left = left[~found]
+
+
+def half_at_least(x: torch.Tensor) -> torch.Tensor:
+    """The smallest fp16 number that is not less than each ``x``, widened. Raises BadInput where there is none."""
+    found = x.half()
+    up = torch.nextafter(found, torch.full_like(found, torch.inf))
+    found = finite(torch.where(found.float() < x, up, found), "fp16 scales")
+    return found.float()
+
+
+def _codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """round(x / scale), 0 where the scale is 0."""
+    return torch.where(scale > 0, torch.round(x / torch.where(scale > 0, scale, 1)), 0)
+
+
+def _bytes(number: torch.Tensor) -> torch.Tensor:
+    """fp16 numbers ``[n, 1]`` as bytes ``u8[n, 2]``."""
+    return number.half().view(torch.uint8)
