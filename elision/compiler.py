@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elision")
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "reference")
 
 
 def compile(
@@ -71,6 +71,11 @@ def compile(
     if raised.program.meta["causal"]:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     program = run(raised.program, chosen)
+    native = None
+    if target == "cpu" and "step" in program.entries:
+        from elision.codegen.cpu.compile import compile_program
+
+        native = compile_program(program)
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
     return Model(
         program,
@@ -81,4 +86,5 @@ def compile(
         max_context=max_context or longest,
         max_batch=max_batch,
         threads=threads,
+        native=native,
     )

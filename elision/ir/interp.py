@@ -14,6 +14,7 @@ import torch
 
 from elision.ir.op import bind_axes, lookup, substitute
 from elision.ir.program import Program, Weights
+from elision.ir.states import KV
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Env, Graph, Value
@@ -21,12 +22,18 @@ from elision.ir.weights import Encoded
 
 Axes = dict[Axis, Tokens]
 
+#: A faster form of a graph: its outputs from its operands in order and the tokens of its first axis.
+Native = Callable[[Sequence[Any], Tokens], tuple[Any, ...]]
+#: A faster form of all commits of a round: takes the states and the paths.
+NativeCommit = Callable[[Sequence[Any], Any], None]
+
 
 @dataclass(frozen=True)
 class _Target:
-    """The graph that a `call` or its kin runs, planned, and which of the caller's axes each of its own stands for."""
+    """The graph that a `call` or its kin runs, planned (or given natively), and which of the caller's axes each of its own
+    stands for."""
 
-    plan: _Plan
+    plan: _Plan | Native
     axes: Mapping[Axis, Axis]
 
 
@@ -53,10 +60,19 @@ class _Plan:
 
 
 class Interpreter:
-    """Runs the graphs of one program with its weights. Holds no state of a run: safe to use from several threads."""
+    """Runs the graphs of one program with its weights. Holds no state of a run: safe to use from several threads.
 
-    def __init__(self, program: Program, weights: Weights) -> None:
-        self.program, self.weights = program, weights
+    ``natives``: by name of a graph, what runs in its place; ``commit``: what commits the caches of a round.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        natives: Mapping[str, Native] | None = None,
+        commit: NativeCommit | None = None,
+    ) -> None:
+        self.program, self.weights, self.natives, self._commit = program, weights, natives or {}, commit
         self._targets = program.targets
         self._plans: dict[tuple[int, str], _Plan] = {}
         self._graphs: list[Graph] = []  # keeps graphs alive while their id is a key
@@ -69,7 +85,10 @@ class Interpreter:
         for value in graph.inputs:
             if isinstance(value.type, Tensor):
                 bound.update({d: axes[d.name] for d in value.type.axes if isinstance(d, Axis) and d.name in axes})
-        return self._execute(self._plan(graph, env or {}), [inputs[graph.names[v]] for v in graph.inputs], bound)
+        args = [inputs[graph.names[v]] for v in graph.inputs]
+        if graph.name in self.natives:
+            return self.natives[graph.name](args, next(iter(bound.values())))
+        return self._execute(self._plan(graph, env or {}), args, bound)
 
     def _execute(self, plan: _Plan, inputs: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
         slots: list[Any] = [None] * plan.size
@@ -98,6 +117,8 @@ class Interpreter:
     def _run_target(self, target: _Target, axes: Axes, args: Sequence[Any]) -> tuple[Any, ...]:
         """What `call` and its kin use to run their target on the caller's axes; axes that it makes join the caller's."""
         inner: Axes = {formal: axes[actual] for formal, actual in target.axes.items() if actual in axes}
+        if not isinstance(target.plan, _Plan):
+            return target.plan(args, next(iter(inner.values())))
         known = set(inner)
         found = self._execute(target.plan, args, inner)
         for axis in inner.keys() - known:
@@ -108,7 +129,7 @@ class Interpreter:
         key = (id(graph), repr(sorted(env.items())) if env else "")
         found = self._plans.get(key)
         if found is None:
-            found = self._plans[key] = _make_plan(graph, env, self._target)
+            found = self._plans[key] = _make_plan(graph, env, self._target, self._commit)
             self._graphs.append(graph)
         return found
 
@@ -116,14 +137,16 @@ class Interpreter:
         graph = self._targets[value.attr("target")]
         given = value.args[len(value.args) - len(graph.inputs) :]  # `when` takes its condition before them
         axes = bind_axes([v.type for v in graph.inputs], [a.type for a in given])
-        return _Target(self._plan(graph, env), axes)
+        return _Target(self.natives.get(graph.name) or self._plan(graph, env), axes)
 
 
-def _make_plan(graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Mapping[str, Any]], _Target]) -> _Plan:
+def _make_plan(
+    graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Mapping[str, Any]], _Target], commit: NativeCommit | None = None
+) -> _Plan:
     slot: dict[Value, int] = {v: i for i, v in enumerate(graph.inputs)}
     for v in graph.values:
         if not isinstance(v.type, tuple):
-            slot.setdefault(v, len(slot))
+            slot.setdefault(v, slot[v.args[0]] if _passes_by(v) else len(slot))
     parts: dict[Value, list[int]] = {}
     for v in graph.values:
         if v.op == "item":
@@ -137,7 +160,7 @@ def _make_plan(graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Ma
     weights = tuple((slot[v], v.attr("name"), v.tensor) for v in graph.values if v.op == "param")
     steps: list[_Step] = []
     for v in graph.values:
-        if v.op in ("input", "param", "item"):
+        if v.op in ("input", "param", "item") or _passes_by(v):
             continue
         op = lookup(v.op)
         out = tuple(parts[v]) if isinstance(v.type, tuple) else (slot[v],)
@@ -146,13 +169,33 @@ def _make_plan(graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Ma
         made = v.type.tokens if op.makes_axis and isinstance(v.type, Tensor) else None
         dead = tuple(i for i in {slot[a] for a in v.args if a in slot} if last.get(i) is v and i not in keep)
         inner = target(v, dict(kwargs.get("env", ()))) if op.runs else None
-        steps.append(_Step(op.body, tuple(slot[a] for a in v.args), out, kwargs, at, made, inner, dead))
+        args = tuple(slot[a] for a in v.args)
+        if v.op == "commit" and commit is not None:
+            before = steps[-1] if steps else None
+            if before is not None and before.body is _commit and before.args[-1] == args[-1]:  # all states in one call
+                args, out, dead = (*before.args[:-1], *args), (*before.out, *out), (*before.dead, *dead)
+                steps.pop()
+            steps.append(_Step(_commit, args, out, {"native": commit}, None, None, None, dead))
+            continue
+        steps.append(_Step(op.body, args, out, kwargs, at, made, inner, dead))
     return _Plan(len(slot), weights, tuple(steps), tuple(slot[v] for v in graph.outputs))
+
+
+def _commit(*args: Any, native: NativeCommit) -> Any:
+    """Several states of a round committed together."""
+    *states, paths = args
+    native(states, paths)
+    return states[0] if len(states) == 1 else tuple(states)
 
 
 def operand(weight: torch.Tensor, type: Tensor) -> torch.Tensor | Encoded:
     """A weight as the bodies of ops take it: an encoded one stays so until its op decodes what it needs."""
     return weight if type.encoding is None else Encoded(weight, type.encoding, type.row, DTYPES[type.dtype])
+
+
+def _passes_by(value: Value) -> bool:
+    """A checkpoint of a cache: drafted tokens go to its Scratch, so there is nothing to keep."""
+    return value.op == "checkpoint" and isinstance(value.type, KV)
 
 
 def _first_axis(value: Value) -> Axis:

@@ -88,3 +88,18 @@ class Schedule:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class NativeCode:
+    """The native form of a program: an object file, a schedule for each entry and for ``commit``, and by entry the ops that the host
+    runs, each with the reason."""
+
+    code: bytes
+    schedules: dict[str, Schedule]
+    hosts: dict[str, list[tuple[str, str]]]
+
+    @property
+    def packings(self) -> dict[str, str]:
+        """How each weight lies in memory."""
+        return {name: how for s in self.schedules.values() for name, how in s.packings.items()}

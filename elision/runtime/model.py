@@ -12,8 +12,12 @@ import torch
 from elision.errors import BadInput
 from elision.ir.interp import Interpreter
 from elision.ir.program import Program
+from elision.ir.schedule import NativeCode
 from elision.ir.tokens import Tokens
 from elision.runtime import generate as loop
+from elision.runtime.native.engine import Engine
+from elision.runtime.native.pool import physical_cores
+from elision.runtime.native.weights import PackedWeights
 from elision.runtime.options import resolve
 from elision.runtime.text import Tokenizer
 
@@ -45,6 +49,7 @@ class Model:
         max_context: int,
         max_batch: int = 8,
         threads: int | None = None,
+        native: NativeCode | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise BadInput(f"threads={threads}; expected at least 1")
@@ -52,7 +57,17 @@ class Model:
         self.defaults, self.coverage = dict(defaults), dict(coverage)
         self.max_context, self.max_batch, self.threads = max_context, max_batch, threads
         self.stats: loop.Stats | None = None
-        self._interpreter = Interpreter(program, weights)
+        self.native = native
+        # Torch's threads while generating: native code has its own, and two that spin on one core cost more than they do.
+        self._beside = threads if native is None or any(native.hosts.values()) else 1
+        if native is None:
+            self._interpreter = Interpreter(program, weights)
+            return
+        packed = PackedWeights(program, weights, native.packings)
+        self.engine = Engine(program, native, packed, threads or physical_cores())
+        self.weights = packed
+        commit = self.engine.commit if "commit" in native.schedules else None
+        self._interpreter = Interpreter(program, packed, self.engine.natives(), commit)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -122,7 +137,7 @@ class Model:
         if len(prompts) > self.max_batch:
             raise BadInput(f"{len(prompts)} sequences, but the model was compiled for max_batch={self.max_batch}")
         on_tokens = _callback(streamer, prompts)
-        with self._threads(), torch.inference_mode():
+        with self._threads(self._beside), torch.inference_mode():
             rows, stats = loop.generate(self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens)
         if hasattr(streamer, "end"):
             streamer.end()
@@ -156,7 +171,7 @@ class Model:
             raise BadInput("position_ids: expected positions from 0 that increase along every row")
         self._check_length(int(pos.max()) + 1)
         graph = self.program.entries["score"]
-        with self._threads(), torch.inference_mode():
+        with self._threads(self.threads), torch.inference_mode():
             found = self._interpreter.run(graph, {"ids": ids[row, column]}, {"t": Tokens(row, pos, len(ids))})
         outputs = Output()
         for name, value in zip(self.program.meta["outputs"], found, strict=True):
@@ -206,13 +221,13 @@ class Model:
             raise BadInput(f"{length} positions are needed, but the model has {self.max_context} (max_context)")
 
     @contextmanager
-    def _threads(self) -> Any:
+    def _threads(self, threads: int | None) -> Any:
         """Torch's threads for the time of a call (they are the process's: the last caller wins while calls overlap)."""
-        if self.threads is None:
+        if threads is None:
             yield
             return
         before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(threads)
         try:
             yield
         finally:

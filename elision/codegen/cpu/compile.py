@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from elision.codegen.cpu import cache
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
-from elision.codegen.planner import NotNative, Planner
+from elision.codegen.planner import Planner
 from elision.codegen.regions import regions
 from elision.ir import schedule as abi
 from elision.ir.flatten import flatten
@@ -16,17 +14,7 @@ from elision.ir.program import Program
 from elision.ir.states import KV, Dense, Float
 
 
-@dataclass
-class Compiled:
-    """Machine code and schedules. ``hosts``: by entry, the ops that the host runs, each with the reason."""
-
-    code: bytes
-    schedules: dict[str, abi.Schedule]
-    kernels: Kernels
-    hosts: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-
-
-def compile_program(program: Program) -> Compiled:
+def compile_program(program: Program) -> abi.NativeCode:
     """Compile the entries that generation runs (``prefill``, ``step``) and the commit of a round.
 
     Raises BadInput without the MLIR bindings.
@@ -44,7 +32,7 @@ def compile_program(program: Program) -> Compiled:
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
     if all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
-    return Compiled(to_object(kernels.text()), schedules, kernels, hosts)
+    return abi.NativeCode(to_object(kernels.text()), schedules, hosts)
 
 
 _ON_HOST = ("positions", "last")  # they follow from the call's positions and are ready before native code starts
@@ -85,6 +73,3 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     for name in program.states:
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
     return abi.Schedule("commit", ["accepted"], rows=rows, states=list(program.states))
-
-
-__all__ = ["Compiled", "NotNative", "compile_program"]

@@ -44,7 +44,7 @@ class Emitter:
     def _products(self, plan: Planner, region: Products) -> None:
         value = region.result
         weights = [w.tensor for w in region.weights]
-        _need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
+        _need(all(w.dtype == "f32" and w.encoding is None for w in weights), "weights that are not float32")
         _need(expression.supported(region.expr), f"no vector code for {region.expr}")
         operands, outer, k = plan.view(plan.ref(region.x))
         _need(outer == 1, "a product of three axes")
@@ -91,7 +91,7 @@ class Emitter:
 
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
-    _need(table.tensor.dtype == "f32", "a table that is not float32")
+    _need(table.tensor.dtype == "f32" and table.tensor.encoding is None, "a table that is not float32")
     width = table.tensor.axes[1]
     name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))  # type: ignore[arg-type]
     packed = plan.packing(table, "panel:f32")

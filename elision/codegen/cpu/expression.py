@@ -14,6 +14,7 @@ Term = Val | Num
 _FUNCTIONS: dict[str, Callable[[Fn, Val], Val]] = {
     "exp": vm.exp,
     "log": lambda fn, x: fn.math("log", x),
+    "log1p": lambda fn, x: fn.math("log1p", x),
     "sqrt": lambda fn, x: fn.math("sqrt", x),
     "rsqrt": lambda fn, x: 1.0 / fn.math("sqrt", x),
     "tanh": vm.tanh,

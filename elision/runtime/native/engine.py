@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 
 from elision.ir import schedule as abi
 from elision.ir.flatten import flatten
+from elision.ir.interp import Native, operand
 from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
+from elision.ir.ops.program import origin
 from elision.ir.program import Program
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
-from elision.ir.types import Axis, Tensor
-from elision.ir.value import Value
+from elision.ir.types import NAMES, Tensor
+from elision.ir.value import Graph, Value
 from elision.runtime.native.orc import Code
 from elision.runtime.native.pool import pool
 from elision.runtime.native.table import Table
@@ -28,14 +31,14 @@ from elision.runtime.native.weights import PackedWeights
 class Engine:
     """The native entries of a program. Calls of one engine take turns: they share the memory of activations."""
 
-    def __init__(
-        self, program: Program, code: bytes, schedules: Mapping[str, abi.Schedule], weights: PackedWeights, threads: int
-    ) -> None:
-        self.program, self.schedules, self.weights, self.threads = program, dict(schedules), weights, threads
-        self._code = Code(code)
-        self._kernels = {r.kernel: self._code.address(r.kernel) for s in schedules.values() for r in s.rows if r.kernel}
-        self._graphs = {name: flatten(program, name) for name in schedules if name in program.entries}
+    def __init__(self, program: Program, native: abi.NativeCode, weights: PackedWeights, threads: int) -> None:
+        self.program, self.schedules, self.weights, self.threads = program, native.schedules, weights, threads
+        self._code = Code(native.code)
+        self._kernels = {n: self._code.address(n) for s in self.schedules.values() for n in {r.kernel for r in s.rows if r.kernel}}
+        self._graphs = {name: flatten(program, name) for name in self.schedules if name in program.entries}
+        self._outputs = {name: list(_outputs(graph, self.schedules[name])) for name, graph in self._graphs.items()}
         self._tables: dict[str, Table] = {}
+        self._described: dict[str, tuple[list[weakref.ref[KVStore]], np.ndarray[Any, np.dtype[np.int64]]]] = {}
         self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
         self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
         self._lock = threading.RLock()
@@ -52,19 +55,32 @@ class Engine:
             for buffer, given in zip(schedule.inputs, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
                 run.give(buffer, given)
             run.all()
-            outputs = iter(schedule.outputs)
-            return tuple(
-                run.tensor(next(outputs)) if isinstance(v.type, Tensor) else states[_origin_name(graph, v)] for v in graph.outputs
-            )
+            return tuple(run.tensor(place) if place else states[name] for place, name in self._outputs[entry])
 
-    def commit(self, stores: Mapping[str, KVStore], paths: Sequence[Sequence[int]]) -> None:
+    def commit(self, states: Sequence[KVStore], paths: Sequence[Sequence[int]]) -> None:
         """The accepted nodes of every row join all caches (`commit` of the IR); Scratch is empty afterwards."""
+        stores = dict(zip(self.schedules["commit"].states, states, strict=True))
         row = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(p) for p in paths]))
         node = torch.tensor([i for p in paths for i in p], dtype=torch.int64)
         with self._lock:
             run = _Run(self, self.schedules["commit"], (), stores, Tokens(row, node, len(paths)))
             run.set_axis(0, row, node=node)
             run.all()
+
+    def natives(self) -> dict[str, Native]:
+        """What the interpreter runs in the place of entries."""
+        return {name: partial(self.run, name) for name in self._graphs}
+
+    def describe(self, schedule: abi.Schedule, states: Mapping[str, KVStore]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The descriptors of a schedule's states. Those of the last call are kept: a cache stays where it is."""
+        stores = [states[name] for name in schedule.states]
+        known = self._described.get(schedule.entry)
+        if known is None or any(ref() is not store for ref, store in zip(known[0], stores, strict=True)):
+            lines = np.zeros((len(stores), abi.STATE_WORDS), np.int64)
+            for line, store in zip(lines, stores, strict=True):
+                _describe(line, store)
+            known = self._described[schedule.entry] = ([weakref.ref(s) for s in stores], lines)
+        return known[1]
 
     def table(self, schedule: abi.Schedule, counts: Sequence[int]) -> Table:
         """The table of an entry with room for ``counts`` tokens on its axes."""
@@ -151,16 +167,14 @@ class _Run:
         table = self._table = self._engine.table(self._schedule, counts)
         context = self._engine.context
         context[abi.TABLE] = table.words.ctypes.data
-        described = np.zeros((len(self._schedule.states), abi.STATE_WORDS), np.int64)
-        for line, name in zip(described, self._schedule.states, strict=True):
-            _describe(line, self._states[name])
+        described = self._engine.describe(self._schedule, self._states)
         self._kept.append(described)
         context[abi.STATES] = described.ctypes.data
         for buffer, value in self._early.items():
             b = self._schedule.buffers[buffer]
             if b.slot >= 0:
                 shape = tuple(value.shape[1:])
-                place = ("view", buffer, 0, value[:1].contiguous().stride()[1:], shape, _dtype(value), b.axis)
+                place = ("view", buffer, 0, value[:1].contiguous().stride()[1:], shape, NAMES[value.dtype], b.axis)
                 table.view(place, len(value)).copy_(value)
 
     def _host(self, row: abi.Row) -> None:
@@ -188,7 +202,7 @@ class _Run:
     def _operand(self, place: tuple[Any, ...]) -> Any:
         kind, name, *_ = place
         if kind == "weight":
-            return self._engine.weights[name]
+            return operand(self._engine.weights[name], self._engine.program.params[name])
         if kind == "state":
             return self._states[name]
         if kind == "axis":
@@ -196,16 +210,14 @@ class _Run:
         return self.tensor(place) if self._table is not None else self._early[name]
 
 
-def _dtype(x: torch.Tensor) -> str:
-    from elision.ir.types import NAMES
-
-    return NAMES[x.dtype]
-
-
-def _origin_name(graph: Any, value: Value) -> str:
-    from elision.ir.ops.program import origin
-
-    return str(graph.names[origin(value)])
+def _outputs(graph: Graph, schedule: abi.Schedule) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Where each output of an entry is, or the name of the state that it is a version of."""
+    places = iter(schedule.outputs)
+    for value in graph.outputs:
+        if isinstance(value.type, Tensor):
+            yield next(places), ""
+        else:
+            yield (), graph.names[origin(value)]
 
 
 def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None:
@@ -225,5 +237,3 @@ def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None
         line[at["node_pos"]], line[at["node_live"]] = store.index["node_pos"].data_ptr(), store.index["node_live"].data_ptr()
         line[at["nodes"]] = store.index["node_pos"].shape[1]
 
-
-__all__ = ["Axis", "Engine", "partial"]
