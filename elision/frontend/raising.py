@@ -14,11 +14,13 @@ from elision.frontend.anchors import AnchorFinder, close
 from elision.frontend.capture import Captured
 from elision.frontend.check import check_program, check_template
 from elision.frontend.classify import classify_mask
+from elision.frontend.dense_experts import DenseExpertFinder
 from elision.frontend.evaluate import evaluate
 from elision.frontend.experts import ExpertFinder
 from elision.frontend.lower import Lowering, Region
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
+from elision.frontend.position_number import PositionNumbers
 from elision.frontend.sites import attention_site
 from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
 from elision.frontend.taint import Taint
@@ -77,6 +79,8 @@ class _Raiser:
         self.layouts = Layouts(captured.graph, captured.inputs)
         self.anchors = AnchorFinder(captured, taint, self.layouts, positions)
         self.experts = ExpertFinder(captured, taint, self.layouts, close)
+        self.dense_experts = DenseExpertFinder(captured, taint, self.layouts, close)
+        self.numbers = PositionNumbers(captured, taint, positions)
         self.positions = positions
         self.raised = Raised(Program(name), {})
         self.operands = Operands(captured, self.anchors, self.raised.weights, self.raised.program.params)
@@ -85,11 +89,13 @@ class _Raiser:
     def run(self) -> Raised:
         program = self.raised.program
         built: dict[int, tuple[str, list[Operand]]] = {}
+        first: dict[int, Segment] = {}
         for segment in self.structure.segments:
             if segment.template not in built:
                 name = _unique(segment.kind, program.templates)
                 program.templates[name], operands = self._template(name, segment)
                 built[segment.template] = (name, operands)
+            self.numbers.check(segment, first.setdefault(segment.template, segment))
         log.info("templates verified against the captured blocks in float64")
         program.entries["score"] = self._score(built)
         self._describe(program)
@@ -112,6 +118,9 @@ class _Raiser:
             return formals[operand]
 
         def outside(node: fx.Node, transposed: bool) -> Value:
+            number = self.numbers.build(b, stream, node)
+            if number is not None:
+                return number
             operand = self.operands.describe(node, segment, transposed)
             return formal(operand, _short(self.captured.source[segment.params[operand.slot].name]))
 
@@ -128,7 +137,8 @@ class _Raiser:
         if low.opaque:
             self.raised.opaque[name] = low.opaque
         weights = [self.operands.exact(o, segment) for o in formals]
-        check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment))
+        start = 0 if self.numbers.counted(segment) else 3
+        check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment), start)
         return graph, list(formals)
 
     def _constant(self, node: fx.Node) -> Tensor | None:
@@ -139,7 +149,8 @@ class _Raiser:
     def _regions(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Region]:
         """What is one op each among the nodes of a block: norms, rotations, routers and experts."""
         experts = self.experts.experts(nodes)
-        return [*self.anchors.find(nodes, start), *experts, *self.experts.routers(nodes, experts)]
+        dense = self.dense_experts.find(nodes)
+        return [*self.anchors.find(nodes, start), *experts, *self.experts.routers(nodes, experts), *dense]
 
     @staticmethod
     def _formal_name(value: Value) -> str:

@@ -54,6 +54,23 @@ DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "olmo2": (T.Olmo2Config, {}, True),
     "cohere": (T.CohereConfig, {}, True),
     "glm4": (T.Glm4Config, {"head_dim": 16}, True),
+    "llama4": (
+        T.Llama4TextConfig,
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [1, 1, 0, 0],
+            "attention_chunk_size": 16,
+            "interleave_moe_layer_step": 2,
+            "use_qk_norm": True,
+            "attn_temperature_tuning": True,
+            "floor_scale": 4,
+            "attn_scale": 0.3,
+        },
+        True,
+    ),
     "smollm3": (T.SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0]}, True),
 }
 
