@@ -234,6 +234,7 @@ def _reproduces(table: RopeTable, positions: Tensor, cos: Tensor, sin: Tensor) -
         return False
     if table.exact:
         angle = _angles(table, positions)
+        angle = angle.to(torch.promote_types(angle.dtype, torch.float32))
         turn = torch.polar(torch.ones_like(angle), angle) * table.scale  # which rounds otherwise than cos and sin
         spellings = (want, (turn.real, turn.imag))
         return any(torch.equal(c.to(cos.dtype), cos) and torch.equal(s.to(sin.dtype), sin) for c, s in spellings)

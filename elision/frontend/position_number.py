@@ -1,10 +1,12 @@
 """A number per token that depends on its position alone (the attention temperature of Llama 4), as an expression of the position.
 
 The expression is read off the graph and accepted if it gives the graph's numbers in float64 at every position that the model
-knows. So it is right wherever a token stands, also in a step of decoding.
+knows, up to a million. So it is right wherever a token stands, also in a step of decoding.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
@@ -46,22 +48,26 @@ class PositionNumbers:
             return None
         value = node.meta["val"]
         dtype = parse_dtype(value.dtype)
-        place = _one(b.add("map", _one(b.add("positions", x, name="pos")), expr="x0", dtype="f64" if dtype == "f64" else "f32"))
-        number = _one(b.add("map", place, expr=text, dtype=dtype))
+        wide = "f64" if dtype == "f64" else "f32"
+        place = _one(b.add("map", _one(b.add("positions", x, name="pos")), expr="x0", dtype=wide))
+        number = _one(b.add("map", place, expr=text, **({"dtype": dtype} if dtype != wide else {})))
         return _one(b.add("view", number, shape=(1,) * (value.dim() - 2)))
 
     def counted(self, segment: Segment) -> bool:
         """The block reads a number that the model gets by counting the tokens of the call, from 0, not from its positions."""
         return any("position" not in self._taint[n] for n in segment.externals if self.text(n) is not None)
 
-    def check(self, segment: Segment, first: Segment) -> None:
+    def check(self, segments: Iterable[Segment]) -> None:
         """Raises UnsupportedModel if two blocks of one template read different numbers: an expression belongs to the template."""
-        for a, b in zip(first.externals, segment.externals, strict=True):
-            if self.text(a) != self.text(b):
-                raise UnsupportedModel(
-                    f"layers {first.layer} and {segment.layer} are alike but for a number that depends on the position: "
-                    f"{self.text(a)} and {self.text(b)}; expected the same"
-                )
+        firsts: dict[int, Segment] = {}
+        for segment in segments:
+            first = firsts.setdefault(segment.template, segment)
+            for a, b in zip(first.externals, segment.externals, strict=True):
+                if self.text(a) != self.text(b):
+                    raise UnsupportedModel(
+                        f"layers {first.layer} and {segment.layer} are alike but for a number that depends on the position: "
+                        f"{self.text(a)} and {self.text(b)}; expected the same"
+                    )
 
     def _expression(self, node: fx.Node) -> str | None:
         value = node.meta.get("val")

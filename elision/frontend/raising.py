@@ -18,6 +18,7 @@ from elision.frontend.dense_experts import DenseExpertFinder
 from elision.frontend.evaluate import evaluate
 from elision.frontend.experts import ExpertFinder
 from elision.frontend.lower import Lowering, Region
+from elision.frontend.names import short_name, unique_name
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
 from elision.frontend.position_number import PositionNumbers
@@ -89,13 +90,12 @@ class _Raiser:
     def run(self) -> Raised:
         program = self.raised.program
         built: dict[int, tuple[str, list[Operand]]] = {}
-        first: dict[int, Segment] = {}
+        self.numbers.check(self.structure.segments)
         for segment in self.structure.segments:
             if segment.template not in built:
-                name = _unique(segment.kind, program.templates)
+                name = unique_name(segment.kind, program.templates)
                 program.templates[name], operands = self._template(name, segment)
                 built[segment.template] = (name, operands)
-            self.numbers.check(segment, first.setdefault(segment.template, segment))
         log.info("templates verified against the captured blocks in float64")
         program.entries["score"] = self._score(built)
         self._describe(program)
@@ -122,7 +122,7 @@ class _Raiser:
             if number is not None:
                 return number
             operand = self.operands.describe(node, segment, transposed)
-            return formal(operand, _short(self.captured.source[segment.params[operand.slot].name]))
+            return formal(operand, short_name(self.captured.source[segment.params[operand.slot].name]))
 
         def frequencies(cos: fx.Node, sin: fx.Node) -> Value:
             table = self.anchors.table(cos, sin)
@@ -149,8 +149,8 @@ class _Raiser:
     def _regions(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Region]:
         """What is one op each among the nodes of a block: norms, rotations, routers and experts."""
         experts = self.experts.experts(nodes)
-        dense = self.dense_experts.find(nodes)
-        return [*self.anchors.find(nodes, start), *experts, *self.experts.routers(nodes, experts), *dense]
+        routers = self.experts.routers(nodes, experts)
+        return [*self.anchors.find(nodes, start), *experts, *routers, *self.dense_experts.find(nodes)]
 
     @staticmethod
     def _formal_name(value: Value) -> str:
@@ -284,17 +284,6 @@ class _Raiser:
             "positions": self.positions,
             "causal": all(m.kind != "full" for s in self.structure.segments if (m := self._mask_of(s)) is not None),
         }
-
-
-def _unique(kind: str, taken: dict[str, Any]) -> str:
-    base = {"both": "block", "other": "block"}.get(kind, kind)
-    return base if base not in taken else next(n for i in range(1, 10_000) if (n := f"{base}_{i}") not in taken)
-
-
-def _short(name: str) -> str:
-    """A readable operand name from a weight's: its last module."""
-    parts = [p for p in name.split(".") if p not in ("weight",)]
-    return parts[-2] + "_bias" if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
 
 
 def _no_mask(node: fx.Node) -> Any:
