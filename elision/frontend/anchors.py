@@ -30,7 +30,7 @@ TOLERANCE = 1e-9  # largest relative difference of a raise to the sub-graph that
 @dataclass(frozen=True)
 class Anchor:
     """``end`` is the op ``op`` of ``start`` and of ``params`` (weights of the graph) with ``attrs``; ``inner`` are the
-    nodes that it stands for. A rotation names its ``tables`` (cosine, sine) instead of weights."""
+    nodes that it stands for. A rotation names its ``tables`` (cosine, sine; a complex one is both) instead of weights."""
 
     op: str
     start: fx.Node
@@ -140,14 +140,14 @@ class AnchorFinder:
     # --- rotations ---
 
     def _table_of(self, node: fx.Node) -> fx.Node | None:
-        """The position-only float table that a product reads, if it is one of a token value with such a table."""
+        """The position-only table that a product reads, if it is one of a token value with such a table."""
         tables = [n for n in node.all_input_nodes if self._is_table(n)]
         return tables[0] if len(tables) == 1 and self._taint.token(node) else None
 
     def _is_table(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
         varies = "position" in self._taint[node] and self._taint.position_only(node)
-        return varies and isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 3
+        return varies and isinstance(value, Tensor) and value.dim() >= 3 and (value.is_floating_point() or value.is_complex())
 
     def _rotation(self, product: fx.Node, inside: set[fx.Node]) -> Anchor | None:
         for start in reversed(list(self._above(product, inside, _moves))):
@@ -166,6 +166,8 @@ class AnchorFinder:
         return None
 
     def _rotation_of(self, start: fx.Node, end: fx.Node, used: list[fx.Node], tables: list[fx.Node]) -> Anchor | None:
+        if len(tables) == 1 and tables[0].meta["val"].is_complex():
+            tables = tables * 2
         if len(tables) != 2:
             return None
         for cos, sin in (tables, tables[::-1]):
@@ -216,7 +218,8 @@ class AnchorFinder:
 
 _SHUFFLES = {
     "aten::slice", "aten::neg", "aten::cat", "aten::stack", "aten::chunk", "aten::split", "aten::split_with_sizes",
-    "aten::unbind", "aten::flatten", "aten::reshape", "aten::to", "aten::unsqueeze", "aten::select",
+    "aten::unbind", "aten::flatten", "aten::reshape", "aten::to", "aten::unsqueeze", "aten::select", "aten::view_as_complex",
+    "aten::view_as_real",
 }  # fmt: skip
 _REGION = _SHUFFLES | {
     "aten::mul", "aten::add", "aten::sub", "aten::pow", "aten::mean", "aten::sum", "aten::rsqrt", "aten::_to_copy",

@@ -31,14 +31,15 @@ MODEL_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-
 
 
 def check_template(
-    graph: Graph, segment: Segment, captured: Captured, layouts: Layouts, weights: list[Tensor], mask: Mask | None
+    graph: Graph, segment: Segment, captured: Captured, layouts: Layouts, weights: list[Tensor], mask: Mask | None, first: int
 ) -> None:
-    """Evaluate the template and the captured block on the same random stream. Raises UnsupportedModel on a difference."""
+    """Evaluate the template and the captured block on the same random stream, at positions from ``first`` on. Raises
+    UnsupportedModel on a difference."""
     layout = layouts.of(segment.start)
     end = layouts.of(segment.end)
     assert layout is not None and end is not None
     x = layout.random(2, 5, seed=0)
-    positions, at = check_tokens(2, 5, first=3)
+    positions, at = check_tokens(2, 5, first)
     given: dict[fx.Node, Tensor] = {segment.start: x}
     want = end.tokens(evaluate(captured, [segment.end], positions, given=given, wide=True)[0])
     inputs = [layout.tokens(x), *(w.double() if w.is_floating_point() else w for w in weights)]

@@ -133,7 +133,8 @@ class RopeTable:
 
 
 def classify_rope(captured: Captured, cos: fx.Node, sin: fx.Node, *, limit: int = 8192) -> RopeTable | None:
-    """The rotation that two position-only tables ``[.., T, D]`` are; None if they are no plain rotation.
+    """The rotation that two position-only tables ``[.., T, D]`` are; None if they are no plain rotation. Of a complex table,
+    given as both, the real part is the cosine and the imaginary part the sine.
 
     They are compared at small positions and at positions near ``limit`` (the model's longest sequence), each
     evaluated apart, so tables whose frequencies depend on the length (dynamic NTK, LongRoPE) do not fit.
@@ -156,21 +157,29 @@ def classify_rope(captured: Captured, cos: fx.Node, sin: fx.Node, *, limit: int 
 
 def rope_tables(table: RopeTable, positions: Tensor) -> tuple[Tensor, Tensor]:
     """``cos, sin [T, D]`` of ``positions [T]`` in the type of ``inv_freq``."""
+    angle = _angles(table, positions)
+    return angle.cos() * table.scale, angle.sin() * table.scale
+
+
+def _angles(table: RopeTable, positions: Tensor) -> Tensor:
     angle = positions.to(table.inv_freq.dtype)[:, None] * table.inv_freq
     if table.style == "half":
         angle = torch.cat([angle, angle], dim=-1)
     elif table.style == "interleaved":
         angle = angle.repeat_interleave(2, dim=-1)
-    return angle.cos() * table.scale, angle.sin() * table.scale
+    return angle
 
 
 def _tables(captured: Captured, cos: fx.Node, sin: fx.Node, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     pair = evaluate(captured, [cos, sin], positions.expand(2, -1).contiguous())
+    if all(value.is_complex() for value in pair):
+        pair = [pair[0].real, pair[1].imag]
     out = []
     for value in pair:
-        if value.dim() < 2 or value.shape[-2] != positions.numel() or not value.is_floating_point():
+        sizes = [n for n in value.shape[:-1] if n != 1]  # an axis for the heads may follow the length
+        if not sizes or sizes[-1] != positions.numel() or not value.is_floating_point():
             return None
-        rows = value.reshape(-1, *value.shape[-2:])
+        rows = value.reshape(-1, sizes[-1], value.shape[-1])
         if not bool((rows == rows[:1]).all()):
             return None
         out.append(rows[0])
@@ -224,7 +233,11 @@ def _reproduces(table: RopeTable, positions: Tensor, cos: Tensor, sin: Tensor) -
     if want[0].shape != cos.shape:
         return False
     if table.exact:
-        return torch.equal(want[0].to(cos.dtype), cos) and torch.equal(want[1].to(sin.dtype), sin)
+        angle = _angles(table, positions)
+        angle = angle.to(torch.promote_types(angle.dtype, torch.float32))
+        turn = torch.polar(torch.ones_like(angle), angle) * table.scale  # which rounds otherwise than cos and sin
+        spellings = (want, (turn.real, turn.imag))
+        return any(torch.equal(c.to(cos.dtype), cos) and torch.equal(s.to(sin.dtype), sin) for c, s in spellings)
     # A fit is judged by what float32 angles allow: half a unit of the last place of position * frequency.
     reach = float(positions.max() * table.inv_freq.abs().max())
     tolerance = table.scale * (reach * 2.0**-22 + 4 * torch.finfo(cos.dtype).eps)

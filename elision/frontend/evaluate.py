@@ -85,7 +85,9 @@ def _input(captured: Captured, node: fx.Node, positions: Tensor) -> Any:
 
 
 def _widen(value: Any) -> Any:
-    """float64 for a floating dtype or tensor; anything else as it is."""
+    """float64 for a floating dtype or tensor, complex128 for a complex one; anything else as it is."""
     if isinstance(value, torch.dtype):
-        return torch.float64 if value.is_floating_point else value
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.to(torch.complex128) if value.is_complex() else value

@@ -117,7 +117,7 @@ class ExpertFinder:
         floats = [n for n in inputs if n is not index]
         wide, up_bias = self._biased(first)
         _, down_bias = self._biased(second)
-        attrs = self._activation(wide, second.args[0])
+        attrs = activation(wide, second.args[0])
         if index is None or len(floats) != 2 or attrs is None or (up_bias is None) != (down_bias is None):
             return None
         biases = (up_bias, down_bias) if up_bias is not None and down_bias is not None else ()
@@ -135,27 +135,6 @@ class ExpertFinder:
             if operator_name(rows) == "aten::index" and self._taint.param_only(rows.all_input_nodes[0]):
                 return users[0], rows.all_input_nodes[0]
         return product, None
-
-    def _activation(self, wide: fx.Node, result: Any) -> dict[str, Any] | None:
-        """The expression that leads from the first product to the second, and how it cuts the channels into operands."""
-        cuts: set[bool] = set()
-
-        def text(node: fx.Node) -> str | None:
-            if node is wide:
-                return "x0"
-            source = node.args[0] if node.args else None
-            if node.target is operator.getitem and isinstance(source, fx.Node) and source.args[0] is wide:
-                cuts.add(True)
-                return f"x{node.args[1]}"
-            if operator_name(node) == "aten::slice" and source is wide and node.args[4:] == (2,):
-                cuts.add(False)
-                return f"x{node.args[2]}"
-            return expression(node, text)
-
-        expr = text(result) if isinstance(result, fx.Node) else None
-        if expr is None or len(cuts) > 1:
-            return None
-        return {"expr": canonical(expr), **({"halves": False} if False in cuts else {})}
 
     def _agrees(self, site: Experts) -> bool:
         """Whether the op gives what the graph gives, for random operands."""
@@ -193,6 +172,28 @@ class ExpertFinder:
         """Token values that both the weights and the indices are computed from, nearest first."""
         both = ancestors([site.weight]) & ancestors([site.index]) & inside
         yield from sorted((n for n in both if _is_tensor(n)), reverse=True)
+
+
+def activation(wide: fx.Node, result: Any) -> dict[str, Any] | None:
+    """The expression that leads from the first product to the second, and how it cuts the channels into operands."""
+    cuts: set[bool] = set()
+
+    def text(node: fx.Node) -> str | None:
+        if node is wide:
+            return "x0"
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(source, fx.Node) and source.args[0] is wide:
+            cuts.add(True)
+            return f"x{node.args[1]}"
+        if operator_name(node) == "aten::slice" and source is wide and node.args[4:] == (2,):
+            cuts.add(False)
+            return f"x{node.args[2]}"
+        return expression(node, text)
+
+    expr = text(result) if isinstance(result, fx.Node) else None
+    if expr is None or len(cuts) > 1:
+        return None
+    return {"expr": canonical(expr), **({"halves": False} if False in cuts else {})}
 
 
 def _connected(start: fx.Node, within: set[fx.Node]) -> set[fx.Node]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from elision.errors import BadInput
 from elision.frontend.anchors import Anchor
+from elision.frontend.dense_experts import DenseExperts
 from elision.frontend.experts import Experts, Router
 from elision.frontend.normalise import operator_name
 from elision.frontend.opaque import keep
@@ -25,7 +26,7 @@ from elision.ir.states import KV, Dense, Float, Segment
 from elision.ir.value import Builder, Value
 
 Slot = Value | tuple[Value, ...]
-Region = Anchor | Experts | Router
+Region = Anchor | Experts | DenseExperts | Router
 
 
 class Lowering:
@@ -81,6 +82,10 @@ class Lowering:
             return [self._anchor(region)]
         if isinstance(region, Router):
             return list(self._b.add("route", self.value(region.logits), **region.attrs))
+        if isinstance(region, DenseExperts):
+            gates = self._b.add("route", self.value(region.logits), **region.routing)
+            weights = [self.outside(w, True) for w in region.products]
+            return [self.add("experts", self.value(region.x), *gates, *weights, **region.attrs)]
         operands = [self.value(n) for n in (region.x, region.weight, region.index)]
         weights = [self.outside(w, True) for w in region.products]
         biases = [self.outside(b, False) for b in region.biases]

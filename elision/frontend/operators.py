@@ -196,6 +196,7 @@ RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::permute": _same_features,
     "aten::to": _cast,
     "aten::_to_copy": _cast,
+    "aten::type_as": _cast,
     "aten::slice": _slice,
     "aten::index": _index,
     "aten::split": _pieces,

@@ -19,7 +19,10 @@ _EXPRESSIONS: dict[str, str] = {
     "pow": "{0} ** {1}",
     **{
         name: f"{name}({{0}})"
-        for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "erf", "sin", "cos", "abs", "sigmoid", "relu", "silu", "softplus")
+        for name in (
+            *("exp", "log", "log1p", "sqrt", "rsqrt", "tanh", "erf", "sin", "cos", "abs", "floor"),
+            *("sigmoid", "relu", "silu", "softplus"),
+        )
     },
 }
 

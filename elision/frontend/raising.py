@@ -14,11 +14,14 @@ from elision.frontend.anchors import AnchorFinder, close
 from elision.frontend.capture import Captured
 from elision.frontend.check import check_program, check_template
 from elision.frontend.classify import classify_mask
+from elision.frontend.dense_experts import DenseExpertFinder
 from elision.frontend.evaluate import evaluate
 from elision.frontend.experts import ExpertFinder
 from elision.frontend.lower import Lowering, Region
+from elision.frontend.names import short_name, unique_name
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
+from elision.frontend.position_number import PositionNumbers
 from elision.frontend.sites import attention_site
 from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
 from elision.frontend.taint import Taint
@@ -77,6 +80,8 @@ class _Raiser:
         self.layouts = Layouts(captured.graph, captured.inputs)
         self.anchors = AnchorFinder(captured, taint, self.layouts, positions)
         self.experts = ExpertFinder(captured, taint, self.layouts, close)
+        self.dense_experts = DenseExpertFinder(captured, taint, self.layouts, close)
+        self.numbers = PositionNumbers(captured, taint, positions)
         self.positions = positions
         self.raised = Raised(Program(name), {})
         self.operands = Operands(captured, self.anchors, self.raised.weights, self.raised.program.params)
@@ -85,9 +90,10 @@ class _Raiser:
     def run(self) -> Raised:
         program = self.raised.program
         built: dict[int, tuple[str, list[Operand]]] = {}
+        self.numbers.check(self.structure.segments)
         for segment in self.structure.segments:
             if segment.template not in built:
-                name = _unique(segment.kind, program.templates)
+                name = unique_name(segment.kind, program.templates)
                 program.templates[name], operands = self._template(name, segment)
                 built[segment.template] = (name, operands)
         log.info("templates verified against the captured blocks in float64")
@@ -112,8 +118,11 @@ class _Raiser:
             return formals[operand]
 
         def outside(node: fx.Node, transposed: bool) -> Value:
+            number = self.numbers.build(b, stream, node)
+            if number is not None:
+                return number
             operand = self.operands.describe(node, segment, transposed)
-            return formal(operand, _short(self.captured.source[segment.params[operand.slot].name]))
+            return formal(operand, short_name(self.captured.source[segment.params[operand.slot].name]))
 
         def frequencies(cos: fx.Node, sin: fx.Node) -> Value:
             table = self.anchors.table(cos, sin)
@@ -128,7 +137,8 @@ class _Raiser:
         if low.opaque:
             self.raised.opaque[name] = low.opaque
         weights = [self.operands.exact(o, segment) for o in formals]
-        check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment))
+        start = 0 if self.numbers.counted(segment) else 3
+        check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment), start)
         return graph, list(formals)
 
     def _constant(self, node: fx.Node) -> Tensor | None:
@@ -139,7 +149,8 @@ class _Raiser:
     def _regions(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Region]:
         """What is one op each among the nodes of a block: norms, rotations, routers and experts."""
         experts = self.experts.experts(nodes)
-        return [*self.anchors.find(nodes, start), *experts, *self.experts.routers(nodes, experts)]
+        routers = self.experts.routers(nodes, experts)
+        return [*self.anchors.find(nodes, start), *experts, *routers, *self.dense_experts.find(nodes)]
 
     @staticmethod
     def _formal_name(value: Value) -> str:
@@ -273,17 +284,6 @@ class _Raiser:
             "positions": self.positions,
             "causal": all(m.kind != "full" for s in self.structure.segments if (m := self._mask_of(s)) is not None),
         }
-
-
-def _unique(kind: str, taken: dict[str, Any]) -> str:
-    base = {"both": "block", "other": "block"}.get(kind, kind)
-    return base if base not in taken else next(n for i in range(1, 10_000) if (n := f"{base}_{i}") not in taken)
-
-
-def _short(name: str) -> str:
-    """A readable operand name from a weight's: its last module."""
-    parts = [p for p in name.split(".") if p not in ("weight",)]
-    return parts[-2] + "_bias" if parts[-1] == "bias" and len(parts) > 1 else parts[-1]
 
 
 def _no_mask(node: fx.Node) -> Any:

@@ -244,19 +244,47 @@ def test_route_with_sigmoid_and_ties() -> None:
     refused("kind 'tanh'; expected softmax or sigmoid", "route", f32(T, 4), k=2, kind="tanh")
 
 
+def test_route_compares_logits_where_their_probabilities_are_equal() -> None:
+    logits = torch.tensor([[20.0, -1.0, 30.0, 25.0]])  # in float32 three of them have sigmoid 1
+    weight, index = apply("route", logits, k=2, kind="sigmoid", renormalise=False)
+    assert index.tolist() == [[2, 3]] and weight.tolist() == [[1.0, 1.0]]
+
+
+def test_experts_weighted_at_their_inputs_are_those_of_llama4() -> None:
+    from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextExperts
+
+    config = SimpleNamespace(
+        num_experts_per_tok=2, num_local_experts=4, hidden_size=8, intermediate_size=5, hidden_act="silu"
+    )
+    router, experts = Llama4Router(config), Llama4TextExperts(config)
+    x, up, down = randn(6, 8), randn(4, 8, 10, seed=1), randn(4, 5, 8, seed=2)
+    with torch.no_grad():
+        router.weight.copy_(randn(4, 8, seed=3))
+        experts.gate_up_proj.copy_(up)
+        experts.down_proj.copy_(down)
+        scores, logits = router(x)
+        want = experts(x.repeat(4, 1) * scores.T.reshape(-1, 1)).reshape(4, 6, 8).sum(0)
+    gates = apply("route", logits, k=2, kind="sigmoid", renormalise=False)
+    found = apply("experts", x, *gates, Weight(up.mT), Weight(down.mT), expr="silu(x0) * x1", weighted="input")
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("weighted", ["input", "output"])
 @pytest.mark.parametrize("halves", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_experts_equal_one_token_after_the_other(halves: bool, biased: bool) -> None:
+def test_experts_equal_one_token_after_the_other(weighted: str, halves: bool, biased: bool) -> None:
     x, up, down = randn(6, 8), randn(4, 10, 8, seed=1), randn(4, 7, 5, seed=2)
     biases = [randn(4, 10, seed=3), randn(4, 7, seed=4)] if biased else []
     weight, index = apply("route", randn(6, 4, seed=5), k=2)
-    found = apply("experts", x, weight, index, *map(Weight, (up, down, *biases)), expr="silu(x0) * x1", halves=halves)
+    weights = map(Weight, (up, down, *biases))
+    found = apply("experts", x, weight, index, *weights, expr="silu(x0) * x1", halves=halves, weighted=weighted)
     for t in range(6):
         want = torch.zeros(7)
         for j, e in enumerate(index[t].tolist()):
-            h = up[e] @ x[t] + (biases[0][e] if biased else 0)
+            before, after = (weight[t, j], 1.0) if weighted == "input" else (1.0, weight[t, j])
+            h = up[e] @ (before * x[t]) + (biases[0][e] if biased else 0)
             a, b = (h[:5], h[5:]) if halves else (h[::2], h[1::2])
-            want += weight[t, j] * (down[e] @ (F.silu(a) * b) + (biases[1][e] if biased else 0))
+            want += after * (down[e] @ (F.silu(a) * b) + (biases[1][e] if biased else 0))
         torch.testing.assert_close(found[t], want)
 
 
@@ -265,5 +293,6 @@ def test_types_of_experts() -> None:
     refused("of 10 channels does not give 5", "experts", *given, expr="silu(x0)")
     refused("do not fit", "experts", f32(T, 9), *given[1:], expr="x0 * x1")
     refused("expected one token axis, got t, u", "experts", *given[:2], i64(U, 2), *given[3:], expr="x0 * x1")
+    refused("weighted 'both'; expected input or output", "experts", *given, expr="x0 * x1", weighted="both")
     refused("expected no biases", "experts", *given, f32(4, 10), expr="x0 * x1")
     refused("expected \\[t, k\\] twice", "experts", *given[:2], i64(T, 3), *given[3:], expr="x0 * x1")

@@ -24,6 +24,7 @@ CASES = {
     "x0 ** 3": X**3,
     "exp(x0)": X.exp(),
     "log(abs(x0))": X.abs().log(),
+    "log1p(abs(x0))": torch.log1p(X.abs()),
     "sqrt(abs(x0))": X.abs().sqrt(),
     "rsqrt(abs(x0) + 1e-06)": torch.rsqrt(X.abs() + 1e-6),
     "tanh(x0 / 30.0) * 30.0": torch.tanh(X / 30) * 30,

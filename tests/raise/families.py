@@ -19,6 +19,10 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 UNTIED = {"tie_word_embeddings": False}
 GPT2 = {**UNTIED, "vocab_size": 128, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
@@ -54,6 +58,24 @@ DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "olmo2": (T.Olmo2Config, {}, True),
     "cohere": (T.CohereConfig, {}, True),
     "glm4": (T.Glm4Config, {"head_dim": 16}, True),
+    "llama4": (
+        T.Llama4TextConfig,
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [1, 1, 0, 0],
+            "attention_chunk_size": 16,
+            "interleave_moe_layer_step": 2,
+            "use_qk_norm": True,
+            "attn_temperature_tuning": True,
+            "floor_scale": 4,
+            "attn_scale": 0.3,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+        True,
+    ),
     "smollm3": (T.SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0]}, True),
 }
 

@@ -137,6 +137,20 @@ def test_rope_layout_single_and_bfloat16():
     assert found is not None and found.exact and found.scale == 1.1386
 
 
+def test_rope_of_a_complex_table():
+    def turns(p: Tensor, scale: float = 1.0) -> Tensor:
+        angle = p[..., None].float() * INV_FREQ
+        return (torch.polar(torch.ones_like(angle), angle) * scale)[:, :, None, :]
+
+    for scale in (1.0, 1.5):
+        result, (table,) = captured(lambda p, scale=scale: (turns(p, scale),))
+        found = classify_rope(result, table, table, limit=2048)
+        assert found is not None and found.exact and (found.style, found.scale) == ("single", scale)
+        assert torch.equal(found.inv_freq, INV_FREQ)
+    result, (table,) = captured(lambda p: (turns(p) * p[..., None, None],))
+    assert classify_rope(result, table, table, limit=2048) is None
+
+
 def test_tables_that_are_no_plain_rotation_are_refused():
     def by_length(p: Tensor) -> Tensor:  # dynamic scaling, as a value
         return p[..., None].float() * torch.where(p.max() > 512, INV_FREQ / 2, INV_FREQ)

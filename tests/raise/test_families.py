@@ -150,7 +150,43 @@ def test_a_position_off_by_one_shows(family: str, monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(session_positions_matter, reference(family))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("size", [15, 17])
+def test_a_chunk_off_by_one_shows(size: int) -> None:
+    assert {m.size for m in masks("llama4") if m.kind == "chunk"} == {16}
+    bad = mutant("llama4", other_mask(lambda m: Mask("chunk", size) if m.kind == "chunk" else m))
+    assert not torch.equal(greedy(bad, "llama4"), reference("llama4"))
+
+
+def test_chunks_that_are_dropped_or_given_to_all_layers_show() -> None:
+    assert [m.kind for m in masks("llama4")] == ["chunk", "chunk", "causal", "causal"]
+    for wrong in (Mask("causal"), Mask("chunk", 16)):
+        assert not torch.equal(greedy(mutant("llama4", other_mask(lambda m, w=wrong: w)), "llama4"), reference("llama4"))  # type: ignore[misc]
+
+
+def masks(family: str) -> list[Mask]:
+    """The masks of the layers, in order."""
+    envs = [dict(v.attr("env", ())) for v in compiled(family).program.entries["score"].calls()]
+    return [env["mask"] for env in envs if "mask" in env]
+
+
+def without_temperature(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+    if v.op != "map" or "log1p" not in v.attr("expr"):
+        return None
+    return b.add_with("map", args, {**dict(v.attrs), "expr": "x0 * 0.0 + 1.0"}, None)
+
+
+def weighted_outputs(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+    if v.op != "experts":
+        return None
+    return b.add_with("experts", args, {k: a for k, a in v.attrs if k != "weighted"}, None)
+
+
+@pytest.mark.parametrize("rule", [without_temperature, weighted_outputs])
+def test_a_dropped_temperature_and_experts_weighted_at_their_outputs_show(rule: Any) -> None:
+    assert not torch.equal(greedy(mutant("llama4", rule), "llama4"), reference("llama4"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe", "llama4"])
 def test_a_skipped_query_key_norm_shows(family: str) -> None:
     assert not torch.equal(greedy(mutant(family, without_head_norm), family), reference(family))
 

@@ -23,21 +23,31 @@ def _route_type(x: Tensor, *, k: int, kind: str = "softmax", renormalise: bool =
 def route(x: torch.Tensor, *, k: int, kind: str = "softmax", renormalise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate weights ``[t, k]`` and expert indices ``[t, k]`` from router logits ``[t, experts]``.
 
-    Probabilities by softmax or sigmoid in float32 at least; the k largest, ties to the smaller index, made to sum to 1 if
-    ``renormalise`` (Mixtral renormalises, Switch does not).
+    Probabilities by softmax or sigmoid in float32 at least; those of the k largest logits, ties to the smaller index, made to
+    sum to 1 if ``renormalise`` (Mixtral renormalises, Switch does not). Logits are compared, since probabilities saturate.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     p = wide.softmax(-1) if kind == "softmax" else wide.sigmoid()
-    weight, index = topk(p, k=k)
+    index = topk(wide, k=k)[1]
+    weight = p.gather(-1, index)
     if renormalise:
         weight = weight / weight.sum(-1, keepdim=True)
     return weight.to(x.dtype), index
 
 
 def _experts_type(
-    x: Tensor, weight: Tensor, index: Tensor, up: Tensor, down: Tensor, *biases: Tensor, expr: str, halves: bool = True
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *biases: Tensor,
+    expr: str,
+    halves: bool = True,
+    weighted: str = "output",
 ) -> Tensor:
     axis = token_axis(x, weight, index)
+    need(weighted in ("input", "output"), f"weighted {weighted!r}; expected input or output")
     need(len(up.axes) == len(down.axes) == 3, f"expected up [experts, F, in] and down [experts, out, F'], got {up}, {down}")
     (count, wide, width), (others, out, inner) = up.axes, down.axes
     need(count == others and width == x.axes[-1] and len(x.axes) == 2, f"{up} and {down} do not fit {x}")
@@ -71,9 +81,10 @@ def experts(
     *biases: torch.Tensor,
     expr: str,
     halves: bool = True,
+    weighted: str = "output",
 ) -> torch.Tensor:
     """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``,
-    ``down [experts, out, F']``.
+    ``down [experts, out, F']``; ``sum_j down[e] f(up[e] (weight[t, j] * x))`` if ``weighted`` is ``input`` (Llama 4).
 
     ``biases``: of both products, or none. ``expr`` is f over the parts of the first product: its channels in as many
     equal runs as the expression has operands (``halves``), or interleaved.
@@ -82,9 +93,9 @@ def experts(
     parts = scalar.operands(expr)
     for e in dict.fromkeys(index.flatten().tolist()):
         token, place = (index == e).nonzero(as_tuple=True)
-        h = F.linear(x[token], up[e], *(b[e] for b in biases[:1]))
+        gate = weight[token, place][:, None]
+        h = F.linear(x[token] * gate if weighted == "input" else x[token], up[e], *(b[e] for b in biases[:1]))
         cut = h.chunk(parts, -1) if halves else tuple(h[..., i::parts] for i in range(parts))
-        y.index_add_(
-            0, token, F.linear(scalar.compiled(expr)(*cut), down[e], *(b[e] for b in biases[1:])) * weight[token, place][:, None]
-        )
+        out = F.linear(scalar.compiled(expr)(*cut), down[e], *(b[e] for b in biases[1:]))
+        y.index_add_(0, token, out if weighted == "input" else out * gate)
     return y
