@@ -140,7 +140,9 @@ class Planner:
         """The host runs the op on the same memory. Its operands are described in full, its results are shared by the threads."""
         self.hosts.append((value.op, why))
         args = [self._described(a) for a in value.args]
-        parts = [v for v in self.graph.values if v.op == "item" and v.args[0] is value] if isinstance(value.type, tuple) else [value]
+        parts = [value]
+        if isinstance(value.type, tuple):
+            parts = [v for v in self.graph.values if v.op == "item" and v.args[0] is value]
         reads = {self.refs[a].buffer for a in value.args if a in self.refs}
         writes: set[Any] = set()
         states = [a for a in value.args if a.is_state]
@@ -154,7 +156,7 @@ class Planner:
         self._drafts.append(_Draft("", operands, reads | names, writes | names, index))
 
     def _described(self, value: Value) -> tuple[Any, ...]:
-        """Where the host finds a value: ``("view", buffer, offset, strides, shape, dtype, axis)``, a weight, a state or only its axis."""
+        """Where the host finds a value: ``("view", buffer, offset, strides, shape, dtype, axis)``, weight, state, axis."""
         if value.op == "param":
             return ("weight", value.attr("name"))
         if value.is_state:

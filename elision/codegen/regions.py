@@ -1,7 +1,7 @@
 """The fusion plan: which values of a flat graph are computed together, and where.
 
-A region has one anchor. For linears that is the products of one ``x`` with one or several weights, with the `map` that alone reads
-them as the epilogue: SwiGLU, bias, residual and softcap cost no pass of their own. Everything else is a region by itself.
+A region has one anchor. For linears that is the products of one ``x`` with one or several weights, with the `map` that alone
+reads them as the epilogue: SwiGLU, bias, residual and softcap cost no pass of their own. Everything else is a region by itself.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]
     candidates = [
         a
         for a in value.args
-        if a.op == "linear" and isinstance(a.type, Tensor) and users[a] == [value] and a.tensor == value.tensor and a not in outputs
+        if a.op == "linear" and users[a] == [value] and a.type == value.type and a not in outputs
     ]
     if not candidates:
         return None

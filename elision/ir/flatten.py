@@ -33,8 +33,8 @@ def _inline(builder: Builder, program: Program, graph: Graph, known: dict[Value,
             target = program.targets[value.attr("target")]
             inner = dict(zip(target.inputs, (known[a] for a in value.args), strict=True))
             _inline(builder, program, target, inner, dict(value.attr("env") or ()))
-            found = tuple(inner[v] for v in target.outputs)
-            known[value] = found if isinstance(value.type, tuple) else found[0]
+            results = tuple(inner[v] for v in target.outputs)
+            known[value] = results if isinstance(value.type, tuple) else results[0]
         else:
             attrs = {k: env[a.name] if isinstance(a, Env) else a for k, a in value.attrs}
             found = builder.add_with(value.op, [known[a] for a in value.args], attrs, None, graph.names.get(value))

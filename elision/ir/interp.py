@@ -141,7 +141,10 @@ class Interpreter:
 
 
 def _make_plan(
-    graph: Graph, env: Mapping[str, Any], target: Callable[[Value, Mapping[str, Any]], _Target], commit: NativeCommit | None = None
+    graph: Graph,
+    env: Mapping[str, Any],
+    target: Callable[[Value, Mapping[str, Any]], _Target],
+    commit: NativeCommit | None = None,
 ) -> _Plan:
     slot: dict[Value, int] = {v: i for i, v in enumerate(graph.inputs)}
     for v in graph.values:

@@ -1,8 +1,8 @@
 """How native code wants weights in memory: panels of rows, so that one vector lane is one output.
 
-A packing is named and invertible; a weight is resident in one form only. ``panel:f32``: a weight ``[N, K]`` as ``[N / 16][K][16]``, rows
-beyond N zero. Two vectors of 8 outputs lie side by side, and a thread reads its panels as one sequential stream.
-"""
+A packing is named and invertible; a weight is resident in one form only. ``panel:f32``: a weight ``[N, K]`` as
+``[N / 16][K][16]``, rows beyond N zero. Two vectors of 8 outputs lie side by side, and a thread reads its panels as one
+sequential stream. """
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:
     *lead, n, k = weight.shape
     padded = weight.new_zeros((*lead, panels(n) * PANEL, k), dtype=dtype)
     padded[..., :n, :] = weight
-    return padded.unflatten(-2, (-1, PANEL)).transpose(-1, -2).contiguous().view(-1).view(torch.uint8)
+    by_panel = padded.view(*lead, panels(n), PANEL, k).transpose(-1, -2)
+    return by_panel.contiguous().view(-1).view(torch.uint8)
 
 
 def unpack(data: torch.Tensor, packing: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

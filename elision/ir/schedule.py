@@ -27,8 +27,8 @@ BARRIER, HOST = 1, 2  # flags: wait for all threads after the row; return to the
 
 # Words of the context, the one argument that a run has.
 THREADS, TABLE, STATES, SEQUENCES, COUNTER, AXES = 0, 1, 2, 3, 8, 24
-#: Words of a token axis in the context: how many tokens, then addresses of int64 arrays: the sequence, position, ancestor bits and
-#: node of each token, the first token of each sequence (one more than there are), the token of the parent axis.
+#: Words of a token axis in the context: how many tokens, then addresses of int64 arrays: the sequence, position, ancestor bits
+#: and node of each token, the first token of each sequence (one more than there are), the token of the parent axis.
 AXIS = {"count": 0, "row": 1, "pos": 2, "anc": 3, "node": 4, "start": 5, "index": 6}
 AXIS_WORDS, MAX_AXES = 8, 4
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
@@ -63,7 +63,7 @@ class Buffer:
 class Row:
     """One call of ``kernel`` with its operands by kind (see above): ``("tensor", buffer, offset, stride)``,
     ``("weight", name)``, ``("state", name)``, ``("axis", i)``, ``("int", n)``, ``("float", x)``. A kernel of "" is the value
-    with index ``host`` of the flat graph (`elision.ir.flatten`), which the host computes: ``("args", ..)``, ``("results", ..)``."""
+    with index ``host`` of the flat graph (`elision.ir.flatten`), which the host computes: ``("args", ..), ("results", ..)``."""
 
     kernel: str
     operands: tuple[tuple[Any, ...], ...]
@@ -92,8 +92,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class NativeCode:
-    """The native form of a program: an object file, a schedule for each entry and for ``commit``, and by entry the ops that the host
-    runs, each with the reason."""
+    """The native form of a program: an object file, a schedule for each entry and for ``commit``, and by entry the ops that the
+    host runs, each with the reason."""
 
     code: bytes
     schedules: dict[str, Schedule]

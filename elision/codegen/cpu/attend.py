@@ -55,9 +55,9 @@ def _row_vectors(fn: Fn, base: Val, index: Val | int, dtype: str) -> Val:
 
 
 def flash(name: str, site: Site, tile: int) -> Fn:
-    """``flash(tile, scores, k, v, pos, first, last, limit, sinks, scale)``: entries of blocks ``first .. last - 1``, at most `CHUNK`,
-    added to the partial sums of ``tile`` queries. ``limit``: entries that there are; ``sinks``: positions always in sight."""
-    args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR)]
+    """``flash(tile, scores, k, v, pos, first, last, limit, sinks, scale)``: entries of blocks ``first .. last - 1``, at most
+    `CHUNK`, added to the partial sums of ``tile`` queries. ``limit``: entries that there are; ``sinks``: positions always in
+    sight.""" args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR)]
     fn = Fn(name, [*args, ("first", "i64"), ("last", "i64"), ("limit", "i64"), ("sinks", "i64"), ("scale", "f32")])
     words, scores, keys, values, positions, first, last, limit, sinks, scale = fn.args
     dim, vdim = site.dim, site.vdim
@@ -94,12 +94,13 @@ def flash(name: str, site: Site, tile: int) -> Fn:
             there = fn.compare(entry, "slt", stop_v)
             pos = fn.load(positions, VI, pair[half] * LANES, "i32")
             for j in range(tile):
-                s = inner.results[2 * j + half] * wide_scale
+                score = inner.results[2 * j + half] * wide_scale
                 if site.softcap:
-                    s = vm.tanh(fn, s * (1 / site.softcap)) * site.softcap
+                    score = vm.tanh(fn, score * (1 / site.softcap)) * site.softcap
                 if site.slopes:
                     distance = fn.cast(pos - fn.splat(fn.i32(word(j, POS))), "arith.sitofp", VF)
-                    s = fn.fma(distance, fn.splat(fn.cast(fn.i32(word(j, SLOPE)), "arith.bitcast", "f32")), s)
+                    slope = fn.splat(fn.cast(fn.i32(word(j, SLOPE)), "arith.bitcast", "f32"))
+                    score = fn.fma(distance, slope, score)
                 seen = _both(fn, there, fn.compare(pos, "sle", high[j]))
                 near = _either(fn, fn.compare(pos, "sge", low[j]), fn.compare(pos, "slt", sinks_v))
                 seen = _both(fn, seen, near)
@@ -107,9 +108,9 @@ def flash(name: str, site: Site, tile: int) -> Fn:
                     bits = fn.splat(fn.i32((word(j, BITS) >> (pair[half] * LANES)) & 255))
                     bits = fn.select(fn.compare(word(j, BITS), "eq", 0), fn.const(255, VI), bits)
                     seen = _both(fn, seen, fn.compare(bits & lane_bits, "ne", 0))
-                s = fn.select(seen, s, hidden)
-                fn.store(s, scores, (loop.index - first + half) * LANES + j * width, "f32")
-                tops[j] = fn.maximum(tops[j], s)
+                score = fn.select(seen, score, hidden)
+                fn.store(score, scores, (loop.index - first + half) * LANES + j * width, "f32")
+                tops[j] = fn.maximum(tops[j], score)
         loop.give(*tops)
     sums = [word(j, SUM, PTR) for j in range(tile)]
     scales = []
@@ -120,8 +121,8 @@ def flash(name: str, site: Site, tile: int) -> Fn:
         wide_top = fn.splat(top)
         with fn.loop(0, last - first, 1, [zero]) as weights:
             at = weights.index * LANES + j * width
-            s = fn.load(scores, VF, at, "f32")
-            p = fn.select(fn.compare(s, "ogt", HIDDEN / 2), vm.exp(fn, s - wide_top), zero)
+            scored = fn.load(scores, VF, at, "f32")
+            p = fn.select(fn.compare(scored, "ogt", HIDDEN / 2), vm.exp(fn, scored - wide_top), zero)
             fn.store(p, scores, at, "f32")
             weights.give(weights.carried[0] + p)
         total = fn.load(sums[j], "f32", vdim + 1) * scales[j] + fn.sum(weights.results[0])
@@ -193,10 +194,10 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                 return fn.at(part.token(token), query * size, "f32")
 
             with fn.loop(first_tile * TILE, count, tile_step * TILE) as fresh:
-                with fn.loop(fresh.index, fn.select(
-                    fn.compare(fresh.index + TILE, "slt", count), fresh.index + TILE, count)) as each:
+                end_of_tile = fn.emit(f"arith.minsi {(fresh.index + TILE).name}, {count.name} : i64", "i64")
+                with fn.loop(fresh.index, end_of_tile) as each:
                     target = partial(*place(each.index))
-                    channels(fn, site.vdim, lambda c, type: fn.store(fn.const(0.0, type), target, c, "f32"))
+                    _clear(fn, target, site.vdim)
                     fn.store(fn.const(HIDDEN, "f32"), target, site.vdim)
                     fn.store(fn.const(0.0, "f32"), target, site.vdim + 1)
 
@@ -260,6 +261,10 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero64, high, nodes, True,
                 )  # fmt: skip
     return kernel, list(helpers.values())
+
+
+def _clear(fn: Fn, target: Val, size: int) -> None:
+    channels(fn, size, lambda c, type: fn.store(fn.const(0.0, type), target, c, "f32"))
 
 
 def _bounds(fn: Fn, where: Val, window: Val, chunk: Val, full: Val) -> tuple[Val, Val]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from elision.codegen.cpu import cache
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
@@ -66,7 +68,8 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         k, v = state.main[0].k, state.main[0].v
         assert isinstance(k, Float) and isinstance(v, Float)
         key = ("commit", state.heads, state.dim, state.vdim, (k, v))
-        kernel = kernels.add(key, lambda n, key=key: cache.commit(n, *key[1:]))
+        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, encodings=(k, v))
+        kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     kernel = kernels.add(("advance",), cache.advance)

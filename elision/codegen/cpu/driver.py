@@ -24,7 +24,7 @@ _PAUSE = {
 
 
 def driver() -> str:
-    """MLIR text of ``barrier``, ``run(ctx, tid, start) -> row``, ``worker(pool, tid)`` and ``launch(pool, ctx, start) -> row``."""
+    """MLIR text of ``run(ctx, tid, start) -> row``, ``worker(pool, tid)``, ``launch(pool, ctx, start) -> row``, ``shutdown``."""
     machine = platform.machine()
     pause = _PAUSE.get(machine, "")
     if platform.system() == "Linux" and machine in _CALLS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -96,7 +97,8 @@ def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))  # type: ignore[arg-type]
     packed = plan.packing(table, "panel:f32")
     source, out = plan.ref(ids), plan.new(value)
-    plan.row(name, ("axis", plan.axis(value)), plan.tensor(source, 8), plan.tensor(out), packed, ("int", plan.share), writes=[out.buffer])
+    operands = [("axis", plan.axis(value)), plan.tensor(source, 8), plan.tensor(out), packed, ("int", plan.share)]
+    plan.row(name, *operands, writes=[out.buffer])
 
 
 def _restrict(emitter: Emitter, plan: Planner, value: Value) -> None:
@@ -204,7 +206,7 @@ def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
     out = plan.new(value)
     offset = 0
     for source, outer, width in sources:
-        name = emitter.kernels.add(("map", width, "x0", "last"), lambda n, w=width: rows.pointwise(n, w, "x0", ["last"]))
+        name = emitter.kernels.add(("map", width, "x0", "last"), partial(rows.pointwise, width=width, expr="x0", kinds=["last"]))
         part = Ref(out.buffer, offset, (out.shape[-1], 1), (outer, width))
         target = [plan.tensor(part), ("int", out.shape[-1])]
         plan.row(

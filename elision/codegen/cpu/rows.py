@@ -169,7 +169,7 @@ def _deinterleave(fn: Fn, both: Val) -> tuple[Val, Val]:
 
 
 def pointwise(name: str, width: int, expr: str, kinds: Sequence[str]) -> Kernel:
-    """`map` over ``[tokens, outer, width]``. ``kinds`` of operands: ``last`` (varies along the last axis) or ``one`` (does not)."""
+    """`map` over ``[tokens, outer, width]``; ``kinds`` of operands: ``last`` (varies along the last axis), ``one`` (does not)."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, out, outer = kernel.axis(), kernel.view("out"), kernel.integer("outer")

@@ -34,7 +34,8 @@ class Engine:
     def __init__(self, program: Program, native: abi.NativeCode, weights: PackedWeights, threads: int) -> None:
         self.program, self.schedules, self.weights, self.threads = program, native.schedules, weights, threads
         self._code = Code(native.code)
-        self._kernels = {n: self._code.address(n) for s in self.schedules.values() for n in {r.kernel for r in s.rows if r.kernel}}
+        names = {r.kernel for s in self.schedules.values() for r in s.rows if r.kernel}
+        self._kernels = {name: self._code.address(name) for name in names}
         self._graphs = {name: flatten(program, name) for name in self.schedules if name in program.entries}
         self._outputs = {name: list(_outputs(graph, self.schedules[name])) for name, graph in self._graphs.items()}
         self._tables: dict[str, Table] = {}
