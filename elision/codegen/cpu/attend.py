@@ -57,7 +57,8 @@ def _row_vectors(fn: Fn, base: Val, index: Val | int, dtype: str) -> Val:
 def flash(name: str, site: Site, tile: int) -> Fn:
     """``flash(tile, scores, k, v, pos, first, last, limit, sinks, scale)``: entries of blocks ``first .. last - 1``, at most
     `CHUNK`, added to the partial sums of ``tile`` queries. ``limit``: entries that there are; ``sinks``: positions always in
-    sight.""" args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR)]
+    sight."""
+    args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR)]
     fn = Fn(name, [*args, ("first", "i64"), ("last", "i64"), ("limit", "i64"), ("sinks", "i64"), ("scale", "f32")])
     words, scores, keys, values, positions, first, last, limit, sinks, scale = fn.args
     dim, vdim = site.dim, site.vdim
