@@ -2,7 +2,8 @@
 
 A packing is named and invertible; a weight is resident in one form only. ``panel:f32``: a weight ``[N, K]`` as
 ``[N / 16][K][16]``, rows beyond N zero. Two vectors of 8 outputs lie side by side, and a thread reads its panels as one
-sequential stream. """
+sequential stream.
+"""
 
 from __future__ import annotations
 

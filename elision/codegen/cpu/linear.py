@@ -2,7 +2,8 @@
 
 A panel is 16 outputs (`elision.ir.packing`). Few registers decide the shape: 6 tokens by 16 outputs are 12 accumulators, two
 weight vectors and one broadcast. Panels are shared among threads, so a thread reads its weights once, as one stream, for all
-tokens. """
+tokens.
+"""
 
 from __future__ import annotations
 
