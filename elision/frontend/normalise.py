@@ -1,4 +1,5 @@
-"""A captured graph in normal form: no operators that do nothing, no common sub-expressions, no dead code.
+"""A captured graph in normal form: no operators that do nothing, no common sub-expressions, no dead code, no value written in
+pieces.
 
 The graph stays at the level of torch operators (``linear`` is not decomposed). In-place operators are gone
 before this step (capture functionalises). Views become ``reshape``: once copies that only change strides are
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from elision.frontend.pieces import join_pieces
+
 aten = torch.ops.aten
 
 # Checks that hold for every input of a graph that was captured with dynamic shapes.
@@ -25,7 +28,7 @@ _IDENTITIES = {
     "aten::alias", "aten::clone", "aten::contiguous", "aten::detach",
     "aten::lift_fresh_copy", "aten::positive",
 }  # fmt: skip
-_CASTS = {"aten::to", "aten::_to_copy", "aten::type_as", "aten::view_as", "aten::expand_as"}
+_CASTS = {"aten::to", "aten::_to_copy", "aten::type_as", "aten::view_as", "aten::expand_as", "aten::copy"}
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 
 
@@ -45,6 +48,7 @@ def normalise(graph: fx.Graph) -> fx.Graph:
             out.erase_node(node)
         elif operator_name(node) in ("aten::view", "aten::_unsafe_view"):
             node.target = aten.reshape.default
+    join_pieces(out)
     _share(out)
     out.eliminate_dead_code()
     out.lint()
@@ -67,6 +71,8 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return first
     if name == "aten::dropout" and (node.args[1] == 0 or not node.args[2]):
         return first
+    if name == "aten::copy" and isinstance(node.args[1], fx.Node):
+        first = node.args[1]  # written over the first operand
     before, after = first.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return None
