@@ -126,10 +126,11 @@ def experts(
     """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``,
     ``down [experts, out, F']``; ``sum_j down[e] f(up[e] (weight[t, j] * x))`` if ``weighted`` is ``input`` (Llama 4).
 
+    The sum is taken in the dtype of the weights, if that is the wider one.
     ``biases``: of both products, or none. ``expr`` is f over the parts of the first product: its channels in as many
     equal runs as the expression has operands (``halves``), or interleaved.
     """
-    y = x.new_zeros(x.shape[0], down.shape[1])
+    y = x.new_zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(x.dtype, weight.dtype))
     parts = scalar.operands(expr)
     for e in dict.fromkeys(index.flatten().tolist()):
         token, place = (index == e).nonzero(as_tuple=True)
@@ -137,5 +138,5 @@ def experts(
         h = F.linear(x[token] * gate if weighted == "input" else x[token], up[e], *(b[e] for b in biases[:1]))
         cut = h.chunk(parts, -1) if halves else tuple(h[..., i::parts] for i in range(parts))
         out = F.linear(scalar.compiled(expr)(*cut), down[e], *(b[e] for b in biases[1:]))
-        y.index_add_(0, token, out if weighted == "input" else out * gate)
-    return y
+        y.index_add_(0, token, (out if weighted == "input" else out * gate).to(y.dtype))
+    return y.to(x.dtype)
