@@ -45,8 +45,10 @@ def evaluate(
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 if wide:
                     args, kwargs = tree_map(_widen, (args, kwargs))
-                call = _grouped_product if wide and node.target is torch.ops.aten._grouped_mm.default else node.target
-                values[node] = call(*args, **kwargs)  # type: ignore[operator]
+                call: Any = node.target
+                if wide and call is torch.ops.aten._grouped_mm.default:
+                    call = _grouped_product
+                values[node] = call(*args, **kwargs)
                 for used in set(node.all_input_nodes):
                     readers[used] -= 1
                     if not readers[used]:

@@ -77,13 +77,21 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return None
     if name in _CASTS | _VIEWS:
-        kept = before.dtype == after.dtype and before.device == after.device
-        return first if kept and _same_shape(before, after) else None
-    if name == "aten::slice":
-        _, start, end, step = (tuple(node.args[1:]) + (0, None, None, 1)[len(node.args) - 1 :])[:4]
+        return first if _is_alike(first, after) else None
+    if name in ("aten::slice", "aten::slice_scatter"):
+        _, *given = node.args if name == "aten::slice" else node.args[1:]
+        _, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
         whole = end is None or (isinstance(end, int) and end == sys.maxsize)
-        return first if start in (0, None) and whole and step == 1 else None
+        same = first if name == "aten::slice" else node.args[1]  # the second is written over the first
+        return same if start in (0, None) and whole and step == 1 and _is_alike(same, after) else None
     return None
+
+
+def _is_alike(node: Any, value: Tensor) -> bool:
+    """The node's value has the dtype, device and shape of this one."""
+    found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    same = isinstance(found, Tensor) and found.dtype == value.dtype and found.device == value.device
+    return same and _same_shape(found, value)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> bool:

@@ -22,8 +22,9 @@ from elision.frontend.token_major import Layouts
 from elision.ir.ops import moe
 
 _ROWS, _LENGTH = 2, 12
-# The logits are also made so small that a number added to a sum of sigmoids (1e-20) shows.
-_SHIFTS = (0.0, -46.0)
+# Shifts of the logits and of the bias: a number added to a sum of sigmoids (1e-20) shows where these are small, and zeros in
+# place of what is not to be chosen where scores are negative.
+_SHIFTS = ((0.0, 0.0), (-46.0, 0.0), (0.0, -5.0))
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,13 @@ class RouterFinder:
     def _router_of(self, site: Router, region: list[fx.Node]) -> Router | None:
         layout = self._layouts.of(site.logits)
         assert layout is not None
+        logits = layout.random(_ROWS, _LENGTH, seed=5)
         bias = [torch.randn(layout.features, generator=torch.Generator().manual_seed(7), dtype=torch.float64) for _ in site.bias]
-        draws = [layout.random(_ROWS, _LENGTH, seed=5) + shift for shift in _SHIFTS]
-        wanted = [self._evaluate(site, x, bias) for x in draws]
+        draws = [(logits + low, [b + less for b in bias]) for low, less in _SHIFTS]
+        wanted = [self._evaluate(site, *draw) for draw in draws]
         for attrs in self._proposals(region, layout.features[0]):
             found = Router(site.logits, site.bias, site.weight, site.index, {**site.attrs, **attrs})
-            if all(self._agrees(found, layout.tokens(x), bias, want) for x, want in zip(draws, wanted, strict=True)):
+            if all(self._agrees(found, layout.tokens(x), b, want) for (x, b), want in zip(draws, wanted, strict=True)):
                 return found
         return None
 

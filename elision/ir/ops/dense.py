@@ -126,7 +126,7 @@ def rope(x: torch.Tensor, inv_freq: torch.Tensor, *, style: str, scale: float = 
 
     Channels ``i`` and ``i + r`` (``half``) or ``2i`` and ``2i + 1`` (``interleaved``) turn by ``pos * inv_freq[i]``, r =
     len(inv_freq); channels from ``2r`` on stay. ``parted`` turns the pairs of ``interleaved`` and puts them where ``half`` has
-    them (DeepSeek-V3 in transformers; the same attention if queries and keys agree). ``scale`` multiplies cosine and sine (YaRN's attention factor).
+    them (DeepSeek-V3 in transformers). ``scale`` multiplies cosine and sine (YaRN's attention factor).
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     angle = at.pos.to(wide)[:, None] * inv_freq.to(wide)[None, :]
