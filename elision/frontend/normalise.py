@@ -79,10 +79,10 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
     if name in _CASTS | _VIEWS:
         return first if _is_alike(first, after) else None
     if name in ("aten::slice", "aten::slice_scatter"):
-        _, *given = node.args if name == "aten::slice" else node.args[1:]
-        _, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
+        operands = 1 if name == "aten::slice" else 2
+        _, start, end, step = (*node.args[operands:], *(0, None, None, 1)[len(node.args) - operands :])
         whole = end is None or (isinstance(end, int) and end == sys.maxsize)
-        same = first if name == "aten::slice" else node.args[1]  # the second is written over the first
+        same: Any = node.args[operands - 1]  # the second of a slice_scatter is written over the first
         return same if start in (0, None) and whole and step == 1 and _is_alike(same, after) else None
     return None
 
@@ -90,8 +90,9 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
 def _is_alike(node: Any, value: Tensor) -> bool:
     """The node's value has the dtype, device and shape of this one."""
     found = node.meta.get("val") if isinstance(node, fx.Node) else None
-    same = isinstance(found, Tensor) and found.dtype == value.dtype and found.device == value.device
-    return same and _same_shape(found, value)
+    if not isinstance(found, Tensor):
+        return False
+    return found.dtype == value.dtype and found.device == value.device and _same_shape(found, value)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> bool:
