@@ -80,7 +80,8 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return first if _is_alike(first, after) else None
     if name in ("aten::slice", "aten::slice_scatter"):
         operands = 1 if name == "aten::slice" else 2
-        _, start, end, step = (*node.args[operands:], *(0, None, None, 1)[len(node.args) - operands :])
+        given: tuple[Any, ...] = (*node.args[operands:], *(0, None, None, 1)[len(node.args) - operands :])
+        _, start, end, step = given
         whole = end is None or (isinstance(end, int) and end == sys.maxsize)
         same: Any = node.args[operands - 1]  # the second of a slice_scatter is written over the first
         return same if start in (0, None) and whole and step == 1 and _is_alike(same, after) else None
