@@ -179,7 +179,7 @@ class AnchorFinder:
             x = layout.random(2, 5, seed=0)
             positions, at = check_tokens(2, 5, first=3)
             want = layout.tokens(evaluate(self._captured, [end], positions, given={start: x}, wide=True)[0])
-            for style in ("half", "interleaved"):
+            for style in ("half", "interleaved", "parted"):
                 attrs: dict[str, Any] = {"style": style, "scale": float(table.scale)}
                 if 2 * len(table.inv_freq) > layout.features[-1]:
                     continue

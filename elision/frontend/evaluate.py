@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ def evaluate(
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 if wide:
                     args, kwargs = tree_map(_widen, (args, kwargs))
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                call: Any = node.target
+                if wide and call is torch.ops.aten._grouped_mm.default:
+                    call = _grouped_product
+                values[node] = call(*args, **kwargs)
                 for used in set(node.all_input_nodes):
                     readers[used] -= 1
                     if not readers[used]:
@@ -82,6 +86,13 @@ def _input(captured: Captured, node: fx.Node, positions: Tensor) -> Any:
     sizes = list(positions.shape) + [1] * value.dim()
     shape = [n if isinstance(n, int) else sizes[axis] for axis, n in enumerate(value.shape)]
     return torch.zeros(shape, dtype=value.dtype)
+
+
+def _grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """``aten::_grouped_mm``, which knows no float64: rows of ``a [n, in]`` up to ``ends[e]`` times ``b [e, in, out]``."""
+    starts = [0, *ends.tolist()]
+    groups = [a[start:stop] @ b[e] for e, (start, stop) in enumerate(pairwise(starts))]
+    return torch.cat([*groups, a.new_zeros(a.shape[0] - starts[-1], b.shape[-1])])
 
 
 def _widen(value: Any) -> Any:

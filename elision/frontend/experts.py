@@ -1,4 +1,4 @@
-"""Mixture of experts in a captured graph: the router around a top-k, and the experts between it and the sum of their results.
+"""Mixture of experts in a captured graph: the experts between a router (`routers`) and the sum of their results.
 
 The library's code sorts the tokens by expert, multiplies group by group and puts the results back: values that have no
 token axis. What those compute is proposed as one `experts` op and decided by evaluation, like every anchor.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,24 +25,6 @@ from elision.ir.expr import canonical
 from elision.ir.ops import moe
 
 _ROWS, _LENGTH = 2, 6
-
-
-@dataclass(frozen=True)
-class Router:
-    """``route`` of ``logits`` gives ``weight`` and ``index`` with ``attrs``."""
-
-    logits: fx.Node
-    weight: fx.Node
-    index: fx.Node
-    attrs: dict[str, Any]
-
-    @property
-    def reads(self) -> tuple[fx.Node, ...]:
-        return (self.logits,)
-
-    @property
-    def ends(self) -> tuple[fx.Node, ...]:
-        return (self.weight, self.index)
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class Experts:
 
 
 class ExpertFinder:
-    """Finds routers and experts among the nodes of a block."""
+    """Finds the experts among the nodes of a block."""
 
     def __init__(self, captured: Captured, taint: Taint, layouts: Layouts, close: Callable[[Tensor, Tensor], bool]) -> None:
         self._captured, self._taint, self._layouts, self._close = captured, taint, layouts, close
@@ -88,11 +70,6 @@ class ExpertFinder:
             if site is not None:
                 found.append(site)
         return found
-
-    def routers(self, nodes: tuple[fx.Node, ...], sites: list[Experts]) -> list[Router]:
-        """The routers that give the weights and indices of these experts."""
-        found = [self._router_of(s, set(nodes)) for s in sites]
-        return [r for r in found if r is not None]
 
     def _pairs(self, nodes: tuple[fx.Node, ...]) -> set[fx.Node]:
         """Nodes whose results are taken apart by getitem and have a token axis (top-k, split)."""
@@ -150,28 +127,6 @@ class ExpertFinder:
         operands = [layout.tokens(given[n]) for layout, n in ((lx, site.x), (lw, site.weight), (li, site.index))]
         found = moe.experts(*operands, weights[0].mT, weights[1].mT, *weights[2:], **site.attrs)
         return self._close(found, want)
-
-    def _router_of(self, site: Experts, inside: set[fx.Node]) -> Router | None:
-        """Walk up from weights and indices to the logits that both come from, and find what routing gives them."""
-        k = site.index.meta["val"].shape[-1]
-        positions = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64)
-        for logits in self._common(site, inside):
-            layout = self._layouts.of(logits)
-            if layout is None or not layout.leading or len(layout.features) != 1 or layout.features[0] <= k:
-                continue
-            x = layout.random(_ROWS, _LENGTH, seed=5)
-            weight, index = evaluate(self._captured, [site.weight, site.index], positions, given={logits: x}, wide=True)
-            flat = [self._layouts.of(n).tokens(v) for n, v in ((site.weight, weight), (site.index, index))]  # type: ignore[union-attr]
-            for kind, renormalise in itertools.product(("softmax", "sigmoid"), (True, False)):
-                found = moe.route(layout.tokens(x), k=k, kind=kind, renormalise=renormalise)
-                if torch.equal(found[1], flat[1]) and self._close(found[0], flat[0]):
-                    return Router(logits, site.weight, site.index, {"k": k, "kind": kind, "renormalise": renormalise})
-        return None
-
-    def _common(self, site: Experts, inside: set[fx.Node]) -> Iterator[fx.Node]:
-        """Token values that both the weights and the indices are computed from, nearest first."""
-        both = ancestors([site.weight]) & ancestors([site.index]) & inside
-        yield from sorted((n for n in both if _is_tensor(n)), reverse=True)
 
 
 def activation(wide: fx.Node, result: Any) -> dict[str, Any] | None:

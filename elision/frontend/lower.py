@@ -15,10 +15,11 @@ from torch import Tensor, fx
 from elision.errors import BadInput
 from elision.frontend.anchors import Anchor
 from elision.frontend.dense_experts import DenseExperts
-from elision.frontend.experts import Experts, Router
+from elision.frontend.experts import Experts
 from elision.frontend.normalise import operator_name
 from elision.frontend.opaque import keep
 from elision.frontend.operators import RULES, pointwise
+from elision.frontend.routers import Router
 from elision.frontend.sites import AttentionSite, attention_site
 from elision.frontend.structure import is_attention
 from elision.frontend.token_major import Layouts
@@ -81,7 +82,8 @@ class Lowering:
         if isinstance(region, Anchor):
             return [self._anchor(region)]
         if isinstance(region, Router):
-            return list(self._b.add("route", self.value(region.logits), **region.attrs))
+            bias = [self.outside(b, False) for b in region.bias]
+            return list(self._b.add("route", self.value(region.logits), *bias, **region.attrs))
         if isinstance(region, DenseExperts):
             gates = self._b.add("route", self.value(region.logits), **region.routing)
             weights = [self.outside(w, True) for w in region.products]

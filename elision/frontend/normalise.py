@@ -1,4 +1,5 @@
-"""A captured graph in normal form: no operators that do nothing, no common sub-expressions, no dead code.
+"""A captured graph in normal form: no operators that do nothing, no common sub-expressions, no dead code, no value written in
+pieces.
 
 The graph stays at the level of torch operators (``linear`` is not decomposed). In-place operators are gone
 before this step (capture functionalises). Views become ``reshape``: once copies that only change strides are
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from elision.frontend.pieces import join_pieces
+
 aten = torch.ops.aten
 
 # Checks that hold for every input of a graph that was captured with dynamic shapes.
@@ -25,7 +28,7 @@ _IDENTITIES = {
     "aten::alias", "aten::clone", "aten::contiguous", "aten::detach",
     "aten::lift_fresh_copy", "aten::positive",
 }  # fmt: skip
-_CASTS = {"aten::to", "aten::_to_copy", "aten::type_as", "aten::view_as", "aten::expand_as"}
+_CASTS = {"aten::to", "aten::_to_copy", "aten::type_as", "aten::view_as", "aten::expand_as", "aten::copy"}
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 
 
@@ -45,6 +48,7 @@ def normalise(graph: fx.Graph) -> fx.Graph:
             out.erase_node(node)
         elif operator_name(node) in ("aten::view", "aten::_unsafe_view"):
             node.target = aten.reshape.default
+    join_pieces(out)
     _share(out)
     out.eliminate_dead_code()
     out.lint()
@@ -67,17 +71,29 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return first
     if name == "aten::dropout" and (node.args[1] == 0 or not node.args[2]):
         return first
+    if name == "aten::copy" and isinstance(node.args[1], fx.Node):
+        first = node.args[1]  # written over the first operand
     before, after = first.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return None
     if name in _CASTS | _VIEWS:
-        kept = before.dtype == after.dtype and before.device == after.device
-        return first if kept and _same_shape(before, after) else None
-    if name == "aten::slice":
-        _, start, end, step = (tuple(node.args[1:]) + (0, None, None, 1)[len(node.args) - 1 :])[:4]
+        return first if _is_alike(first, after) else None
+    if name in ("aten::slice", "aten::slice_scatter"):
+        operands = 1 if name == "aten::slice" else 2
+        given: tuple[Any, ...] = (*node.args[operands:], *(0, None, None, 1)[len(node.args) - operands :])
+        _, start, end, step = given
         whole = end is None or (isinstance(end, int) and end == sys.maxsize)
-        return first if start in (0, None) and whole and step == 1 else None
+        same: Any = node.args[operands - 1]  # the second of a slice_scatter is written over the first
+        return same if start in (0, None) and whole and step == 1 and _is_alike(same, after) else None
     return None
+
+
+def _is_alike(node: Any, value: Tensor) -> bool:
+    """The node's value has the dtype, device and shape of this one."""
+    found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(found, Tensor):
+        return False
+    return found.dtype == value.dtype and found.device == value.device and _same_shape(found, value)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> bool:

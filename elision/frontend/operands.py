@@ -32,6 +32,13 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """The constant of the model, or expression of one, in slot ``slot`` of the externals."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
 class Frequencies:
     """The rotation frequencies of the tables in slots ``cos`` and ``sin`` of the externals."""
 
@@ -40,7 +47,7 @@ class Frequencies:
     scale: float
 
 
-Operand = Weight | Frequencies
+Operand = Weight | Buffer | Frequencies
 
 
 class Operands:
@@ -51,8 +58,10 @@ class Operands:
     ) -> None:
         self._captured, self._finder, self._weights, self._params = captured, finder, weights, params
 
-    def describe(self, node: fx.Node, segment: Segment, transposed: bool = False) -> Weight:
+    def describe(self, node: fx.Node, segment: Segment, transposed: bool = False) -> Weight | Buffer:
         """The operand that a node of the block is. Raises UnsupportedModel if it is not one weight or an expression of one."""
+        if node in segment.externals and not transposed:
+            return Buffer(segment.externals.index(node))
         return Weight(segment.params.index(self.source(node)), None if node.op == "placeholder" else node, transposed)
 
     def source(self, node: fx.Node) -> fx.Node:
@@ -66,6 +75,9 @@ class Operands:
         """The parameter that the operand is in a block."""
         if isinstance(operand, Weight):
             return self.weight(segment.params[operand.slot], operand.expression, operand.transposed)
+        if isinstance(operand, Buffer):
+            node = segment.externals[operand.slot]
+            return self.weight(self.source(node), None if node.op == "placeholder" else node)
         table = self._finder.table(segment.externals[operand.cos], segment.externals[operand.sin])
         if table is None or float(table.scale) != operand.scale:
             raise UnsupportedModel(f"the rotation of layer {segment.layer} is not of the same kind as that of its template")
@@ -73,7 +85,7 @@ class Operands:
 
     def exact(self, operand: Operand, segment: Segment) -> Tensor:
         """The operand's value for checks: an expression of a weight (``1 + w``) is not rounded to the weight's dtype."""
-        if isinstance(operand, Frequencies) or operand.expression is None:
+        if not isinstance(operand, Weight) or operand.expression is None:
             return self._weights[self.name(operand, segment)]
         found: Tensor = evaluate(self._captured, [operand.expression], _NOWHERE, wide=True)[0]
         return found.mT if operand.transposed else found

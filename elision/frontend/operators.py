@@ -57,9 +57,9 @@ def _reshape(low: Lowering, node: fx.Node) -> Value | None:
     if before is None or after is None:
         return None
     x = low.value(node.args[0])  # type: ignore[arg-type]
-    if after.features == before.features and (before.merged == after.merged or before.leading and after.leading):
+    if after.features == before.features and (before.merged == after.merged or before.flat and after.flat):
         return x
-    return low.add("view", x, shape=after.features, name="x") if before.leading and after.leading else None
+    return low.add("view", x, shape=after.features, name="x") if before.flat and after.flat else None
 
 
 def _same_features(low: Lowering, node: fx.Node) -> Value | None:
@@ -72,6 +72,12 @@ def _same_features(low: Lowering, node: fx.Node) -> Value | None:
     order = [a for d in dims if (a := before.axis(int(d))) is not None] if dims is not None else None  # type: ignore[arg-type]
     keeps = order == sorted(order) if order is not None else len(moved) < 2 and _adjacent(before, node.args[1:3])
     return low.value(node.args[0]) if keeps else None  # type: ignore[arg-type]
+
+
+def _expand(low: Lowering, node: fx.Node) -> Value | None:
+    """Features of size 1 repeated, as many as before."""
+    after = low.layouts.of(node)
+    return low.add("expand", low.value(node.args[0]), shape=after.features, name="x") if after is not None else None  # type: ignore[arg-type]
 
 
 def _cast(low: Lowering, node: fx.Node) -> Value | None:
@@ -192,6 +198,7 @@ RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::reshape": _reshape,
     "aten::flatten": _reshape,
     "aten::unsqueeze": _reshape,
+    "aten::expand": _expand,
     "aten::transpose": _same_features,
     "aten::permute": _same_features,
     "aten::to": _cast,

@@ -22,6 +22,7 @@ from elision.frontend.names import short_name, unique_name
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
 from elision.frontend.position_number import PositionNumbers
+from elision.frontend.routers import RouterFinder
 from elision.frontend.sites import attention_site
 from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
 from elision.frontend.taint import Taint
@@ -81,6 +82,7 @@ class _Raiser:
         self.anchors = AnchorFinder(captured, taint, self.layouts, positions)
         self.experts = ExpertFinder(captured, taint, self.layouts, close)
         self.dense_experts = DenseExpertFinder(captured, taint, self.layouts, close)
+        self.routers = RouterFinder(captured, taint, self.layouts, close)
         self.numbers = PositionNumbers(captured, taint, positions)
         self.positions = positions
         self.raised = Raised(Program(name), {})
@@ -122,7 +124,7 @@ class _Raiser:
             if number is not None:
                 return number
             operand = self.operands.describe(node, segment, transposed)
-            return formal(operand, short_name(self.captured.source[segment.params[operand.slot].name]))
+            return formal(operand, short_name(self.captured.source[self.operands.source(node).name]))
 
         def frequencies(cos: fx.Node, sin: fx.Node) -> Value:
             table = self.anchors.table(cos, sin)
@@ -149,7 +151,8 @@ class _Raiser:
     def _regions(self, nodes: tuple[fx.Node, ...], start: fx.Node | None) -> list[Region]:
         """What is one op each among the nodes of a block: norms, rotations, routers and experts."""
         experts = self.experts.experts(nodes)
-        routers = self.experts.routers(nodes, experts)
+        found = (self.routers.find(e.weight, e.index, set(nodes)) for e in experts)
+        routers = [r for r in found if r is not None]
         return [*self.anchors.find(nodes, start), *experts, *routers, *self.dense_experts.find(nodes)]
 
     @staticmethod

@@ -26,8 +26,14 @@ class Layout:
 
     @property
     def leading(self) -> bool:
-        """Batch and length come first: features can be reshaped."""
+        """Batch and length come first."""
         return self.batch == 0 and self.length in (0, 1)
+
+    @property
+    def flat(self) -> bool:
+        """Only axes of size 1 come before batch and length or between them: features can be reshaped."""
+        before = range(max(self.batch, self.length))
+        return self.batch <= self.length and all(self.features[a] == 1 for d in before if (a := self.axis(d)) is not None)
 
     @property
     def merged(self) -> bool:

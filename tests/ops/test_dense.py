@@ -143,19 +143,19 @@ def test_interleaved_rope_equals_that_of_gptj() -> None:
     torch.testing.assert_close(apply("rope", x, Weight(freq), style="interleaved", at=AT), want)
 
 
-@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("style", ["half", "interleaved", "parted"])
 def test_rope_turns_pairs_as_complex_numbers(style: str) -> None:
     x, freq = randn(5, 2, 10, dtype=torch.float64), frequencies(3).double()
     turn = torch.polar(torch.full((5, 3), 1.5, dtype=torch.float64), AT.pos[:, None] * freq)[:, None]
     first, second = (x[..., :3], x[..., 3:6]) if style == "half" else (x[..., 0:6:2], x[..., 1:6:2])
     found = apply("rope", x, Weight(freq), style=style, scale=1.5, at=AT)
     z = torch.complex(first, second) * turn
-    want = torch.cat((z.real, z.imag), -1) if style == "half" else torch.view_as_real(z).flatten(-2)
+    want = torch.view_as_real(z).flatten(-2) if style == "interleaved" else torch.cat((z.real, z.imag), -1)
     torch.testing.assert_close(found, torch.cat((want, x[..., 6:]), -1))
 
 
 def test_types_of_rope() -> None:
-    refused("style 'full'; expected half or interleaved", "rope", f32(T, 2, 8), f32(4), style="full")
+    refused("style 'full'; expected half, interleaved or parted", "rope", f32(T, 2, 8), f32(4), style="full")
     refused("rotates more than 8 channels", "rope", f32(T, 2, 8), f32(5), style="half")
     refused("expected one token axis, got none", "rope", f32(4, 2, 8), f32(4), style="half")
     refused("expected inv_freq", "rope", f32(T, 2, 8), f32(T, 4), style="half")
@@ -175,7 +175,7 @@ def test_embed_gather_and_positions() -> None:
     refused("expected one token axis, got none", "positions", f32(10, 6))
 
 
-def test_reduce_view_slice_and_concat() -> None:
+def test_reduce_view_expand_slice_and_concat() -> None:
     x, y = randn(5, 4, 6), randn(5, 4, 3, seed=1)
     for kind, want in {"sum": x.sum(-1), "mean": x.mean(-1), "max": x.max(-1)[0]}.items():
         assert torch.equal(apply("reduce", x, kind=kind), want)
@@ -184,6 +184,9 @@ def test_reduce_view_slice_and_concat() -> None:
     assert torch.equal(apply("slice", x, start=1, stop=4), x[..., 1:4])
     assert torch.equal(apply("slice", x, start=1, stop=3, axis=-2), x[:, 1:3])
     assert torch.equal(apply("concat", x, y, x), torch.cat((x, y, x), -1))
+    assert torch.equal(apply("expand", x[:, :1], shape=(4, 6)), x[:, :1].repeat(1, 4, 1))
+    refused("cannot repeat the features", "expand", f32(T, 2, 6), shape=(4, 6))
+    refused("cannot repeat the features", "expand", f32(T, 6), shape=(4, 6))
     refused("kind 'min'; expected sum, mean or max", "reduce", f32(T, 4), kind="min")
     refused("no feature axis to reduce", "reduce", f32(T), kind="sum")
     refused("has 24 elements per token, not 25", "view", f32(T, 4, 6), shape=(5, 5))

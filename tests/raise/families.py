@@ -24,6 +24,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+GROUPS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 2,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 UNTIED = {"tie_word_embeddings": False}
 GPT2 = {**UNTIED, "vocab_size": 128, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
 #: Family to (configuration class, what differs from `BASE`; None instead of BASE's keys where the names are others).
@@ -76,6 +82,12 @@ DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
         },
         True,
     ),
+    "deepseek_v3": (T.DeepseekV3Config, {**LATENT, **GROUPS, "q_lora_rank": 24}, True),
+    "deepseek_v3_halves": (
+        T.DeepseekV3Config,
+        {**LATENT, **GROUPS, "q_lora_rank": 24, "rope_interleave": False, "rope_parameters": {**YARN, "mscale_all_dim": 1.0}},
+        True,
+    ),
     "smollm3": (T.SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0]}, True),
 }
 
@@ -92,4 +104,7 @@ def decoder(family: str, **changes: Any) -> nn.Module:
             p.data.normal_(0, scale, generator=generator)
         else:
             p.data.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    for name, b in model.named_buffers():
+        if name in model.state_dict():  # the biases of routers, which begin as zeros
+            b.add_(torch.randn(b.shape, generator=generator) * 0.3)
     return model.eval()

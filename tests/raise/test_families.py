@@ -195,3 +195,31 @@ def test_a_dropped_softcap_shows() -> None:
     tokens = reference("gemma2")
     bad = mutant("gemma2", without_softcap)
     assert not torch.allclose(bad(tokens).logits, compiled("gemma2")(tokens).logits, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"groups": 1}, {"group_best": 1}, {"scale": 1.0}, {"renormalise": False, "scale": 1.0}, {"kind": "softmax"}, {}],
+    ids=str,
+)
+def test_wrong_routing_shows(wrong: dict[str, Any]) -> None:
+    """An empty ``wrong`` leaves out the bias."""
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Any:
+        return b.add_with("route", args if wrong else args[:1], {**dict(v.attrs), **wrong}, None) if v.op == "route" else None
+
+    tokens = reference("deepseek_v3")
+    found, right = mutant("deepseek_v3", rule)(tokens).logits, compiled("deepseek_v3")(tokens).logits
+    assert float((found - right).abs().max()) > 1e-2 * float(right.abs().max())
+
+
+def test_latent_attention_keeps_keys_and_values_per_head() -> None:
+    """Keys have more channels than values, and every head its own."""
+    caches = [v.type for g in compiled("deepseek_v3").program.targets.values() for v in g.values if v.op == "append"]
+    assert caches and {(c.heads, c.dim, c.vdim) for c in caches} == {(4, 20, 10)}
+    assert {v.attr("style") for v in rotations("deepseek_v3")} == {"parted"}
+    assert {v.attr("style") for v in rotations("deepseek_v3_halves")} == {"half"}
+
+
+def rotations(family: str) -> list[Value]:
+    return [v for g in compiled(family).program.templates.values() for v in g.values if v.op == "rope"]

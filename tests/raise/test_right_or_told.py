@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import BASE
+from families import BASE, GROUPS, LATENT
 from torch import nn
 
 import elision
@@ -22,6 +22,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     "Granite": {**BASE, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
     "Gemma": {**BASE, "head_dim": 16},
     "Nemotron": BASE,
+    "MiniCPM3": {**BASE, **LATENT, "q_lora_rank": 24, "num_hidden_layers": 3},
+    "Youtu": {**BASE, **LATENT, "q_lora_rank": None, "num_hidden_layers": 3},
+    "Glm4MoeLite": {**BASE, **LATENT, **GROUPS, "num_hidden_layers": 3},
+    "AXK1": {**BASE, **LATENT, **GROUPS, "num_hidden_layers": 3},
     "Bart": {**IDS, **BART, "d_model": 64},  # its decoder: learned positions with an offset, counted by the model itself
     "DistilBert": {**IDS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
 }

@@ -142,7 +142,7 @@ def rope(name: str, half: int, width: int, style: str) -> Kernel:
                 both = fn.load(source, f"vector<{2 * LANES}xf32>", c * 2, "f32")
                 a, b = _deinterleave(fn, both)
             first, second = a * cos - b * sin, b * cos + a * sin
-            if style == "half":
+            if style != "interleaved":
                 fn.store(first, place, c, "f32")
                 fn.store(second, place, c + half, "f32")
             elif type == "f32":

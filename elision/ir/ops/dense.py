@@ -113,7 +113,7 @@ def norm(
 
 def _rope_type(x: Tensor, inv_freq: Tensor, *, style: str, scale: float = 1.0) -> Tensor:
     token_axis(x)
-    need(style in ("half", "interleaved"), f"style {style!r}; expected half or interleaved")
+    need(style in ("half", "interleaved", "parted"), f"style {style!r}; expected half, interleaved or parted")
     need(len(inv_freq.axes) == 1 and isinstance(inv_freq.axes[0], int), f"expected inv_freq [dim/2], got {inv_freq}")
     dim, width = inv_freq.axes[0], x.axes[-1]
     need(isinstance(dim, int) and isinstance(width, int) and 2 * dim <= width, f"{inv_freq} rotates more than {width} channels")
@@ -125,7 +125,8 @@ def rope(x: torch.Tensor, inv_freq: torch.Tensor, *, style: str, scale: float = 
     """Rotary position embedding (Su et al. 2021, RoFormer) of ``x [t, heads, dim]`` at the tokens' positions.
 
     Channels ``i`` and ``i + r`` (``half``) or ``2i`` and ``2i + 1`` (``interleaved``) turn by ``pos * inv_freq[i]``, r =
-    len(inv_freq); channels from ``2r`` on stay. ``scale`` multiplies cosine and sine (YaRN's attention factor).
+    len(inv_freq); channels from ``2r`` on stay. ``parted`` turns the pairs of ``interleaved`` and puts them where ``half`` has
+    them (DeepSeek-V3 in transformers). ``scale`` multiplies cosine and sine (YaRN's attention factor).
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     angle = at.pos.to(wide)[:, None] * inv_freq.to(wide)[None, :]
@@ -134,12 +135,9 @@ def rope(x: torch.Tensor, inv_freq: torch.Tensor, *, style: str, scale: float = 
     sin = (angle.sin() * scale).to(x.dtype).view(shape)
     r = inv_freq.shape[0]
     turn, rest = x[..., : 2 * r], x[..., 2 * r :]
-    if style == "half":
-        a, b = turn[..., :r], turn[..., r:]
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    else:
-        a, b = turn[..., 0::2], turn[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = (turn[..., :r], turn[..., r:]) if style == "half" else (turn[..., 0::2], turn[..., 1::2])
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if style == "interleaved" else torch.cat(pair, dim=-1)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
@@ -222,6 +220,19 @@ def _free(sizes: Sizes, types: list[Tensor], result: Any, attrs: dict[str, Any])
 def view(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     """The features of every token in another shape."""
     return x.reshape(x.shape[0], *shape)
+
+
+def _expand_type(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    axis = token_axis(x)
+    fits = len(shape) == len(x.features) and all(n > 0 and have in (1, n) for have, n in zip(x.features, shape, strict=True))
+    need(fits, f"cannot repeat the features of {x} to {shape}")
+    return x.with_axes(axis, *shape)
+
+
+@op(_expand_type, cost=_free)
+def expand(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+    """Features of size 1 repeated to ``shape`` (one key part for all heads, say), without a copy."""
+    return x.expand(-1, *shape)
 
 
 def _slice_type(x: Tensor, *, start: int, stop: int, axis: int = -1) -> Tensor:

@@ -14,25 +14,65 @@ from elision.ir.types import Tensor
 from elision.ir.weights import Encoded
 
 
-def _route_type(x: Tensor, *, k: int, kind: str = "softmax", renormalise: bool = True) -> tuple[Tensor, Tensor]:
+def _route_type(
+    x: Tensor,
+    *bias: Tensor,
+    k: int,
+    kind: str = "softmax",
+    renormalise: bool = True,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 1,
+) -> tuple[Tensor, Tensor]:
     need(kind in ("softmax", "sigmoid"), f"kind {kind!r}; expected softmax or sigmoid")
+    experts = x.axes[-1]
+    need(isinstance(experts, int) and len(x.axes) == 2, f"expected logits [t, experts], got {x}")
+    assert isinstance(experts, int)
+    need(len(bias) <= 1 and all(b.axes == (experts,) for b in bias), f"expected at most one bias [{experts}]")
+    need(groups >= 1 and experts % groups == 0, f"{experts} experts cannot be cut into {groups} groups")
+    need(1 <= top_groups <= groups, f"top_groups={top_groups} of {groups} groups")
+    need(1 <= group_best <= experts // groups, f"group_best={group_best} of the {experts // groups} experts of a group")
+    need(k <= top_groups * (experts // groups), f"k={k} experts from {top_groups} groups of {experts // groups}")
     return topk_type(x, k=k)
 
 
 @op(_route_type)
-def route(x: torch.Tensor, *, k: int, kind: str = "softmax", renormalise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    x: torch.Tensor,
+    *bias: torch.Tensor,
+    k: int,
+    kind: str = "softmax",
+    renormalise: bool = True,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate weights ``[t, k]`` and expert indices ``[t, k]`` from router logits ``[t, experts]``.
 
-    Probabilities by softmax or sigmoid in float32 at least; those of the k largest logits, ties to the smaller index, made to
-    sum to 1 if ``renormalise`` (Mixtral renormalises, Switch does not). Logits are compared, since probabilities saturate.
+    Probabilities by softmax or sigmoid in float32 at least; those of the k best experts, ties to the smaller index, divided by
+    their sum ``+ eps`` if ``renormalise`` (Mixtral renormalises, Switch does not), times ``scale``.
+    A ``bias [experts]`` is added to choose, not to weigh (Wang et al. 2024, arXiv:2408.15664); without one logits are compared,
+    since probabilities saturate. Of ``groups`` equal runs of experts only ``top_groups`` are chosen from, those with the largest
+    sums of their ``group_best`` best experts (DeepSeek-V3, arXiv:2412.19437, section 2.1.2; DeepSeek-V2 has the best alone).
     """
     wide = x if x.dtype == torch.float64 else x.float()
     p = wide.softmax(-1) if kind == "softmax" else wide.sigmoid()
-    index = topk(wide, k=k)[1]
+    worth = p + bias[0] if bias else p
+    chosen_by = worth if bias else wide
+    if groups > top_groups:
+        parts = worth.reshape(*p.shape[:-1], groups, -1)
+        kept = topk(topk(parts, k=group_best)[0].sum(-1), k=top_groups)[1]
+        out = torch.ones_like(parts[..., 0], dtype=torch.bool).scatter(-1, kept, False)
+        chosen_by = chosen_by.reshape(parts.shape).masked_fill(out[..., None], -torch.inf).flatten(-2)
+    index = topk(chosen_by, k=k)[1]
     weight = p.gather(-1, index)
     if renormalise:
-        weight = weight / weight.sum(-1, keepdim=True)
-    return weight.to(x.dtype), index
+        weight = weight / (weight.sum(-1, keepdim=True) + eps)
+    return (weight * scale).to(x.dtype), index
 
 
 def _experts_type(
@@ -86,10 +126,11 @@ def experts(
     """``sum_j weight[t, j] * down[e] f(up[e] x)`` with ``e = index[t, j]``: ``x [t, in]``, ``up [experts, F, in]``,
     ``down [experts, out, F']``; ``sum_j down[e] f(up[e] (weight[t, j] * x))`` if ``weighted`` is ``input`` (Llama 4).
 
+    The sum is taken in the dtype of the weights, if that is the wider one.
     ``biases``: of both products, or none. ``expr`` is f over the parts of the first product: its channels in as many
     equal runs as the expression has operands (``halves``), or interleaved.
     """
-    y = x.new_zeros(x.shape[0], down.shape[1])
+    y = x.new_zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(x.dtype, weight.dtype))
     parts = scalar.operands(expr)
     for e in dict.fromkeys(index.flatten().tolist()):
         token, place = (index == e).nonzero(as_tuple=True)
@@ -97,5 +138,5 @@ def experts(
         h = F.linear(x[token] * gate if weighted == "input" else x[token], up[e], *(b[e] for b in biases[:1]))
         cut = h.chunk(parts, -1) if halves else tuple(h[..., i::parts] for i in range(parts))
         out = F.linear(scalar.compiled(expr)(*cut), down[e], *(b[e] for b in biases[1:]))
-        y.index_add_(0, token, out if weighted == "input" else out * gate)
-    return y
+        y.index_add_(0, token, (out if weighted == "input" else out * gate).to(y.dtype))
+    return y.to(x.dtype)

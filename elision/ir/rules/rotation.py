@@ -14,7 +14,7 @@ from elision.ir.states import KV
 from elision.ir.value import Value
 
 #: Ops that a rotated key may pass and still be a rotated key.
-_ALONG = ("view", "slice", "concat", "map", "norm", "restrict", "gather")
+_ALONG = ("view", "expand", "slice", "concat", "map", "norm", "restrict", "gather")
 
 
 def rotation(view: View) -> Iterator[IllegalProgram]:
