@@ -64,7 +64,7 @@ class Planner:
         self._states: dict[Value, str] = {}
         self._axes: dict[Axis, int] = {}
         self._drafts: list[_Draft] = []
-        self._buffers: list[tuple[int, int, bool]] = []  # axis, bytes per token, private
+        self._buffers: list[tuple[int, int, bool, bool]] = []  # axis, bytes per token, private, read across
         self.hosts: list[tuple[str, str]] = []  # what the host runs, and why
 
     # --- values ---
@@ -87,9 +87,10 @@ class Planner:
         self.refs[value] = Ref(found, 0, contiguous(shape), shape)
         return self.refs[value]
 
-    def buffer(self, axis: int, bytes: int, private: bool | None = None) -> int:
+    def buffer(self, axis: int, bytes: int, private: bool | None = None, across: bool = False) -> int:
+        """A new buffer. ``across``: threads read each other's copies, so that its memory needs waiting for as if it were shared."""
         private = not self.many if private is None else private
-        self._buffers.append((axis, -(-bytes // 64) * 64, private))
+        self._buffers.append((axis, -(-bytes // 64) * 64, private, across))
         return len(self._buffers) - 1
 
     def packing(self, weight: Value, packing: str) -> tuple[Any, ...]:
@@ -189,7 +190,7 @@ class Planner:
                 self._states[value] = self.graph.names[value]
         for region in found:
             value = region.result if isinstance(region, Products) else region
-            if value.op == "item" and value not in self.refs and value.args[0].op != "linear":
+            if value.op == "item":  # a part of a value that has been placed
                 continue
             before = len(self._drafts)
             try:
@@ -214,20 +215,20 @@ class Planner:
         for i, d in enumerate(self._drafts):
             last.update({b: i for b in d.reads | d.writes if isinstance(b, int)})
         keep = {*self.schedule.inputs, *(o[1] for o in self.schedule.outputs)}
-        slots: list[tuple[int, int, bool]] = []  # axis, bytes, private
+        slots: list[tuple[int, int, bool, bool]] = []  # axis, bytes, private, across
         free: list[int] = []
         place: dict[int, int] = {}
 
         def assign(buffer: int) -> None:
-            axis, bytes, private = self._buffers[buffer]
-            fits = [s for s in free if slots[s][0] == axis and slots[s][2] == private]
+            axis, bytes, *kind = self._buffers[buffer]
+            fits = [s for s in free if slots[s][0] == axis and [*slots[s][2:]] == kind]
             best = min(fits, key=lambda s: (abs(slots[s][1] - bytes), s), default=None)
             if best is None:
-                slots.append((axis, bytes, private))
+                slots.append(self._buffers[buffer])
                 best = len(slots) - 1
             else:
                 free.remove(best)
-                slots[best] = (axis, max(slots[best][1], bytes), private)
+                slots[best] = (axis, max(slots[best][1], bytes), *slots[best][2:])
             place[buffer] = best
 
         for b in sorted(keep):
@@ -240,7 +241,7 @@ class Planner:
                     free.append(place[b])
         self.schedule.buffers = [
             abi.Buffer(axis, slots[place[b]][1], private, place[b]) if b in place else abi.Buffer(axis, 0, private, -1)
-            for b, (axis, _, private) in enumerate(self._buffers)
+            for b, (axis, _, private, _) in enumerate(self._buffers)
         ]
         self._barriers(place)
 
@@ -250,8 +251,9 @@ class Planner:
         rows: list[abi.Row] = []
 
         def shared(touched: set[Any]) -> set[Any]:
-            """What other threads see of it: states, and buffers that are not private (or said to be read across)."""
-            return {place[b] if isinstance(b, int) else b for b in touched if not isinstance(b, int) or not self._buffers[b][2]}
+            """What other threads see of it: states, and buffers that are not private or read across."""
+            own = {b for b in touched if isinstance(b, int) and self._buffers[b][2] and not self._buffers[b][3]}
+            return {place[b] if isinstance(b, int) else b for b in touched - own}
 
         for d in self._drafts:
             reads, writes = shared(d.reads), shared(d.writes)

@@ -260,25 +260,24 @@ def _attend(emitter: Emitter, plan: Planner, value: Value) -> None:
     name = emitter.kernels.add(("attend", site), lambda n: attend.attend(n, site))
     joined = emitter.kernels.add(("combine", site), lambda n: attend.combine(n, site))
     axis = plan.axis(value)
-    part = plan.buffer(axis, outer * (state.vdim + attend.PAD) * 4, private=not plan.many)
+    part = plan.buffer(axis, outer * (state.vdim + attend.PAD) * 4, private=not plan.many, across=True)
     scratch = plan.buffer(-1, attend.TILE * attend.CHUNK * 8 * 4, private=True)
     tile = plan.buffer(-1, attend.TILE * attend.TILE_WORDS * 8, private=True)
     tail = state.main[-1].slots
     ring = tail.sinks if isinstance(tail, Ring) else 0
     sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
     more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
-    across = [("part", part)]  # each thread reads what the others wrote in their own memory
     plan.row(
         name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
         ("tensor", tile, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
         ("int", int(mask.kind == "full")), ("int", ring), *more,
-        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tile, *across],
+        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tile],
     )  # fmt: skip
     out = plan.new(value)
     more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []
     plan.row(
         joined, ("axis", axis), plan.tensor(out), ("tensor", part, 0, 4), ("int", int(plan.many)), *more, ("int", plan.share),
-        reads=across, writes=[out.buffer],
+        writes=[out.buffer],
     )  # fmt: skip
 
 
