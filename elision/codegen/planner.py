@@ -88,7 +88,7 @@ class Planner:
         return self.refs[value]
 
     def buffer(self, axis: int, bytes: int, private: bool | None = None, across: bool = False) -> int:
-        """A new buffer. ``across``: threads read each other's copies, so that its memory needs waiting for as if it were shared."""
+        """A new buffer. ``across``: threads read each other's copies, so that its memory is waited for like a shared one."""
         private = not self.many if private is None else private
         self._buffers.append((axis, -(-bytes // 64) * 64, private, across))
         return len(self._buffers) - 1

@@ -60,7 +60,7 @@ def load_source(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dt
         return _of_module(model, wanted)
     if not isinstance(model, str | os.PathLike):
         raise BadInput(f"model: expected a torch.nn.Module, a path or a name, got {type(model).__name__}")
-    path = _packaged(str(model)) or Path(model)
+    path = packaged(str(model)) or Path(model)
     if path.suffix == ".gguf" and path.is_file():
         return _of_gguf(path, wanted, name=str(model) if str(model) in PACKAGED else path.stem)
     if (path / "config.json").is_file():
@@ -72,7 +72,7 @@ def load_source(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dt
     )
 
 
-def _packaged(name: str) -> Path | None:
+def packaged(name: str) -> Path | None:
     """The file of a packaged name, found without importing the package (which may pull a lot)."""
     if name not in PACKAGED:
         return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from elision.ir.cost import cost, total
 from elision.ir.layout import nbytes
 from elision.ir.op import Sizes
+from elision.runtime.native.weights import PackedWeights
 
 if TYPE_CHECKING:
     from elision.runtime.model import Model
@@ -41,5 +42,7 @@ def report(model: Model) -> dict[str, Any]:
 
 def weight_bytes(model: Model) -> int:
     """Bytes of the weights, those that several names share counted once."""
+    if isinstance(model.weights, PackedWeights):
+        return model.weights.nbytes()
     stored = {(w.untyped_storage().data_ptr(), w.storage_offset(), w.numel()): w for w in model.weights.values()}
     return sum(w.numel() * w.element_size() for w in stored.values())
