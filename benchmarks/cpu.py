@@ -1,10 +1,10 @@
 """SmolLM2-135M on the CPU, side by side with the engines that people use: decoding, time to first token, and the floor.
 
-    python benchmarks/cpu.py [--engines elision:fp32,llama.cpp:F32] [--rounds 3] [--output benchmarks/results/NAME.md]
+    python benchmarks/cpu.py [--engines "elision:fp32;llama.cpp:F32"] [--rounds 3] [--output benchmarks/results/NAME.md]
 
 Every engine has a process of its own that waits between its turns; the turns of all engines are interleaved, and the read
-bandwidth of our own native kernel is measured between them. The floor of a step is the bytes that must be read (weights, and the keys and values
-of the context) over that bandwidth. Prompts are the same random tokens for all, with the same number of threads.
+bandwidth of our own native kernel is measured between them. The floor of a step is the bytes that must be read (weights, and the
+keys and values of the context) over that bandwidth. Prompts are the same random tokens for all, threads are as many.
 """
 
 from __future__ import annotations
