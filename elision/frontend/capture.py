@@ -22,10 +22,12 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from elision.errors import BadInput, UnsupportedModel
-from elision.frontend import huggingface
+from elision.frontend import huggingface, inputs
 from elision.frontend.normalise import operator_name
 
-Kind = Literal["param", "const", "token", "position"]
+#: What user inputs of these names are; others are tokens.
+_KINDS: dict[str, Kind] = {"position_ids": "position", "attention_mask": "valid"}
+Kind = Literal["param", "const", "token", "position", "valid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Captured:
     ``params``: parameters, buffers and constants by fully qualified name; tied weights are there once.
     ``source``: placeholder name to the name in ``params``.
     ``kinds``: placeholder name to ``param`` (weight), ``const`` (buffer, constant), ``token`` (user input
-    whose values are the data) or ``position``.
+    whose values are the data), ``position`` or ``valid`` (which tokens are there and which are padding).
     ``inputs``, ``outputs``: names of user inputs and of outputs, in order (``logits``).
     """
 
@@ -65,8 +67,8 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
     """Export ``model`` (in evaluation mode) with dynamic batch and length, without in-place operators.
 
     ``example``: example inputs, keyword (mapping) or positional (tuple). Not needed for models of
-    ``transformers`` that read ``input_ids``: these are exported without a cache and with explicit positions,
-    and attention is one operator (``elision.frontend.attention``) if the model, run on the example, still
+    ``transformers``: these are exported without a cache, with explicit positions and, where a token sees later
+    ones, with an explicit ``attention_mask`` and token types (`elision.frontend.inputs`); attention is one operator (``elision.frontend.attention``) if the model, run on the example, still
     gives the same result; a model with its own attention code keeps it. Raises ``BadInput`` if examples are
     needed and missing, and ``UnsupportedModel`` if torch.export refuses the model.
     """
@@ -82,10 +84,11 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
         return _export(private, args, kwargs, Dim.AUTO)
     if isinstance(example, tuple):
         example = dict(zip(inspect.signature(model.forward).parameters, example, strict=False))
-    kwargs = huggingface.inputs(private, dict(example or {}))
+    kwargs = inputs.example(private, dict(example or {}))
     try:
         with torch.no_grad(), huggingface.plain_experts(private):
             expected = private(**kwargs)
+            kwargs |= inputs.assumed(private, kwargs, expected, _same)
     except Exception as error:  # whatever the model's own code raises
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedModel(
@@ -159,9 +162,13 @@ def _mutates(node: fx.Node) -> bool:
 def _agrees(captured: Captured, kwargs: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """The outputs are equal up to rounding. With experts, only most of their rows need be: a rounding may flip an expert."""
     found = captured.run(**{name: kwargs[name] for name in captured.inputs})
-    routed = any(operator_name(node) == "aten::topk" for node in captured.graph.nodes)
+    return _same(found, expected, routed=any(operator_name(node) == "aten::topk" for node in captured.graph.nodes))
+
+
+def _same(found: Mapping[str, Any], expected: Mapping[str, Any], routed: bool = False) -> bool:
+    """The tensors of ``found`` are those of ``expected`` up to rounding (``routed``: most of their rows)."""
     for name, value in found.items():
-        if name not in expected or not isinstance(expected[name], Tensor):
+        if name not in expected or not isinstance(expected[name], Tensor) or not isinstance(value, Tensor):
             continue
         want = expected[name].double()
         error = (value.double() - want).abs().amax(-1) / want.abs().amax(-1).clamp(min=1e-30)
@@ -182,7 +189,7 @@ def _captured(program: ExportedProgram) -> Captured:
     for spec, name in zip(signature.input_specs, names, strict=True):
         if spec.kind == InputKind.USER_INPUT:
             if isinstance(spec.arg, TensorArgument):
-                kinds[name] = "position" if name == "position_ids" else "token"
+                kinds[name] = _KINDS.get(name, "token")
                 inputs.append(name)
         elif spec.target is not None:
             kinds[name] = "param" if spec.kind == InputKind.PARAMETER else "const"
