@@ -84,27 +84,34 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
         return _export(private, args, kwargs, Dim.AUTO)
     if isinstance(example, tuple):
         example = dict(zip(inspect.signature(model.forward).parameters, example, strict=False))
-    kwargs = inputs.example(private, dict(example or {}))
-    try:
-        with torch.no_grad(), huggingface.plain_experts(private):
-            expected = private(**kwargs)
-            kwargs |= inputs.assumed(private, kwargs, expected, _same)
-    except Exception as error:  # whatever the model's own code raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not run on {', '.join(kwargs)}: {reason} "
-            "(a model that needs other inputs, such as an encoder's, cannot be compiled yet)"
-        ) from error
+    kwargs, expected = _run(private, [dict(example)] if example else inputs.examples(private))
+    # Inputs of several kinds may have sizes that depend on one another (image tokens in a text, and images).
+    dynamic = Dim.AUTO if {"input_ids", "pixel_values"} <= set(kwargs) else Dim.DYNAMIC
     with huggingface.one_attention(private):
-        captured = _export(private, (), kwargs, Dim.DYNAMIC)
+        captured = _export(private, (), kwargs, dynamic)
     if not _agrees(captured, kwargs, expected):
-        captured = _export(private, (), kwargs, Dim.DYNAMIC)
+        captured = _export(private, (), kwargs, dynamic)
         if not _agrees(captured, kwargs, expected):
             raise UnsupportedModel(
                 f"the exported graph of {type(model).__name__} does not reproduce the model's own outputs; "
                 "the model depends on something besides its inputs and weights"
             )
     return captured
+
+
+def _run(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The first of the examples that the model runs on, with what it assumes made explicit, and its outputs."""
+    for kwargs in examples:
+        kwargs |= inputs.without_cache(model)
+        try:
+            with torch.no_grad(), huggingface.plain_experts(model):
+                expected = model(**kwargs)
+                return kwargs | inputs.assumed(model, kwargs, expected, _same), expected
+        except Exception as error:  # whatever the model's own code raises
+            reason, cause = next(iter(str(error).strip().splitlines()), type(error).__name__), error
+    raise UnsupportedModel(
+        f"{type(model).__name__} does not run on {', '.join(examples[-1])}: {reason} (a model that needs other inputs cannot be compiled)"
+    ) from cause
 
 
 def _token_ids(model: nn.Module) -> tuple[Tensor] | None:

@@ -15,15 +15,31 @@ Inputs = dict[str, Any]
 ROWS, LENGTH = 2, 12
 
 
-def example(model: nn.Module, given: Mapping[str, Any]) -> Inputs:
-    """Keyword arguments to trace ``model`` with: ``given``, or two examples of what its forward reads; no cache."""
+def examples(model: nn.Module) -> list[Inputs]:
+    """Keyword arguments to trace ``model`` with: token ids alone, if it reads them, and two examples of all that it reads.
+
+    Raises BadInput for a model that reads nothing that is known here.
+    """
     known = inspect.signature(model.forward).parameters
-    kwargs: Inputs = dict(given) or {n: x for n, make in _MAKE.items() if n in known and (x := make(model)) is not None}
-    if not kwargs:
+    every = {n: x for n, make in _MAKE.items() if n in known and (x := make(model)) is not None}
+    if not every:
         raise BadInput(f"{type(model).__name__} reads none of {', '.join(_MAKE)}; pass its inputs as example={{name: tensor}}")
-    if "use_cache" in known:
-        kwargs["use_cache"] = False
-    return kwargs
+    alone = {n: x for n, x in every.items() if n == "input_ids"}
+    return [alone, every] if alone and len(every) > 1 else [every]
+
+
+def left_out(model: nn.Module, captured: tuple[str, ...]) -> list[str]:
+    """Inputs that the model reads and that it was captured without (a text model's images)."""
+    known = inspect.signature(model.forward).parameters
+    return [n for n in _MAKE if n in known and n not in captured and "input_ids" in captured]
+
+
+def without_cache(model: nn.Module) -> Inputs:
+    """The argument that leaves the cache out, if there is one; the model's configuration is changed to say the same."""
+    for config in configs(getattr(model, "config", None)):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def assumed(
@@ -64,7 +80,13 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _ids(model: nn.Module) -> Tensor:
-    return (torch.arange(3, 3 + ROWS * LENGTH, device=_device(model)) % _vocabulary(model)).reshape(ROWS, LENGTH)
+    ids = (torch.arange(3, 3 + ROWS * LENGTH, device=_device(model)) % _vocabulary(model)).reshape(ROWS, LENGTH)
+    image = next((x for n in ("image_token_id", "image_token_index") if (x := _number(model, n)) is not None), None)
+    size, patch = _number(model, "image_size"), _number(model, "patch_size")
+    if image is None or not isinstance(size, int) or not isinstance(patch, int):
+        return ids
+    places = torch.full((ROWS, (size // patch) ** 2), image, device=ids.device)  # where the patches of an image go
+    return torch.cat((ids[:, :3], places, ids[:, 3:]), 1)
 
 
 def _decoder_ids(model: nn.Module) -> Tensor:

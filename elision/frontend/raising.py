@@ -27,6 +27,7 @@ from elision.frontend.position_number import PositionNumbers
 from elision.frontend.routers import RouterFinder
 from elision.frontend.sites import attention_site
 from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
+from elision.frontend.streams import find_streams, told
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.fuse import fuse_maps
@@ -63,6 +64,9 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
         log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
         return _Raiser(captured, taint, structure, name, positions).run()
     except BadInput as err:
+        streams = find_streams(graph, taint)
+        if len(streams) > 1:
+            raise UnsupportedModel(told(name, streams)) from err
         raise UnsupportedModel(f"{name} cannot be raised: {err}") from err
 
 
@@ -179,6 +183,8 @@ class _Raiser:
                 raise UnsupportedModel("an attention site does not read the attention_mask, so it would see padding")
             return Mask("window", site.window) if site.window else Mask("causal" if site.causal else "full")
         if mask not in self.masks:
+            if "param" in self.taint[mask]:
+                raise UnsupportedModel("its attention adds a learned bias by position to the scores, which attend cannot say")
             if self.taint.token(mask):
                 raise UnsupportedModel("an attention mask depends on token values; expected positions and attention_mask alone")
             found = classify_mask(self.captured, mask, limit=self.positions, length=self.layouts.length(0))
