@@ -68,8 +68,9 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
 
     ``example``: example inputs, keyword (mapping) or positional (tuple). Not needed for models of
     ``transformers``: these are exported without a cache, with explicit positions and, where a token sees later
-    ones, with an explicit ``attention_mask`` and token types (`elision.frontend.inputs`); attention is one operator (``elision.frontend.attention``) if the model, run on the example, still
-    gives the same result; a model with its own attention code keeps it. Raises ``BadInput`` if examples are
+    ones, with an explicit ``attention_mask`` and token types (`elision.frontend.inputs`); attention is one operator
+    (``elision.frontend.attention``) if the model, run on the example, still gives the same result; a model with its
+    own attention code keeps it. Raises ``BadInput`` if examples are
     needed and missing, and ``UnsupportedModel`` if torch.export refuses the model.
     """
     private = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
@@ -110,7 +111,8 @@ def _run(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[dict[str, An
         except Exception as error:  # whatever the model's own code raises
             reason, cause = next(iter(str(error).strip().splitlines()), type(error).__name__), error
     raise UnsupportedModel(
-        f"{type(model).__name__} does not run on {', '.join(examples[-1])}: {reason} (a model that needs other inputs cannot be compiled)"
+        f"{type(model).__name__} does not run on {', '.join(examples[-1])}: {reason} "
+        "(a model that needs other inputs cannot be compiled)"
     ) from cause
 
 

@@ -49,7 +49,8 @@ def classify_mask(captured: Captured, node: fx.Node, *, limit: int = 131072, len
 
     It is compared at two lengths and at positions that do not start at 0, and again just past every integer
     constant of its sub-graph below ``limit`` (the longest sequence of interest): a window of 4096 looks
-    causal on short sequences. ``length``: the only length there is, for a graph of one length. None if no predicate fits everywhere or a constant is too large to be tried.
+    causal on short sequences. ``length``: the only length there is, for a graph of one length. None if no
+    predicate fits everywhere or a constant is too large to be tried.
     """
     constants = _constants(captured, node, limit)
     if any(c > _LONGEST_PROBE for c in constants):

@@ -21,13 +21,13 @@ from elision.frontend.lower import Lowering, Region
 from elision.frontend.names import short_name, unique_name
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
-from elision.frontend.padding import hides_padding, validity
+from elision.frontend.padding import check_padding, check_sources
 from elision.frontend.patches import entry_inputs, find_patches, lower_patches
 from elision.frontend.position_number import PositionNumbers
 from elision.frontend.routers import RouterFinder
 from elision.frontend.sites import attention_site
-from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
 from elision.frontend.streams import find_streams, told
+from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.fuse import fuse_maps
@@ -178,20 +178,14 @@ class _Raiser:
     def _mask(self, node: fx.Node) -> Mask:
         site = attention_site(node)
         mask = site.mask
+        check_sources(self.captured, self.taint, mask)
         if mask is None:
-            if validity(self.captured) is not None:
-                raise UnsupportedModel("an attention site does not read the attention_mask, so it would see padding")
             return Mask("window", site.window) if site.window else Mask("causal" if site.causal else "full")
         if mask not in self.masks:
-            if "param" in self.taint[mask]:
-                raise UnsupportedModel("its attention adds a learned bias by position to the scores, which attend cannot say")
-            if self.taint.token(mask):
-                raise UnsupportedModel("an attention mask depends on token values; expected positions and attention_mask alone")
             found = classify_mask(self.captured, mask, limit=self.positions, length=self.layouts.length(0))
             if found is None:
                 raise UnsupportedModel("an attention mask is neither full, causal, a window nor chunks; a mask is never dropped")
-            if not hides_padding(self.captured, mask, Mask(found.kind, found.size)):
-                raise UnsupportedModel("an attention mask does not hide just the tokens that attention_mask marks as padding")
+            check_padding(self.captured, mask, Mask(found.kind, found.size))
             self.masks[mask] = Mask(found.kind, found.size)
         return self.masks[mask]
 

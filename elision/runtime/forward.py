@@ -57,7 +57,9 @@ def batch(graph: Graph, given: Mapping[str, Any]) -> Batch:
         raise BadInput(f"attention_mask {list(keep.shape)} leaves no token; expected at least one 1")
     if any(_per_sequence(v) for v in graph.outputs) and not bool(keep[:, 0].all()):
         missing = int((~keep[:, 0]).nonzero()[0])
-        raise BadInput(f"attention_mask leaves out the first token of row {missing}, which a result is computed from: pad on the right")
+        raise BadInput(
+            f"attention_mask leaves out the first token of row {missing}, which a result is computed from: pad on the right"
+        )
     pos = _positions(given.get("position_ids"), ids)[row, column]
     if int(pos.min()) < 0 or bool((pos[1:] <= pos[:-1])[row[1:] == row[:-1]].any()):
         raise BadInput("position_ids: expected positions from 0 that increase along every row")

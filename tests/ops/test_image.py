@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,16 +16,10 @@ from tests.ops.harness import randn, refused, run
 B = Axis("b")
 
 
-def graph(*outputs: Any, shape: tuple[int, ...]) -> Any:
-    b = Builder("g")
-    x = b.input("x", Tensor((B, *shape), "f32"))
-    return b, x
-
-
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2))
 def test_patches_and_a_product_are_a_convolution(rows: int, down: int, across: int, height: int, more: int, width: int) -> None:
     width += 1
-    images = randn(rows, 2, down * height + min(more, height - 1), across * width)
+    images = randn(rows, 2, down * height + min(more, height - 1), across * width)  # with a rest below
     kernel = randn(5, 2, height, width, seed=1)
     b = Builder("g")
     x = b.input("x", Tensor((B, *images.shape[1:]), "f32"))
@@ -55,4 +47,4 @@ def test_prepend_puts_tokens_before_every_sequence(lengths: list[int], k: int) -
 
 @pytest.mark.parametrize("attrs", [{"height": 9, "width": 2}, {"height": 0, "width": 2}])
 def test_patches_larger_than_the_image_are_refused(attrs: dict[str, int]) -> None:
-    refused("patches", randn(2, 3, 8, 8), axis="p", **attrs, message="no patch")
+    refused("no patch", "patches", Tensor((B, 3, 8, 8), "f32"), axis="p", **attrs)

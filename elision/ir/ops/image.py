@@ -39,8 +39,9 @@ def _prepend_type(x: Tensor, first: Tensor, *, axis: str) -> Tensor:
 
 @op(_prepend_type, makes_axis=True)
 def prepend(x: torch.Tensor, first: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
-    """The tokens of every sequence with the tokens ``first [k, ..]`` before them, as the new axis ``axis``; positions grow by k."""
-    there, k = at.row.unique(), first.shape[0]
+    """The tokens of every sequence with the tokens ``first [k, ..]`` before them, as the new axis ``axis``; positions grow
+    by k."""
+    there, k = torch.tensor(sorted(set(at.row.tolist()))), first.shape[0]
     row = torch.cat((there.repeat_interleave(k), at.row))
     pos = torch.cat((torch.arange(k).repeat(len(there)), at.pos + k))
     order = torch.argsort(row, stable=True)  # the new ones of a row come first
