@@ -1,4 +1,4 @@
-"""Does attention see exactly the valid tokens? Padding does not exist in the IR: a captured mask may hide padding, and no more."""
+"""Does attention see exactly the valid tokens? Padding does not exist in the IR: a captured mask hides padding, and no more."""
 
 from __future__ import annotations
 

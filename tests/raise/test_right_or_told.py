@@ -45,7 +45,10 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Mamba": ({**BASE, "state_size": 8}, "MambaForCausalLM cannot be traced"),
     "Lfm2": ({**BASE, "layer_types": ["conv", "full_attention"] * 2}, "lfm2 cannot be raised: operator aten.conv1d"),
-    "Vilt": (dict(image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4, num_hidden_layers=2), "ViltModel cannot be traced"),
+    "Vilt": (
+        dict(image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4, num_hidden_layers=2),
+        "ViltModel cannot be traced",
+    ),
 }
 
 
