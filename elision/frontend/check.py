@@ -72,6 +72,8 @@ def check_program(program: Program, weights: dict[str, Tensor], captured: Captur
     for name in captured.inputs:
         if captured.kinds[name] == "token":
             formal = next(formals)
+            if formal.tensor.dtype not in FLOATS and not vocabulary(score, formal):
+                raise UnsupportedModel(f"the input {name} is not the index of a table")
             whole = (2,) if formal.tensor.tokens == Axis("b") else (2, 9)
             given[name] = _draw(formal.tensor, vocabulary(score, formal), whole, seed=len(given))
             inputs[score.names[formal]] = given[name] if len(whole) == 1 else given[name][valid]
@@ -103,7 +105,7 @@ def _draw(type: TensorType, vocab: int, leading: tuple[int, ...], seed: int) -> 
     shape = (*leading, *(d for d in type.features if isinstance(d, int)))
     if type.dtype in FLOATS:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(DTYPES[type.dtype])
-    return torch.randint(0, max(1, vocab), shape, generator=generator)
+    return torch.randint(0, vocab, shape, generator=generator)
 
 
 def widen(graph: Graph) -> Graph:
