@@ -173,12 +173,6 @@ def shifted_positions(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | 
     return b.add("map", b.add("positions", *args), expr="x0 + 1") if v.op == "positions" else None  # type: ignore[return-value]
 
 
-def swapped_token_types(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
-    if v.op != "embed" or v.args[0].attr("name") != "token_type_ids":
-        return None
-    return b.add("embed", b.add("map", args[0], expr="1 - x0"), args[1])  # type: ignore[return-value]
-
-
 def pooled_from_the_last(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
     return b.add("last", *args, axis="first") if v.op == "first" else None  # type: ignore[return-value]
 
@@ -198,7 +192,6 @@ def raised(name: str) -> tuple[Captured, Program, dict[str, torch.Tensor]]:
     ("name", "mutation"),
     [
         ("BertModel", shifted_positions),
-        ("BertModel", swapped_token_types),
         ("BertModel", pooled_from_the_last),
         ("ViTModel", pooled_from_the_last),
         ("ViTModel", without_positions),
@@ -212,6 +205,13 @@ def test_a_wrong_program_is_noticed(name: str, mutation: Mutation) -> None:
     assert mutant.entries["score"] != program.entries["score"]
     with pytest.raises(UnsupportedModel, match="differs from the model"):
         check_program(mutant, weights, captured)
+
+
+def test_swapped_token_types_are_noticed() -> None:
+    captured, program, weights = raised("BertModel")
+    name = next(n for n in weights if "token_type" in n)
+    with pytest.raises(UnsupportedModel, match="differs from the model"):
+        check_program(program, {**weights, name: weights[name].flip(0)}, captured)
 
 
 def blind(mask: torch.Tensor) -> torch.Tensor:
