@@ -215,7 +215,6 @@ RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::_to_copy": _cast,
     "aten::type_as": _cast,
     "aten::squeeze": _reshape,
-    "aten::type_as": _cast,
     "aten::slice": _slice,
     "aten::select": _select,
     "aten::index": _index,

@@ -27,7 +27,7 @@ from elision.frontend.position_number import PositionNumbers
 from elision.frontend.routers import RouterFinder
 from elision.frontend.sites import attention_site
 from elision.frontend.streams import find_streams, told
-from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
+from elision.frontend.structure import Segment, Structure, attends, between, find_structure, is_attention
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.fuse import fuse_maps
@@ -194,7 +194,7 @@ class _Raiser:
     def _score(self, built: dict[int, tuple[str, list[Operand]]]) -> Graph:
         program = self.raised.program
         b = Builder("score", program.templates)
-        prologue = self._between(None, self.structure.root)
+        prologue = between(self.taint, None, self.structure.root)
         patches = find_patches(self.captured, self.layouts, prologue)
         given = entry_inputs(b, self.captured, self.layouts, patches)
         tokens = next(iter(given.values()))
@@ -211,7 +211,7 @@ class _Raiser:
             low.give(node, value)
         if patches is not None:
             low.give(patches.end, lower_patches(b, patches, given[patches.pixels], self.captured, self.operands))
-            prologue = self._between(patches.end, self.structure.root)
+            prologue = between(self.taint, patches.end, self.structure.root)
         h = low.run(prologue, self._regions(prologue, None), self.structure.root)
         for segment in self.structure.segments:
             template, operands = built[segment.template]
@@ -226,7 +226,7 @@ class _Raiser:
         low.give(end, h)
         outputs: list[Value] = []
         for name, result in zip(self.captured.outputs, self._results(), strict=True):
-            epilogue = self._between(end, result)
+            epilogue = between(self.taint, end, result)
             found = low.run(epilogue, self._regions(epilogue, end), result)
             outputs.append(b.named(found, name.replace(".", "_")))
         if low.opaque:
@@ -269,18 +269,6 @@ class _Raiser:
             assert isinstance(rows, Value)
             return rows
         raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor a table of positions")
-
-    def _between(self, start: fx.Node | None, end: fx.Node) -> tuple[fx.Node, ...]:
-        """Token nodes that ``end`` needs, after ``start``."""
-        needed: set[fx.Node] = set()
-        stack = [end]
-        while stack:
-            node = stack.pop()
-            if node is start or node in needed or not self.taint.token(node) or node.op == "placeholder":
-                continue
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-        return tuple(sorted(needed))
 
     def _token_type(self, node: fx.Node, axis: Axis) -> TensorType:
         layout = self.layouts.of(node)

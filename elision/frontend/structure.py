@@ -126,6 +126,19 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
     return [used for used in node.all_input_nodes if used not in state or used is node.args[0]]
 
 
+def between(taint: Taint, start: fx.Node | None, end: fx.Node) -> tuple[fx.Node, ...]:
+    """Token nodes that ``end`` needs, after ``start``, in order."""
+    needed: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node is start or node in needed or not taint.token(node) or node.op == "placeholder":
+            continue
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+    return tuple(sorted(needed))
+
+
 def is_attention(node: fx.Node) -> bool:
     """``elision::attention`` or torch's ``scaled_dot_product_attention``: arguments begin with q, k, v."""
     return node.target is ATTENTION or operator_name(node) == "aten::scaled_dot_product_attention"
