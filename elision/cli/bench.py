@@ -26,6 +26,8 @@ def compare(model: Model, source: str, against: str | None, prompt_tokens: int, 
     """
     if prompt_tokens < 1 or runs < 1:
         raise BadInput(f"--prompt-tokens {prompt_tokens}, --runs {runs}: expected at least 1 of each")
+    if "step" not in model.program.entries:
+        raise BadInput(f"{source} has no decoder: there are no tokens/s to measure")
     if model.threads is not None:
         torch.set_num_threads(model.threads)  # of this process: the peer and the bandwidth are measured with as many
     vocab = model.program.meta["vocab"]

@@ -22,10 +22,12 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from elision.errors import BadInput, UnsupportedModel
-from elision.frontend import huggingface
+from elision.frontend import huggingface, inputs
 from elision.frontend.normalise import operator_name
 
-Kind = Literal["param", "const", "token", "position"]
+#: What user inputs of these names are; others are tokens.
+_KINDS: dict[str, Kind] = {"position_ids": "position", "attention_mask": "valid"}
+Kind = Literal["param", "const", "token", "position", "valid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Captured:
     ``params``: parameters, buffers and constants by fully qualified name; tied weights are there once.
     ``source``: placeholder name to the name in ``params``.
     ``kinds``: placeholder name to ``param`` (weight), ``const`` (buffer, constant), ``token`` (user input
-    whose values are the data) or ``position``.
+    whose values are the data), ``position`` or ``valid`` (which tokens are there and which are padding).
     ``inputs``, ``outputs``: names of user inputs and of outputs, in order (``logits``).
     """
 
@@ -65,9 +67,10 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
     """Export ``model`` (in evaluation mode) with dynamic batch and length, without in-place operators.
 
     ``example``: example inputs, keyword (mapping) or positional (tuple). Not needed for models of
-    ``transformers`` that read ``input_ids``: these are exported without a cache and with explicit positions,
-    and attention is one operator (``elision.frontend.attention``) if the model, run on the example, still
-    gives the same result; a model with its own attention code keeps it. Raises ``BadInput`` if examples are
+    ``transformers``: these are exported without a cache, with explicit positions and, where a token sees later
+    ones, with an explicit ``attention_mask`` and token types (`elision.frontend.inputs`); attention is one operator
+    (``elision.frontend.attention``) if the model, run on the example, still gives the same result; a model with its
+    own attention code keeps it. Raises ``BadInput`` if examples are
     needed and missing, and ``UnsupportedModel`` if torch.export refuses the model.
     """
     private = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
@@ -82,26 +85,35 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
         return _export(private, args, kwargs, Dim.AUTO)
     if isinstance(example, tuple):
         example = dict(zip(inspect.signature(model.forward).parameters, example, strict=False))
-    kwargs = huggingface.inputs(private, dict(example or {}))
-    try:
-        with torch.no_grad(), huggingface.plain_experts(private):
-            expected = private(**kwargs)
-    except Exception as error:  # whatever the model's own code raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not run on {', '.join(kwargs)}: {reason} "
-            "(a model that needs other inputs, such as an encoder's, cannot be compiled yet)"
-        ) from error
+    kwargs, expected = _run(private, [dict(example)] if example else inputs.examples(private))
+    # Inputs of several kinds may have sizes that depend on one another (image tokens in a text, and images).
+    dynamic = Dim.AUTO if {"input_ids", "pixel_values"} <= set(kwargs) else Dim.DYNAMIC
     with huggingface.one_attention(private):
-        captured = _export(private, (), kwargs, Dim.DYNAMIC)
+        captured = _export(private, (), kwargs, dynamic)
     if not _agrees(captured, kwargs, expected):
-        captured = _export(private, (), kwargs, Dim.DYNAMIC)
+        captured = _export(private, (), kwargs, dynamic)
         if not _agrees(captured, kwargs, expected):
             raise UnsupportedModel(
                 f"the exported graph of {type(model).__name__} does not reproduce the model's own outputs; "
                 "the model depends on something besides its inputs and weights"
             )
     return captured
+
+
+def _run(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The first of the examples that the model runs on, with what it assumes made explicit, and its outputs."""
+    for kwargs in examples:
+        kwargs |= inputs.without_cache(model)
+        try:
+            with torch.no_grad(), huggingface.plain_experts(model):
+                expected = model(**kwargs)
+                return kwargs | inputs.assumed(model, kwargs, expected, _same), expected
+        except Exception as error:  # whatever the model's own code raises
+            reason, cause = next(iter(str(error).strip().splitlines()), type(error).__name__), error
+    raise UnsupportedModel(
+        f"{type(model).__name__} does not run on {', '.join(examples[-1])}: {reason} "
+        "(a model that needs other inputs cannot be compiled)"
+    ) from cause
 
 
 def _token_ids(model: nn.Module) -> tuple[Tensor] | None:
@@ -159,9 +171,13 @@ def _mutates(node: fx.Node) -> bool:
 def _agrees(captured: Captured, kwargs: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """The outputs are equal up to rounding. With experts, only most of their rows need be: a rounding may flip an expert."""
     found = captured.run(**{name: kwargs[name] for name in captured.inputs})
-    routed = any(operator_name(node) == "aten::topk" for node in captured.graph.nodes)
+    return _same(found, expected, routed=any(operator_name(node) == "aten::topk" for node in captured.graph.nodes))
+
+
+def _same(found: Mapping[str, Any], expected: Mapping[str, Any], routed: bool = False) -> bool:
+    """The tensors of ``found`` are those of ``expected`` up to rounding (``routed``: most of their rows)."""
     for name, value in found.items():
-        if name not in expected or not isinstance(expected[name], Tensor):
+        if name not in expected or not isinstance(expected[name], Tensor) or not isinstance(value, Tensor):
             continue
         want = expected[name].double()
         error = (value.double() - want).abs().amax(-1) / want.abs().amax(-1).clamp(min=1e-30)
@@ -182,7 +198,7 @@ def _captured(program: ExportedProgram) -> Captured:
     for spec, name in zip(signature.input_specs, names, strict=True):
         if spec.kind == InputKind.USER_INPUT:
             if isinstance(spec.arg, TensorArgument):
-                kinds[name] = "position" if name == "position_ids" else "token"
+                kinds[name] = _KINDS.get(name, "token")
                 inputs.append(name)
         elif spec.target is not None:
             kinds[name] = "param" if spec.kind == InputKind.PARAMETER else "const"

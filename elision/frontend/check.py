@@ -18,10 +18,10 @@ from elision.frontend.structure import Segment
 from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.interp import Interpreter
 from elision.ir.mask import Mask
-from elision.ir.program import Program
+from elision.ir.program import Program, vocabulary
 from elision.ir.states import KV, Float
 from elision.ir.tokens import Tokens
-from elision.ir.types import FLOATS
+from elision.ir.types import DTYPES, FLOATS, Axis
 from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Graph, Value, rewrite
 
@@ -39,8 +39,9 @@ def check_template(
     layout = layouts.of(segment.start)
     end = layouts.of(segment.end)
     assert layout is not None and end is not None
-    x = layout.random(2, 5, seed=0)
-    positions, at = check_tokens(2, 5, first)
+    length = layouts.length(5)
+    x = layout.random(2, length, seed=0)
+    positions, at = check_tokens(2, length, first)
     given: dict[fx.Node, Tensor] = {segment.start: x}
     want = end.tokens(evaluate(captured, [segment.end], positions, given=given, wide=True)[0])
     inputs = [layout.tokens(x), *(w.double() if w.is_floating_point() else w for w in weights)]
@@ -56,18 +57,37 @@ def check_template(
 
 
 def check_program(program: Program, weights: dict[str, Tensor], captured: Captured) -> None:
-    """Compare the raised model's outputs with the captured one's on random tokens, in the model's own dtype."""
-    ids = torch.randint(0, program.meta["vocab"], (2, 9), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(9).expand(2, 9).contiguous()
-    given = {n: positions if captured.kinds[n] == "position" else ids for n in captured.inputs}
-    if sum(captured.kinds[n] == "token" for n in captured.inputs) != 1:
-        raise UnsupportedModel(f"the model reads {', '.join(captured.inputs)}; expected token ids, and positions at most")
+    """Compare the raised model's outputs with the captured one's on random inputs, in the model's own dtype.
+
+    A model that was captured with an ``attention_mask`` is compared on a padded batch, where the tokens are valid.
+    """
+    score = program.entries["score"]
+    padded = "valid" in captured.kinds.values()
+    lengths = [9, 6] if padded else [9, 9]
+    valid = torch.arange(9) < torch.tensor(lengths)[:, None]
+    axes = {"t": Tokens.chunk(lengths, [0, 0]), "b": Tokens.chunk([1, 1], [0, 0])}
+    given: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    formals = iter(score.inputs)
+    for name in captured.inputs:
+        if captured.kinds[name] == "token":
+            formal = next(formals)
+            if formal.tensor.dtype not in FLOATS and not vocabulary(score, formal):
+                raise UnsupportedModel(f"the input {name} is not the index of a table")
+            whole = (2,) if formal.tensor.tokens == Axis("b") else (2, 9)
+            given[name] = _draw(formal.tensor, vocabulary(score, formal), whole, seed=len(given))
+            inputs[score.names[formal]] = given[name] if len(whole) == 1 else given[name][valid]
+        else:
+            given[name] = torch.arange(9).expand(2, 9).contiguous() if captured.kinds[name] == "position" else valid.long()
     want = captured.run(**given)
-    at = Tokens.chunk([9, 9], [0, 0])
-    found = Interpreter(program, weights).run(program.entries["score"], {"ids": ids.flatten()}, {"t": at})
+    found = Interpreter(program, weights).run(score, inputs, axes)
     routed = any(v.op == "route" for graph in program.templates.values() for v in graph.values)
-    for name, value in zip(captured.outputs, found, strict=True):
-        exact = want[name].flatten(0, 1)
+    for name, output, value in zip(captured.outputs, score.outputs, found, strict=True):
+        exact, axis = want[name], output.tensor.tokens
+        if axis is not None and axis.parent is None:  # not one value per sequence
+            exact = exact[valid] if padded else exact.flatten(0, 1)
+        if exact.shape != value.shape:
+            raise UnsupportedModel(f"{name} of the raised {program.name} is {list(value.shape)}, the model's {list(exact.shape)}")
         rows = (value - exact).abs().amax(-1)
         # In half precision a rounding may send a token to another expert: then most tokens must agree, not all.
         worst = rows.median() if routed and exact.dtype in _HALF else rows.max()
@@ -77,6 +97,15 @@ def check_program(program: Program, weights: dict[str, Tensor], captured: Captur
                 f"{name} of the raised {program.name} differs from the model by {error:.2e} of the largest value; expected at "
                 f"most {MODEL_TOLERANCE[exact.dtype]:.0e}. This is a fault of the frontend: please report the model"
             )
+
+
+def _draw(type: TensorType, vocab: int, leading: tuple[int, ...], seed: int) -> Tensor:
+    """Random values of an input with these leading sizes: ids below ``vocab``, or numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*leading, *(d for d in type.features if isinstance(d, int)))
+    if type.dtype in FLOATS:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DTYPES[type.dtype])
+    return torch.randint(0, vocab, shape, generator=generator)
 
 
 def widen(graph: Graph) -> Graph:

@@ -44,23 +44,24 @@ class Mask:
         return allowed
 
 
-def classify_mask(captured: Captured, node: fx.Node, *, limit: int = 131072) -> Mask | None:
+def classify_mask(captured: Captured, node: fx.Node, *, limit: int = 131072, length: int = 0) -> Mask | None:
     """The mask that the position-only value ``node`` (boolean or additive, ``[.., T, T]``) is, or None.
 
     It is compared at two lengths and at positions that do not start at 0, and again just past every integer
     constant of its sub-graph below ``limit`` (the longest sequence of interest): a window of 4096 looks
-    causal on short sequences. None if no predicate fits everywhere or a constant is too large to be tried.
+    causal on short sequences. ``length``: the only length there is, for a graph of one length. None if no
+    predicate fits everywhere or a constant is too large to be tried.
     """
     constants = _constants(captured, node, limit)
     if any(c > _LONGEST_PROBE for c in constants):
         return None
     longer = [(c + 17, 0) for c in sorted(constants, reverse=True) if c + 17 > 33]
     found: Mask | None = None
-    for length, first in [*longer, *_PROBES]:
-        allowed = _allowed(captured, node, length, first)
+    for size, first in [(length, 0)] if length else [*longer, *_PROBES]:
+        allowed = _allowed(captured, node, size, first)
         if allowed is None:
             return None
-        at = torch.arange(first, first + length)
+        at = torch.arange(first, first + size)
         candidates = _candidates(allowed) if found is None else [found]
         found = next((m for m in candidates if torch.equal(m.allows(at[:, None], at), allowed)), None)
         if found is None:
@@ -84,15 +85,21 @@ def _allowed(captured: Captured, node: fx.Node, length: int, first: int) -> Tens
     (mask,) = evaluate(captured, [node], positions)
     if mask.dim() < 2 or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
         return None
-    if mask.dtype != torch.bool:
-        zero, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min / 2
-        if not mask.is_floating_point() or not bool((zero | hidden).all()):
-            return None  # an additive bias such as ALiBi
-        mask = zero
-    mask = mask.reshape(-1, *mask.shape[-2:])
-    if not bool((mask == mask[:1]).all()):
+    allowed = visible(mask)
+    if allowed is None:
         return None
-    return torch.broadcast_to(mask[0], (length, length))
+    allowed = allowed.reshape(-1, *mask.shape[-2:])
+    if not bool((allowed == allowed[:1]).all()):
+        return None
+    return torch.broadcast_to(allowed[0], (length, length))
+
+
+def visible(mask: Tensor) -> Tensor | None:
+    """A boolean or additive mask as booleans; None for a bias such as ALiBi."""
+    if mask.dtype == torch.bool:
+        return mask
+    zero, hidden = mask == 0, mask.double() <= (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)
+    return zero if mask.is_floating_point() and bool((zero | hidden).all()) else None
 
 
 def _constants(captured: Captured, node: fx.Node, limit: int) -> set[int]:

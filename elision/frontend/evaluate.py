@@ -25,7 +25,7 @@ def evaluate(
     """The values of ``nodes`` (of ``captured.graph``) for ``positions [B, T]`` (int64).
 
     The graph is cut at ``given``: these nodes take the given values and nothing above them runs. Weights come
-    from ``captured``. Token inputs are zeros of shape ``[B, T, ...]``, so a value that depends on tokens is
+    from ``captured``. All tokens are valid. Token inputs are zeros of shape ``[B, T, ...]``, so a value that depends on tokens is
     meaningful only if it is reached through ``given``. Intermediate values are freed after their last use. With
     ``wide`` weights are float64 and every cast to a float type is one to float64: the exact value of the graph.
     """
@@ -78,9 +78,11 @@ def _input(captured: Captured, node: fx.Node, positions: Tensor) -> Any:
     if node.name in captured.source:
         return captured.params[captured.source[node.name]]
     kind = captured.kinds.get(node.name)
+    value = node.meta.get("val")
     if kind == "position":
         return positions
-    value = node.meta.get("val")
+    if kind == "valid":
+        return torch.ones_like(positions, dtype=value.dtype)  # type: ignore[union-attr]
     if not isinstance(value, Tensor):
         return value
     sizes = list(positions.shape) + [1] * value.dim()

@@ -1,8 +1,7 @@
-"""What is special about models of the ``transformers`` library: inputs, and the attention registries."""
+"""What is special about models of the ``transformers`` library: the attention and experts registries."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,25 +19,6 @@ IMPLEMENTATION = "elision"
 def recognises(model: nn.Module) -> bool:
     """The model carries a transformers configuration."""
     return hasattr(getattr(model, "config", None), "model_type")
-
-
-def inputs(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments to trace ``model`` with: ``given``, or token ids ``[2, 12]``; positions; no cache."""
-    known = inspect.signature(model.forward).parameters
-    kwargs = dict(given)
-    if not kwargs:
-        if "input_ids" not in known:
-            raise BadInput(f"{type(model).__name__} reads no input_ids; pass its inputs as example={{name: tensor}}")
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
-        kwargs["input_ids"] = (torch.arange(3, 27, device=device) % vocabulary).reshape(2, 12)
-    if "position_ids" in known and "input_ids" in kwargs and "position_ids" not in kwargs:
-        batch, length = kwargs["input_ids"].shape
-        positions = torch.arange(length, device=kwargs["input_ids"].device)
-        kwargs["position_ids"] = positions.expand(batch, length).contiguous()
-    if "use_cache" in known:
-        kwargs["use_cache"] = False
-    return kwargs
 
 
 @contextmanager

@@ -104,6 +104,16 @@ def _cut(low: Lowering, node: fx.Node, layout: Layout, dim: int, start: Any, end
     return low.add("slice", low.value(node.args[0]), start=start, stop=stop, **({"axis": back} if back != -1 else {}))  # type: ignore[arg-type]
 
 
+def _select(low: Lowering, node: fx.Node) -> Value | None:
+    """The first token of every sequence."""
+    layout = _layout_of_first(low, node)
+    x, dim, index = node.args
+    if layout is None or layout.merged or not isinstance(dim, int) or dim % layout.rank != layout.length or index != 0:
+        return None
+    tokens = low.value(x)  # type: ignore[arg-type]
+    return low.add("restrict", tokens, low.add("first", tokens, axis="first", name="first"), name="h")
+
+
 def _index(low: Lowering, node: fx.Node) -> Value | None:
     """One entry of one feature axis, by a constant list of one index."""
     layout = _layout_of_first(low, node)
@@ -204,7 +214,9 @@ RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::to": _cast,
     "aten::_to_copy": _cast,
     "aten::type_as": _cast,
+    "aten::squeeze": _reshape,
     "aten::slice": _slice,
+    "aten::select": _select,
     "aten::index": _index,
     "aten::split": _pieces,
     "aten::split_with_sizes": _pieces,

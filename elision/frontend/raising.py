@@ -21,15 +21,18 @@ from elision.frontend.lower import Lowering, Region
 from elision.frontend.names import short_name, unique_name
 from elision.frontend.normalise import normalise, operator_name
 from elision.frontend.operands import Frequencies, Operand, Operands
+from elision.frontend.padding import check_padding, check_sources
+from elision.frontend.patches import entry_inputs, find_patches, lower_patches
 from elision.frontend.position_number import PositionNumbers
 from elision.frontend.routers import RouterFinder
 from elision.frontend.sites import attention_site
-from elision.frontend.structure import Segment, Structure, attends, find_structure, is_attention
+from elision.frontend.streams import find_streams, told
+from elision.frontend.structure import Segment, Structure, attends, between, find_structure, is_attention
 from elision.frontend.taint import Taint
 from elision.frontend.token_major import Layouts, check_tokens
 from elision.ir.fuse import fuse_maps
 from elision.ir.mask import Mask
-from elision.ir.program import Program
+from elision.ir.program import Program, vocabulary
 from elision.ir.types import Axis, parse_dtype
 from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Env, Graph, Value
@@ -61,6 +64,9 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
         log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
         return _Raiser(captured, taint, structure, name, positions).run()
     except BadInput as err:
+        streams = find_streams(graph, taint)
+        if len(streams) > 1:
+            raise UnsupportedModel(told(name, streams)) from err
         raise UnsupportedModel(f"{name} cannot be raised: {err}") from err
 
 
@@ -84,7 +90,7 @@ class _Raiser:
         self.dense_experts = DenseExpertFinder(captured, taint, self.layouts, close)
         self.routers = RouterFinder(captured, taint, self.layouts, close)
         self.numbers = PositionNumbers(captured, taint, positions)
-        self.positions = positions
+        self.positions = min(positions, self.layouts.length(positions))
         self.raised = Raised(Program(name), {})
         self.operands = Operands(captured, self.anchors, self.raised.weights, self.raised.program.params)
         self.masks: dict[fx.Node | None, Mask] = {}
@@ -172,12 +178,14 @@ class _Raiser:
     def _mask(self, node: fx.Node) -> Mask:
         site = attention_site(node)
         mask = site.mask
+        check_sources(self.captured, self.taint, mask)
         if mask is None:
             return Mask("window", site.window) if site.window else Mask("causal" if site.causal else "full")
         if mask not in self.masks:
-            found = classify_mask(self.captured, mask, limit=self.positions)
+            found = classify_mask(self.captured, mask, limit=self.positions, length=self.layouts.length(0))
             if found is None:
                 raise UnsupportedModel("an attention mask is neither full, causal, a window nor chunks; a mask is never dropped")
+            check_padding(self.captured, mask, Mask(found.kind, found.size))
             self.masks[mask] = Mask(found.kind, found.size)
         return self.masks[mask]
 
@@ -186,18 +194,24 @@ class _Raiser:
     def _score(self, built: dict[int, tuple[str, list[Operand]]]) -> Graph:
         program = self.raised.program
         b = Builder("score", program.templates)
-        ids = b.input("ids", TensorType((Axis("t"),), "i64"))
+        prologue = between(self.taint, None, self.structure.root)
+        patches = find_patches(self.captured, self.layouts, prologue)
+        given = entry_inputs(b, self.captured, self.layouts, patches)
+        tokens = next(iter(given.values()))
 
         def outside(node: fx.Node, transposed: bool) -> Value:
             if self.taint.param_only(node):
                 source = self.operands.source(node)
                 name = self.operands.weight(source, None if node is source else node, transposed)
                 return b.param(name, program.params[name])
-            return self._learned_positions(b, ids, node)
+            return self._learned_positions(b, tokens, node)
 
         low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask, self._constant)
-        prologue = self._between(None, self.structure.root)
-        low.give(next(n for n in self.captured.graph.nodes if self.captured.kinds.get(n.name) == "token"), ids)
+        for node, value in given.items():
+            low.give(node, value)
+        if patches is not None:
+            low.give(patches.end, lower_patches(b, patches, given[patches.pixels], self.captured, self.operands))
+            prologue = between(self.taint, patches.end, self.structure.root)
         h = low.run(prologue, self._regions(prologue, None), self.structure.root)
         for segment in self.structure.segments:
             template, operands = built[segment.template]
@@ -212,7 +226,7 @@ class _Raiser:
         low.give(end, h)
         outputs: list[Value] = []
         for name, result in zip(self.captured.outputs, self._results(), strict=True):
-            epilogue = self._between(end, result)
+            epilogue = between(self.taint, end, result)
             found = low.run(epilogue, self._regions(epilogue, end), result)
             outputs.append(b.named(found, name.replace(".", "_")))
         if low.opaque:
@@ -256,18 +270,6 @@ class _Raiser:
             return rows
         raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor a table of positions")
 
-    def _between(self, start: fx.Node | None, end: fx.Node) -> tuple[fx.Node, ...]:
-        """Token nodes that ``end`` needs, after ``start``."""
-        needed: set[fx.Node] = set()
-        stack = [end]
-        while stack:
-            node = stack.pop()
-            if node is start or node in needed or not self.taint.token(node) or node.op == "placeholder":
-                continue
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-        return tuple(sorted(needed))
-
     def _token_type(self, node: fx.Node, axis: Axis) -> TensorType:
         layout = self.layouts.of(node)
         if layout is None:
@@ -278,10 +280,9 @@ class _Raiser:
         """Facts of the model that the runtime and the passes ask for."""
         score = program.entries["score"]
         h = score.calls()[0].args[0].tensor
-        tables = [v.args[1].tensor for v in score.values if v.op == "embed" and v.args[0] is score.inputs[0]]
         program.meta = {
             "outputs": self.captured.outputs,
-            "vocab": tables[0].axes[0] if tables else 0,
+            "vocab": vocabulary(score, score.inputs[0]),
             "hidden": h.width,
             "dtype": h.dtype,
             "positions": self.positions,

@@ -144,12 +144,17 @@ def _loading(path: Path) -> Iterator[None]:
 
 
 def _auto_class(folder: Path) -> Any:
-    """A causal language model where the configuration says so, else the bare model (an encoder)."""
+    """A causal language model where the configuration says so, else the model that it names, else the bare model."""
     import transformers
 
     names = json.loads((folder / "config.json").read_text()).get("architectures") or []
-    causal = any(n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for n in names)
-    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    if any(n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for n in names):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            return transformers.AutoModelForCausalLM
+    named = getattr(transformers, names[0], None) if names else None
+    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if known else transformers.AutoModel
 
 
 def _tokenizer(folder: Path) -> tuple[bytes, Mapping[str, Any]] | None:

@@ -66,16 +66,16 @@ class Structure:
         return len({s.template for s in self.segments})
 
 
-def find_structure(graph: fx.Graph, taint: Taint) -> Structure:
-    """Structure of a normalised graph, for its first output. ``UnsupportedModel`` if it has no block."""
-    result = _result(graph)
+def find_structure(graph: fx.Graph, taint: Taint, result: fx.Node | None = None) -> Structure:
+    """Structure of a normalised graph, for ``result`` (its first output). ``UnsupportedModel`` if it has no block."""
+    result = _result(graph) if result is None else result
     chain = _dominators(graph, taint, result)
     order = list(graph.nodes)
     place = {node: i for i, node in enumerate(order)}
     steps = [
         (k, body)
         for k, (a, b) in enumerate(zip(chain, chain[1:], strict=False))
-        if _has_bypass(a, body := _body(order, place, taint, a, b), b) and _is_dense(body, taint)
+        if _is_float(a) and _has_bypass(a, body := _body(order, place, taint, a, b), b) and _is_dense(body, taint)
     ]
     if not steps:
         raise UnsupportedModel(
@@ -108,7 +108,7 @@ def _dominators(graph: fx.Graph, taint: Taint, result: fx.Node) -> list[fx.Node]
             continue
         if node.op == "placeholder":
             flow.add_edge(source, node)
-        for used in _data_inputs(node):
+        for used in data_inputs(node):
             if taint.token(used):
                 flow.add_edge(used, node)
     if result not in flow:
@@ -120,9 +120,23 @@ def _dominators(graph: fx.Graph, taint: Taint, result: fx.Node) -> list[fx.Node]
     return chain[::-1]
 
 
-def _data_inputs(node: fx.Node) -> list[fx.Node]:
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """What the node reads, without the keys and values of attention."""
     state = node.args[1:3] if is_attention(node) else ()
     return [used for used in node.all_input_nodes if used not in state or used is node.args[0]]
+
+
+def between(taint: Taint, start: fx.Node | None, end: fx.Node) -> tuple[fx.Node, ...]:
+    """Token nodes that ``end`` needs, after ``start``, in order."""
+    needed: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node is start or node in needed or not taint.token(node) or node.op == "placeholder":
+            continue
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+    return tuple(sorted(needed))
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -156,6 +170,11 @@ def _body(order: list[fx.Node], place: dict[fx.Node, int], taint: Taint, start: 
 
 def _has_bypass(start: fx.Node, body: list[fx.Node], end: fx.Node) -> bool:
     return len(body) > 1 and sum(start in node.all_input_nodes for node in body) > 1
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_dense(body: list[fx.Node], taint: Taint) -> bool:

@@ -1,4 +1,4 @@
-"""What each value of a captured graph depends on: parameters, token values, positions, shapes."""
+"""What each value of a captured graph depends on: parameters, token values, positions, which tokens are valid, shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 
 from elision.frontend.normalise import operator_name
 
-Source = Literal["param", "token", "position", "shape"]
+Source = Literal["param", "token", "position", "valid", "shape"]
 
 # Operators that read the shape of their first argument and none of its values.
 _SHAPE_READERS = {

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from elision.frontend.sites import attention_site
+from elision.frontend.structure import is_attention
 from elision.ir.tokens import Tokens
 
 
@@ -37,7 +39,7 @@ class Layout:
 
     @property
     def merged(self) -> bool:
-        """Batch and length are one axis."""
+        """Batch and length are one axis, or there is one token per sequence."""
         return self.batch == self.length
 
     @property
@@ -66,22 +68,36 @@ class Layout:
 
 
 class Layouts:
-    """The layouts of a captured graph's values, by the symbols of its batch and length."""
+    """The layouts of a captured graph's values, by the symbols of its batch and length.
+
+    Where the length is no symbol (the patches of an image), it is that of the queries of attention, and the first axis of that
+    size after the batch; a wrong guess does not pass the checks.
+    """
 
     def __init__(self, graph: fx.Graph, inputs: tuple[str, ...]) -> None:
         first = next(n for n in graph.nodes if n.op == "placeholder" and n.name in inputs)
         self._batch, self._length = (_symbol(n) for n in first.meta["val"].shape[:2])
+        if isinstance(self._length, int):
+            self._length = next((_symbol(attention_site(n).q.meta["val"].shape[2]) for n in graph.nodes if is_attention(n)), 0)
+
+    def length(self, usual: int) -> int:
+        """The length of the stream: ``usual``, unless there is only one."""
+        return self._length if isinstance(self._length, int) else usual
 
     def of(self, node: fx.Node) -> Layout | None:
-        """The layout of a value, or None if it has not exactly one batch and one length axis, or one of both."""
+        """The layout of a value, or None if it has not exactly one batch and one length axis, one of both, or the batch alone
+        (one token per sequence)."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return None
         sizes: list[Any] = [n if isinstance(n, int) else _symbol(n) for n in value.shape]
         features = tuple(n for n in sizes if isinstance(n, int))
         varying = [n for n in sizes if not isinstance(n, int)]
-        if varying == [self._batch * self._length]:
+        if varying in ([self._batch * self._length], [self._batch]):
             place = sizes.index(varying[0])
+            if varying == [self._batch] and self._length in sizes[place + 1 :]:
+                length = sizes.index(self._length, place + 1)
+                return Layout(place, length, tuple(sizes[place + 1 : length] + sizes[length + 1 :]))
             return Layout(place, place, features)
         if len(varying) != 2 or {*varying} != {self._batch, self._length}:
             return None

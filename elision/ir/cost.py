@@ -42,8 +42,8 @@ def cost(program: Program, entry: str, sizes: Sizes) -> list[Row]:
     """What one call of an entry (or of the round or a tick) costs, op by op in order. Raises BadInput for an unknown name.
 
     ``sizes.tokens``: tokens of the call over all rows; ``sizes.context``: entries that each attends to, itself included. An axis
-    whose size is not given by name has one token per row if `last` or `root` makes it, else ``sizes.tokens``. A `when` counts as
-    taken; an opaque operator counts its bytes, not its FLOPs.
+    whose size is not given by name has one token per row if `first`, `last` or `root` makes it, else ``sizes.tokens``. A `when`
+    counts as taken; an opaque operator counts its bytes, not its FLOPs.
     """
     graphs = program.graphs()
     if entry not in graphs:
@@ -52,7 +52,7 @@ def cost(program: Program, entry: str, sizes: Sizes) -> list[Row]:
     known = dict(sizes.axes)
     for site in found:
         made = site.actual(site.value)
-        if site.value.op in ("last", "root") and isinstance(made, Tensor) and made.tokens is not None:
+        if site.value.op in ("first", "last", "root") and isinstance(made, Tensor) and made.tokens is not None:
             known.setdefault(made.tokens.name, sizes.rows)
     sizes = replace(sizes, axes=known)
     return [_row(site, sizes) for site in found if site.value.op not in CONTROL]

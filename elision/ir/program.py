@@ -150,6 +150,13 @@ def without_states(graph: Graph, names: set[str], targets: Mapping[str, Graph]) 
     return rewrite(replace(trimmed, values=kept), lambda b, v, a: None, targets)
 
 
+def vocabulary(graph: Graph, ids: Value) -> int:
+    """How many different ids an input of the graph can have: the rows of the smallest table that is read by them; 0 for one
+    that is no index of a table."""
+    rows = [v.args[1].tensor.axes[0] for v in graph.values if v.op == "embed" and v.args[0] is ids]
+    return min((n for n in rows if isinstance(n, int)), default=0)
+
+
 def state_inputs(graph: Graph) -> dict[str, Value]:
     """The states that an entry takes, by name."""
     return {graph.names[v]: v for v in graph.inputs if v.is_state}

@@ -13,7 +13,7 @@ from elision.errors import BadInput
 from elision.ir.interp import Interpreter
 from elision.ir.program import Program
 from elision.ir.schedule import NativeCode
-from elision.ir.tokens import Tokens
+from elision.runtime import forward
 from elision.runtime import generate as loop
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
@@ -151,38 +151,25 @@ class Model:
 
     def __call__(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         **other: Any,
     ) -> Output:
-        """The model's own forward: logits of every token, and its other outputs, ``[B, T, ...]`` (zeros at padding)."""
-        given = [name for name, value in other.items() if value is not None and value is not _NATURAL.get(name, ...)]
-        if given:
-            raise BadInput(
-                f"forward arguments {', '.join(given)} are not supported; expected input_ids, attention_mask, position_ids"
-            )
-        ids, mask = self._check_ids(input_ids, attention_mask)
-        row, column = mask.nonzero(as_tuple=True)
-        if not len(row):
-            raise BadInput(f"attention_mask {list(mask.shape)} leaves no token; expected at least one 1")
-        pos = _positions(position_ids, ids)[row, column]
-        if int(pos.min()) < 0 or bool((pos[1:] <= pos[:-1])[row[1:] == row[:-1]].any()):
-            raise BadInput("position_ids: expected positions from 0 that increase along every row")
-        self._check_length(int(pos.max()) + 1)
+        """The model's own forward: its outputs by name, of every token ``[B, T, ...]`` (zeros at padding) or of every sequence
+        ``[B, ...]``. ``other``: its further inputs, such as ``token_type_ids`` (zeros if left out) or ``pixel_values``.
+        """
         graph = self.program.entries["score"]
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **other}
+        batch = forward.batch(graph, given)
+        self._check_length(batch.positions)
         with self._threads(self.threads), torch.inference_mode():
-            found = self._interpreter.run(graph, {"ids": ids[row, column]}, {"t": Tokens(row, pos, len(ids))})
-        outputs = Output()
-        for name, value in zip(self.program.meta["outputs"], found, strict=True):
-            padded = value.new_zeros((*ids.shape, *value.shape[1:]))
-            padded[row, column] = value
-            outputs[name] = padded
-        return outputs
+            found = self._interpreter.run(graph, batch.inputs, batch.axes)
+        return Output(forward.outputs(graph, self.program.meta["outputs"], batch, found))
 
     def _prompts(self, inputs: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
         if isinstance(inputs, torch.Tensor):
-            ids, mask = self._check_ids(inputs, attention_mask)
+            ids, mask = forward.check_ids(inputs, attention_mask, self.program.meta["vocab"])
             prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs) if isinstance(inputs, Sequence) else []
@@ -198,23 +185,6 @@ class Model:
                 raise BadInput(f"prompt {i} is empty: expected at least one token")
             self._check_length(len(prompt) + 1)
         return prompts
-
-    def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or ids.numel() == 0:
-            shown = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise BadInput(f"token ids: expected a LongTensor [B, T] with at least one token, got {shown}")
-        mask = torch.ones_like(ids) if mask is None else mask
-        if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-            shown = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise BadInput(
-                f"attention_mask {shown} does not fit the token ids {list(ids.shape)}: expected a tensor of the same shape"
-            )
-        keep = mask.bool()
-        vocab = self.program.meta["vocab"]
-        wrong = ids[keep & ((ids < 0) | (ids >= vocab))]
-        if len(wrong):
-            raise BadInput(f"token id {int(wrong[0])}; the vocabulary has 0 to {vocab - 1}")
-        return ids, keep
 
     def _check_length(self, length: int) -> None:
         if length > self.max_context:
@@ -232,27 +202,6 @@ class Model:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-#: Forward arguments that ask for what is done anyway.
-_NATURAL = {
-    "use_cache": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict": True,
-    "logits_to_keep": 0,
-}
-
-
-def _positions(position_ids: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
-    """The positions of the tokens, ``[B, T]``: counted along the row, padding too, unless given as ``[B or 1, T]``."""
-    if position_ids is None:
-        return torch.arange(ids.shape[1]).expand_as(ids)
-    shape = position_ids.shape
-    if position_ids.dtype != torch.int64 or len(shape) != 2 or shape[1] != ids.shape[1] or shape[0] not in (1, len(ids)):
-        expected = f"expected a LongTensor {list(ids.shape)} or {[1, ids.shape[1]]}"
-        raise BadInput(f"position_ids: {expected}, got {position_ids.dtype} {list(shape)}")
-    return position_ids.expand_as(ids)
 
 
 def _callback(streamer: Any, prompts: list[list[int]]) -> loop.OnTokens | None:

@@ -55,6 +55,16 @@ def test_last_is_the_last_token_of_every_row_in_the_call(at: Tokens) -> None:
     assert pos.tolist() == [int(at.pos[at.row == row].max()) for row in rows]
 
 
+@given(ragged())
+def test_first_is_the_first_token_of_every_row_in_the_call(at: Tokens) -> None:
+    c = Call(at)
+    sel = c.add("first", c["x"], axis="c")
+    index, pos = c.run(sel, c.add("positions", sel))
+    rows = sorted(set(at.row.tolist()))
+    assert index.tolist() == [min(i for i, r in enumerate(at.row.tolist()) if r == row) for row in rows]
+    assert pos.tolist() == [int(at.pos[at.row == row].min()) for row in rows]
+
+
 @given(ragged(), st.integers(0, 1 << 20))
 def test_which_restricts_to_a_mask_and_lift_puts_back(at: Tokens, bits: int) -> None:
     mask = torch.tensor([bool(bits >> i & 1) for i in range(len(at))])

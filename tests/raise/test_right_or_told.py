@@ -35,10 +35,20 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
         {**IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
         "gptj cannot be raised: its attention",
     ),
-    "T5": ({**IDS, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}, "T5Model does not run on input_ids"),
+    "T5": (
+        {**IDS, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+        "t5 cannot be raised: it has 2 streams: .* from decoder_input_ids, .* from input_ids",
+    ),
+    "Esm": (
+        {**IDS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96},
+        "esm cannot be raised: the model reads .*attention_mask",
+    ),
     "Mamba": ({**BASE, "state_size": 8}, "MambaForCausalLM cannot be traced"),
     "Lfm2": ({**BASE, "layer_types": ["conv", "full_attention"] * 2}, "lfm2 cannot be raised: operator aten.conv1d"),
-    "ViT": (dict(image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4, num_hidden_layers=2), "reads no input_ids"),
+    "Vilt": (
+        dict(image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4, num_hidden_layers=2),
+        "ViltModel cannot be traced",
+    ),
 }
 
 

@@ -26,6 +26,14 @@ def last(x: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Token
     return index, at.gather(index)
 
 
+@op(_last_type, makes_axis=True)
+def first(x: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+    """The index of the first token of every row that has tokens in the call, as the new axis ``axis``."""
+    before = torch.cat((at.row.new_full((1,), -1), at.row[:-1]))
+    index = (at.row != before).nonzero().flatten()
+    return index, at.gather(index)
+
+
 def _which_type(mask: Tensor, *, axis: str) -> Tensor:
     need(mask.dtype == "bool" and len(mask.axes) == 1, f"expected bool[t], got {mask}")
     return _child(mask, axis)

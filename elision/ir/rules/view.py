@@ -53,8 +53,8 @@ class View:
         return found
 
     def chosen(self, site: Site, axis: Axis | None) -> bool:
-        """True for an axis that leaves tokens of the call out, other than all but each row's last."""
-        return axis is not None and axis.parent is not None and self.makers.get((site.root.name, axis)) != "last"
+        """True for an axis that leaves tokens of the call out, other than all but each row's first or last."""
+        return axis is not None and axis.parent is not None and self.makers.get((site.root.name, axis)) not in ("first", "last")
 
 
 Rule = Callable[[View], Iterator[IllegalProgram]]
