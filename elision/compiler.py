@@ -43,10 +43,10 @@ def compile(
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
     """
     from elision.frontend.capture import capture
-    from elision.frontend.coverage import coverage
     from elision.frontend.raising import raise_model
     from elision.frontend.source import load_source
     from elision.frontend.stored import blocks_of
+    from elision.ir.coverage import coverage
     from elision.ir.retype import convert
     from elision.ir.weights import Blocks
     from elision.passes import InsertCache
@@ -82,7 +82,7 @@ def compile(
         convert(raised.weights, raised.program.params, program.params, stored),
         tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
         defaults=source.defaults,
-        coverage=coverage(raised, program),
+        coverage=coverage(raised.program, program),
         max_context=max_context or longest,
         max_batch=max_batch,
         threads=threads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,10 @@ log = logging.getLogger("elision")
 
 @dataclass
 class Raised:
-    """A raised model: its program (one entry, ``score``), weights by name, and what was left opaque, per part."""
+    """A raised model: its program (one entry, ``score``) and its weights by name."""
 
     program: Program
     weights: dict[str, Tensor]
-    opaque: dict[str, list[str]] = field(default_factory=dict)
 
 
 def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
@@ -134,8 +133,6 @@ class _Raiser:
         low.give(segment.start, stream)
         end = low.run(segment.nodes, self._regions(segment.nodes, segment.start), segment.end)
         graph = fuse_maps(b.build(b.named(end, "h")))
-        if low.opaque:
-            self.raised.opaque[name] = low.opaque
         weights = [self.operands.exact(o, segment) for o in formals]
         start = 0 if self.numbers.counted(segment) else 3
         check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment), start)
@@ -212,8 +209,6 @@ class _Raiser:
             epilogue = self._between(end, result)
             found = low.run(epilogue, self._regions(epilogue, end), result)
             outputs.append(b.named(found, name.replace(".", "_")))
-        if low.opaque:
-            self.raised.opaque["score"] = low.opaque
         return b.build(*outputs)
 
     def _offset(self, index: fx.Node) -> int | None:
