@@ -8,6 +8,7 @@ Each family runs in a process of its own with limits of CPU time and memory. Its
     told       refused with a sentence that says what is in the way
     not made   transformers' own model cannot be made tiny or does not run
     late       not done within the limits
+    fault      refused, but because of an error that nobody foresaw: a bug
     WRONG      raised, but something differs: a bug
     crash      an exception that is not ours: a bug
 
@@ -34,7 +35,7 @@ TABLE = ROOT / "benchmarks" / "results" / "2026-11-21-sweep.md"
 #: Imported once, before the processes of the families are forked off.
 PRELOAD = ["torch.export", "torch._dynamo", "transformers.models.llama.modeling_llama", "elision.compiler",
     "elision.frontend.raising", "elision.frontend.source", "elision.passes.pipeline", "elision.runtime.model"]  # fmt: skip
-OUTCOMES = ("right", "told", "not made", "late", "WRONG", "crash")
+OUTCOMES = ("right", "told", "not made", "late", "fault", "WRONG", "crash")
 MOST_PARAMETERS = 20_000_000
 
 
@@ -47,6 +48,7 @@ def outcome(family: str) -> tuple[str, str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     import elision
+    from elision.frontend.check import FAULT
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -67,7 +69,7 @@ def outcome(family: str) -> tuple[str, str]:
     try:
         compiled = elision.compile(model)
     except elision.ElisionError as error:
-        return "told", _sentence(error, named=False)
+        return "fault" if FAULT in str(error) else "told", _sentence(error, named=False)
     except Exception as error:
         return "crash", _sentence(error)
     opaque = ", ".join(f"{name} ({count})" for name, count in compiled.coverage["opaque"].items())
@@ -174,7 +176,7 @@ def main() -> int:
             progress.console.print(f"{family:24} {kind:8} {time.monotonic() - began:4.0f} s  {text[:150]}", markup=False)
             given.table.write_text(table(rows, transformers.__version__))
             progress.advance(task)
-    return int(any(rows[f][0] in ("WRONG", "crash") for f in families))
+    return int(any(rows[f][0] in ("fault", "WRONG", "crash") for f in families))
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ def compile(
     if raised.program.meta["causal"]:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     program = run(raised.program, chosen)
+    report = coverage(raised.program, program)
     native = None
-    if target == "cpu" and "step" in program.entries:
+    if target == "cpu" and "step" in program.entries and not any(report["entries"].values()):  # what is padded has no native form
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)
@@ -82,7 +83,7 @@ def compile(
         convert(raised.weights, raised.program.params, program.params, stored),
         tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
         defaults=source.defaults,
-        coverage=coverage(raised.program, program),
+        coverage=report,
         max_context=max_context or longest,
         max_batch=max_batch,
         threads=threads,

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import AnchorFinder, close
 from elision.frontend.capture import Captured
-from elision.frontend.check import check_program, check_template
+from elision.frontend.check import FAULT, check_program, check_template
 from elision.frontend.classify import classify_mask
 from elision.frontend.dense_experts import DenseExpertFinder
 from elision.frontend.evaluate import evaluate
@@ -50,16 +50,19 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
     Every template is checked against the sub-graph that it stands for, and the whole against the captured model. Raises
     UnsupportedModel when it has no attention or something in it cannot be said.
     """
-    graph = normalise(captured.graph)
-    captured = Captured(graph, captured.params, captured.source, captured.kinds, captured.inputs, captured.outputs)
-    taint = Taint(graph, captured.kinds)
     try:
+        graph = normalise(captured.graph)
+        captured = Captured(graph, captured.params, captured.source, captured.kinds, captured.inputs, captured.outputs)
+        taint = Taint(graph, captured.kinds)
         structure = find_structure(graph, taint)
         _need_attention(graph, structure)
         log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
         return _Raiser(captured, taint, structure, name, positions).run()
     except BadInput as err:
         raise UnsupportedModel(f"{name} cannot be raised: {err}") from err
+    except Exception as err:  # a model may hold anything; its user is told, whatever it is that we did not foresee
+        reason = next(iter(str(err).strip().splitlines()), "")
+        raise UnsupportedModel(f"{name} cannot be raised: {type(err).__name__}: {reason}. {FAULT}") from err
 
 
 def _need_attention(graph: fx.Graph, structure: Structure) -> None:

@@ -1,5 +1,5 @@
-"""What the compiler found in each family, read off its raised program. `python tests/raise/table.py` writes the table that is kept in
-elision/frontend/FAMILIES.md; `test_families.py` compares its rows."""
+"""What the compiler found in each family, read off its raised program. `python tests/raise/table.py` writes the table that is
+kept in elision/frontend/FAMILIES.md; `test_families.py` compares its rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT)]
 
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
 import elision  # noqa: E402
 from elision.errors import ElisionError  # noqa: E402
+from elision.ir.expr import compiled, operands  # noqa: E402
 from elision.ir.mask import Mask  # noqa: E402
 from elision.ir.states import KV  # noqa: E402
-from elision.ir.types import Tensor  # noqa: E402
 from elision.ir.value import Graph, Value  # noqa: E402
 from elision.ir.walk import Site, sites  # noqa: E402
 from elision.runtime.model import Model  # noqa: E402
@@ -25,6 +28,13 @@ from elision.runtime.model import Model  # noqa: E402
 KEPT = ROOT / "elision" / "frontend" / "FAMILIES.md"
 COLUMNS = ("family", "attention", "masks", "norms", "positions", "feed-forward", "coverage", "status")
 AGAIN = "python tests/raise/table.py"
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "SiLU": F.silu,
+    "GELU": F.gelu,
+    "GELU (tanh)": lambda x: F.gelu(x, approximate="tanh"),
+    "ReLU": F.relu,
+    "ReLU squared": lambda x: F.relu(x) ** 2,
+}
 Row = tuple[str, ...]
 
 
@@ -78,7 +88,7 @@ def _norms(found: list[Site]) -> str:
         stream = graph.inputs[0]
         for value in graph.values:
             if value.op == "norm" and len(value.tensor.axes) == 2:
-                if value.args[0] is stream:
+                if all(v is stream or v.op in ("map", "reduce") for v in _path(value.args[0])):
                     place = "pre"
                 elif value is graph.outputs[0] or _added(graph, value):
                     place = "post"
@@ -103,7 +113,8 @@ def _positions(found: list[Site]) -> str:
             kinds["ALiBi"] += 1
         else:
             kinds["none"] += 1
-    learned = any(s.value.op == "embed" and any(n.op == "positions" for n in _path(s.value.args[0])) for s in found if not s.frame.label)
+    embeds = [s.value for s in found if s.value.op == "embed" and not s.frame.label]
+    learned = any(n.op == "positions" for v in embeds for n in _path(v.args[0]))
     tables = {s.frame.source(s.value.args[1])[1] for s in found if s.value.op == "rope"}
     text = _counted(kinds) if not learned or set(kinds) != {"none"} else ""
     more = [f"{len(tables)} tables"] if len(tables) > 1 else []
@@ -119,11 +130,10 @@ def _feed_forward(found: list[Site]) -> str:
         gates = [v for v in graph.values if v.op == "map" and _between_products(graph, v)]
         for value in experts:
             count, route = value.args[3].tensor.axes[0], _origin(value.args[2])
-            text = f"{count} experts, {route.tensor.axes[-1] if isinstance(route.type, Tensor) else value.args[1].tensor.axes[-1]} a token"
-            kind = route.attr("kind") if route.op == "route" else None
-            kinds[f"{text}{f' ({kind})' if kind else ''}, {value.attr('expr')}{', shared' if gates else ''}"] += times
+            text = f"{count} experts, {value.args[1].tensor.axes[-1]} a token ({route.attr('kind') or route.op})"
+            kinds[f"{text}, {_function(value.attr('expr'))}{', and a shared one' if gates else ''}"] += times
         if gates and not experts:
-            kinds[f"{gates[0].attr('expr')}{', parallel' if attends else ''}"] += times
+            kinds[f"{_function(gates[0].attr('expr'))}{', parallel to attention' if attends else ''}"] += times
     return _counted(kinds)
 
 
@@ -186,14 +196,28 @@ def _between_products(graph: Graph, value: Value) -> bool:
 
 def _norm(value: Value) -> str:
     offset = " (1 + w)" if value.attr("offset") else ""
-    return f"{value.attr('kind')}{offset}{'' if len(value.args) > 1 else ' without weight'}"
+    centred = " of x - mean" if any(v.op == "reduce" for v in value.args[0].args) else ""
+    return f"{value.attr('kind')}{centred}{offset}{'' if len(value.args) > 1 else ' without weight'}"
+
+
+def _function(expr: str) -> str:
+    """The usual name of a pointwise function, found by evaluating it; else the expression."""
+    n = operands(expr)
+    x = [torch.linspace(-3, 3, 61, dtype=torch.float64) * (i + 1) - i for i in range(n)]
+    found = compiled(expr)(*x)
+    gated = len(x) == 2
+    for name, f in ACTIVATIONS.items():
+        wants = [f(x[0]) * x[1], f(x[1]) * x[0]] if gated else [f(x[0])]
+        if any(torch.allclose(found, want, rtol=0, atol=1e-9) for want in wants):
+            return f"{name}, gated" if gated else name
+    return expr
 
 
 def _counted(kinds: Counter[str]) -> str:
-    """``3 window(8), 1 causal``; without the count where there is one kind."""
+    """``3 x window(8); 1 x causal``; without the count where there is one kind."""
     if len(kinds) < 2:
         return next(iter(kinds), "")
-    return "; ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return "; ".join(f"{n} x {kind}" for kind, n in kinds.items())
 
 
 # --- the file ---
@@ -211,9 +235,10 @@ def text(rows: Iterable[Row]) -> str:
     head = [
         "# Families",
         "",
-        f"Read off the raised programs of tiny models by `{AGAIN}`, not written by hand; `tests/raise/test_families.py` compares every",
-        "row, and the tokens of every decoder with transformers'. Heads are those of the tiny models. Counts are of layers where they",
-        "differ; coverage is of operators. Every other causal-LM configuration of transformers: `benchmarks/sweep_families.py`.",
+        f"Read off the raised programs of tiny models by `{AGAIN}`, not written by hand; `tests/raise/test_families.py`",
+        "compares every row, and every decoder's tokens with those of transformers. Heads are of tiny models; where layers differ,",
+        "`2 x` counts them; coverage counts operators. For every other causal LM of transformers see",
+        "[the sweep](../../benchmarks/results/2026-11-21-sweep.md).",
         "",
     ]
     return "\n".join([*head, *lines, ""])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import decoder
+from right import VARIED, assert_right, assert_same_tokens
 from torch import nn
 
 import elision
@@ -21,12 +22,22 @@ class Summed(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def compiled() -> elision.Model:
+def original() -> nn.Module:
     """A Llama whose activation is an operator without a rule; it looks at one token at a time."""
     model = decoder("llama", num_hidden_layers=2)
     for layer in model.model.layers:
         layer.mlp.act_fn = Summed()
-    return elision.compile(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def compiled(original: nn.Module) -> elision.Model:
+    return elision.compile(original)
+
+
+def test_an_opaque_activation_runs_through_the_cache(original: nn.Module, compiled: elision.Model) -> None:
+    assert_right(original, compiled)
+    assert assert_same_tokens(original, compiled) >= VARIED
 
 
 def test_the_report_of_an_opaque_activation(compiled: elision.Model) -> None:
