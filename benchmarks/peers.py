@@ -144,8 +144,8 @@ def onnxruntime_genai(folder: Path, threads: int) -> Run:
     path = folder / "onnx-int4"
     if not (path / "genai_config.json").exists():
         source = huggingface(folder)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(path), "-p", "int4"]
-        subprocess.run([*command, "-e", "cpu", "--extra_options", "int4_accuracy_level=4"], check=True)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(path)]
+        subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", str(folder), "--extra_options", "int4_accuracy_level=4"], check=True)
     config = json.loads((path / "genai_config.json").read_text())
     options = config["model"]["decoder"]["session_options"]
     options["intra_op_num_threads"] = threads

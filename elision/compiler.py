@@ -43,11 +43,11 @@ def compile(
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
     """
     from elision.frontend.capture import capture
-    from elision.frontend.coverage import coverage
     from elision.frontend.inputs import left_out
     from elision.frontend.raising import raise_model
     from elision.frontend.source import load_source
     from elision.frontend.stored import blocks_of
+    from elision.ir.coverage import coverage
     from elision.ir.retype import convert
     from elision.ir.weights import Blocks
     from elision.passes import InsertCache
@@ -74,8 +74,9 @@ def compile(
     if raised.program.meta["causal"]:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     program = run(raised.program, chosen)
+    report = coverage(raised.program, program)
     native = None
-    if target == "cpu" and "step" in program.entries:
+    if target == "cpu" and "step" in program.entries and not any(report["entries"].values()):  # what is padded has no native form
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)
@@ -85,7 +86,7 @@ def compile(
         convert(raised.weights, raised.program.params, program.params, stored),
         tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
         defaults=source.defaults,
-        coverage=coverage(raised, program),
+        coverage=report,
         max_context=max_context or longest,
         max_batch=max_batch,
         threads=threads,

@@ -44,6 +44,7 @@ def is_artefact(source: str) -> bool:
 
 def with_passes(model: Model, passes: Sequence[str]) -> Model:
     """The same model with more passes applied to its program."""
+    from elision.ir.coverage import left
     from elision.ir.retype import convert
     from elision.passes.pipeline import run
 
@@ -53,7 +54,7 @@ def with_passes(model: Model, passes: Sequence[str]) -> Model:
         convert(model.weights, model.program.params, program.params),
         tokenizer=model.tokenizer,
         defaults=model.defaults,
-        coverage=model.coverage,
+        coverage={**model.coverage, **left(program)},
         max_context=model.max_context,
         max_batch=model.max_batch,
         threads=model.threads,

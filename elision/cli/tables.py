@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from rich.table import Table
 
 from elision.errors import BadInput
 from elision.ir.cost import Row, floor, total
 from elision.ir.cost import cost as cost_of
+from elision.ir.coverage import PHASES
 from elision.ir.op import Sizes
 from elision.runtime.model import Model
-
-#: Tokens of one call by phase, for one row.
-PHASES = {"prefill": 512, "step": 1, "score": 512}
 
 
 def cost(model: Model, context: int | None, bandwidth: float, flops: float) -> Iterator[Table]:
@@ -53,20 +50,33 @@ def _numbers(row: Row) -> list[str]:
     return [f"{n / 1e6:.2f}" for n in parts]
 
 
-def coverage(model: Model) -> Iterator[Any]:
-    """What was raised, what stayed opaque, and what cannot be done because of it."""
+def coverage(model: Model) -> Iterator[Table]:
+    """What was raised, what stayed opaque and where, and the passes that cannot act on the program."""
+    from elision.passes.available import unavailable
+
     found = model.coverage
-    raised, opaque = sum(found["sites"].values()) - found["sites"].get("aten", 0), sum(found["opaque"].values())
-    table = Table("op", "sites", title=f"{model.program.name}: {raised} operators raised, {opaque} opaque")
-    for op, count in sorted(found["sites"].items(), key=lambda item: -item[1]):
-        table.add_row(op, str(count))
+    sites, opaque = found["sites"], found["opaque"]
+    raised = sum(sites.values()) - sites.get("aten", 0)
+    title = f"{model.program.name}: {raised} operators raised, {sum(opaque.values())} opaque"
+    table = Table("op", "raised", "opaque", title=title)
+    for op, count in sorted(sites.items(), key=lambda item: -item[1]):
+        if op != "aten":
+            table.add_row(op, str(count), "")
+    for name, count in opaque.items():
+        table.add_row(f"aten {name}", "", str(count))
     yield table
-    for name, count in found["opaque"].items():
-        yield f"opaque: {name} ({count})"
-    rows = ", ".join(f"{entry} {count}" for entry, count in found["entries"].items())
-    yield f"aten rows by entry: {rows}"
-    if opaque:
-        yield "unavailable: passes that change a token axis are refused across opaque operators (rule axis)"
+    table = Table("entry", "opaque", "FLOPs raised", "left to torch")
+    for entry, count in found["entries"].items():
+        names = ", ".join(f"{name} ({n})" for name, n in found["left"][entry].items())
+        table.add_row(entry, str(count), f"{100 * found['flops'][entry]:.1f} %", names or "nothing")
+    yield table
+    table = Table("pass", "unavailable because")
+    for text, reason in unavailable(model.program).items():
+        table.add_row(text, reason)
+    if sum(found["entries"].values()):
+        table.add_row("any that selects tokens", "rule axis: an opaque operator may read neighbouring tokens")
+    if table.rows:
+        yield table
 
 
 def passes(family: str | None) -> Table:

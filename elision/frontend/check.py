@@ -25,6 +25,7 @@ from elision.ir.types import DTYPES, FLOATS, Axis
 from elision.ir.types import Tensor as TensorType
 from elision.ir.value import Builder, Graph, Value, rewrite
 
+FAULT = "This is a fault of the frontend: please report the model"
 #: Whole model in its own dtype: largest difference relative to the largest logit. Models force float32 inside norms and
 #: rope, which in a float64 model the ops do not.
 MODEL_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -52,7 +53,7 @@ def check_template(
     if not error <= TOLERANCE:
         raise UnsupportedModel(
             f"template {graph.name} of layer {segment.layer} differs from the model by {error:.2e} (relative, float64); "
-            f"expected at most {TOLERANCE:.0e}. This is a fault of the frontend: please report the model"
+            f"expected at most {TOLERANCE:.0e}. {FAULT}"
         )
 
 
@@ -95,7 +96,7 @@ def check_program(program: Program, weights: dict[str, Tensor], captured: Captur
         if not error <= MODEL_TOLERANCE[exact.dtype]:
             raise UnsupportedModel(
                 f"{name} of the raised {program.name} differs from the model by {error:.2e} of the largest value; expected at "
-                f"most {MODEL_TOLERANCE[exact.dtype]:.0e}. This is a fault of the frontend: please report the model"
+                f"most {MODEL_TOLERANCE[exact.dtype]:.0e}. {FAULT}"
             )
 
 

@@ -36,7 +36,6 @@ class Lowering:
     ``outside(node, transposed)`` gives the value of something that is not a token value (a weight, or its transpose);
     ``frequencies(cos, sin)`` those of a rotation; ``constant(node)`` is a constant's value; ``mask`` is how the graph
     names the mask of an attention node.
-    ``opaque`` collects the operators without a rule.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Lowering:
         self._b, self.layouts, self.outside = builder, layouts, outside
         self._frequencies, self._mask, self.constant = frequencies, mask, constant
         self._values: dict[fx.Node, Slot] = {}
-        self.opaque: list[str] = []
 
     def give(self, node: fx.Node, value: Value) -> None:
         """The value of a node that comes from outside (the stream, the token ids)."""

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 
 def keep(low: Lowering, node: fx.Node) -> Value:
-    """The operator as it is, between `pad` and `unpad`; counted in ``low.opaque``. Raises UnsupportedModel where that
+    """The operator as it is, between `pad` and `unpad`. Raises UnsupportedModel where that
     cannot be said."""
-    name = operator_name(node).removeprefix("aten::")
     layout, value = low.layouts.of(node), node.meta.get("val")
     if (
         not operator_name(node).startswith("aten::")
@@ -52,7 +51,6 @@ def keep(low: Lowering, node: fx.Node) -> Value:
     rows, length = padded.tensor.axes[:2]
     results = TensorType((rows, length, *layout.features), parse_dtype(value.dtype))
     overload = str(node.target).removeprefix("aten.")
-    low.opaque.append(name)
     attrs: dict[str, Any] = {"function": overload, "template": template, "results": results}
     if is_rowwise(overload, template, [v.tensor for v in operands]):
         attrs["rowwise"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import AnchorFinder, close
 from elision.frontend.capture import Captured
-from elision.frontend.check import check_program, check_template
+from elision.frontend.check import FAULT, check_program, check_template
 from elision.frontend.classify import classify_mask
 from elision.frontend.dense_experts import DenseExpertFinder
 from elision.frontend.evaluate import evaluate
@@ -42,11 +42,10 @@ log = logging.getLogger("elision")
 
 @dataclass
 class Raised:
-    """A raised model: its program (one entry, ``score``), weights by name, and what was left opaque, per part."""
+    """A raised model: its program (one entry, ``score``) and its weights by name."""
 
     program: Program
     weights: dict[str, Tensor]
-    opaque: dict[str, list[str]] = field(default_factory=dict)
 
 
 def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
@@ -55,10 +54,10 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
     Every template is checked against the sub-graph that it stands for, and the whole against the captured model. Raises
     UnsupportedModel when it has no attention or something in it cannot be said.
     """
-    graph = normalise(captured.graph)
-    captured = Captured(graph, captured.params, captured.source, captured.kinds, captured.inputs, captured.outputs)
-    taint = Taint(graph, captured.kinds)
     try:
+        graph = normalise(captured.graph)
+        captured = Captured(graph, captured.params, captured.source, captured.kinds, captured.inputs, captured.outputs)
+        taint = Taint(graph, captured.kinds)
         structure = find_structure(graph, taint)
         _need_attention(graph, structure)
         log.info("structure: %d layers, %d blocks, %d templates", structure.layers, len(structure.segments), structure.templates)
@@ -68,6 +67,9 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
         if len(streams) > 1:
             raise UnsupportedModel(told(name, streams)) from err
         raise UnsupportedModel(f"{name} cannot be raised: {err}") from err
+    except Exception as err:  # a model may hold anything; its user is told, whatever it is that we did not foresee
+        reason = next(iter(str(err).strip().splitlines()), "")
+        raise UnsupportedModel(f"{name} cannot be raised: {type(err).__name__}: {reason}. {FAULT}") from err
 
 
 def _need_attention(graph: fx.Graph, structure: Structure) -> None:
@@ -142,8 +144,6 @@ class _Raiser:
         low.give(segment.start, stream)
         end = low.run(segment.nodes, self._regions(segment.nodes, segment.start), segment.end)
         graph = fuse_maps(b.build(b.named(end, "h")))
-        if low.opaque:
-            self.raised.opaque[name] = low.opaque
         weights = [self.operands.exact(o, segment) for o in formals]
         start = 0 if self.numbers.counted(segment) else 3
         check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment), start)
@@ -229,8 +229,6 @@ class _Raiser:
             epilogue = between(self.taint, end, result)
             found = low.run(epilogue, self._regions(epilogue, end), result)
             outputs.append(b.named(found, name.replace(".", "_")))
-        if low.opaque:
-            self.raised.opaque["score"] = low.opaque
         return b.build(*outputs)
 
     def _offset(self, index: fx.Node) -> int | None:

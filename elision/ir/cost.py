@@ -43,7 +43,7 @@ def cost(program: Program, entry: str, sizes: Sizes) -> list[Row]:
 
     ``sizes.tokens``: tokens of the call over all rows; ``sizes.context``: entries that each attends to, itself included. An axis
     whose size is not given by name has one token per row if `first`, `last` or `root` makes it, else ``sizes.tokens``. A `when`
-    counts as taken; an opaque operator counts its bytes, not its FLOPs.
+    counts as taken; the FLOPs of an opaque operator are an estimate (`elision.ir.ops.aten`).
     """
     graphs = program.graphs()
     if entry not in graphs:

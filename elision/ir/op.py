@@ -157,7 +157,9 @@ class Sizes:
         """Elements along an axis."""
         if isinstance(dim, int):
             return dim
-        usual = {"b": self.rows, "rows": self.rows, "length": -(-self.tokens // self.rows), "entries": self.context}
+        if dim.name == "length" and dim.parent is not None:  # of the tokens that were padded, per row
+            return -(-self.of(dim.parent) // self.rows)
+        usual = {"b": self.rows, "rows": self.rows, "entries": self.context}
         return self.axes.get(dim.name, usual.get(dim.name, self.tokens))
 
     def elements(self, type: Tensor) -> int:

@@ -39,6 +39,12 @@ class Pass:
         """Rewrite the program. Raises BadInput when the pass finds nothing to act on, saying what it saw instead."""
         raise NotImplementedError
 
+    @classmethod
+    def example(cls, program: Program) -> Pass:
+        """The least setting that does something to the program, with which it is tried whether the pass can act on it at all.
+        A pass whose fields have no defaults, or whose defaults do nothing, says its own."""
+        return cls()
+
     def text(self) -> str:
         """The pass as text, ``name:field=value,..``, without the fields that have their default."""
         shown = [f"{f.name}={_show(v)}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]

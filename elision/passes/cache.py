@@ -34,6 +34,8 @@ class InsertCache(Pass):
     def apply(self, program: Program) -> None:
         if set(program.entries) != {"score"}:
             raise BadInput(f"insert-cache: expected a freshly raised program, got the entries {', '.join(program.entries)}")
+        if not program.meta.get("causal", True):
+            raise BadInput(f"insert-cache: {program.name} sees later tokens too (it is an encoder): nothing to keep")
         plain = program.entries["score"]
         caches = {name: _fresh_types(graph) for name, graph in program.templates.items()}
         if not any(caches.values()):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from elision.errors import ArtefactError, BadInput, IllegalProgram
+from elision.ir.coverage import is_report
 from elision.ir.layout import nbytes
 from elision.ir.parser import parse_program
 from elision.ir.printer import print_program
@@ -35,7 +36,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "passes": lambda v: isinstance(v, list) and all(isinstance(p, str) for p in v),
     "quality": lambda v: v in QUALITIES,
     "targets": lambda v: v == ["reference"],
-    "coverage": lambda v: isinstance(v, dict),
+    "coverage": is_report,
     "state_bytes": lambda v: isinstance(v, dict),
     "tensors": lambda v: isinstance(v, list),
     "defaults": lambda v: isinstance(v, dict),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import DECODERS, decoder
+from table import AGAIN, KEPT, read, row
 from torch import nn
 
 import elision
@@ -62,6 +63,15 @@ def test_tokens_logits_and_coverage(family: str) -> None:
         want = source(family)(tokens).logits
     assert float((model(tokens).logits - want).abs().max()) <= 1e-5 * float(want.abs().max())
     assert torch.equal(greedy(model, family), tokens)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_table_has_its_row(family: str) -> None:
+    assert read().get(family) == row(family, compiled(family)), f"{KEPT} is not what is raised: run {AGAIN}"
+
+
+def test_the_table_has_no_other_rows() -> None:
+    assert list(read()) == list(DECODERS), f"{KEPT} is not what is raised: run {AGAIN}"
 
 
 @pytest.mark.parametrize("family", DECODERS)

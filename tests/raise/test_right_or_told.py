@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import BASE, GROUPS, LATENT
+from right import assert_right, shaken
 from torch import nn
 
 import elision
@@ -56,25 +57,13 @@ def model(family: str, values: dict[str, Any]) -> nn.Module:
     config = getattr(transformers, f"{family}Config")(**values)
     torch.manual_seed(0)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    found: nn.Module = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config).eval()
-    for name, p in found.named_parameters():
-        noise = torch.randn(p.shape)
-        p.data = noise * (1.0 if "embed" in name else 2.0 * p.shape[-1] ** -0.5) if p.dim() > 1 else p.data + 0.1 * noise
-    return found
-
-
-def assert_right(original: Any) -> None:
-    compiled = elision.compile(original)
-    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        want = original(ids)
-    for name, value in compiled(ids).items():
-        assert float((value - want[name]).abs().max()) <= 1e-5 * float(want[name].abs().max()), name
+    return shaken((transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config))
 
 
 @pytest.mark.parametrize("family", RIGHT)
 def test_right(family: str) -> None:
-    assert_right(model(family, RIGHT[family]))
+    original = model(family, RIGHT[family])
+    assert_right(original, elision.compile(original))
 
 
 @pytest.mark.parametrize("family", TOLD)
@@ -83,6 +72,15 @@ def test_told(family: str) -> None:
     values, says = TOLD[family]
     with pytest.raises(elision.BadInput, match=says):
         elision.compile(model(family, values))
+
+
+def test_an_error_that_nobody_foresaw_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise IndexError("out of range\nin detail")
+
+    monkeypatch.setattr("elision.frontend.raising.check_program", broken)
+    with pytest.raises(UnsupportedModel, match="llama cannot be raised: IndexError: out of range. This is a fault of the front"):
+        elision.compile(model("Llama", BASE))
 
 
 def test_positions_that_depend_on_the_length_are_told() -> None:

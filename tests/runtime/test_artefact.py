@@ -156,6 +156,9 @@ def rebuilt(path: Path, to: Path, change: Callable[[dict[str, Any]], Any], text:
         (lambda m: m.update(max_batch=0), "max_batch"),
         (lambda m: m.update(defaults=[]), "defaults"),
         (lambda m: m.update(coverage=7), "coverage"),
+        (lambda m: m["coverage"].update(left=[]), "coverage"),
+        (lambda m: m["coverage"]["entries"].update(step="many"), "coverage"),
+        (lambda m: m["coverage"]["flops"].update(step=2.0), "coverage"),
         (lambda m: m.update(text=True), "tokenizer.json"),
     ],
 )

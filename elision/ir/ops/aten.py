@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from elision.errors import BadInput
-from elision.ir.op import need, op, token_axis
+from elision.ir.op import Cost, Sizes, need, op, token_axis
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Axis, Tensor
 
@@ -23,7 +23,22 @@ def _aten_type(*types: Tensor, function: str, template: tuple[Any, ...], results
     return results
 
 
-@op(_aten_type)
+def _aten_cost(sizes: Sizes, types: list[Tensor], result: Tensor, attrs: dict[str, Any]) -> Cost:
+    """FLOPs as torch counts them (products, convolutions, attention); at least one per element of the largest tensor."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shaped = tuple(torch.empty([sizes.of(d) for d in t.axes], dtype=DTYPES[t.dtype], device="meta") for t in types)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            call(attrs["function"], attrs["template"], shaped)
+        counted = counter.get_total_flops()
+    except (RuntimeError, TypeError, ValueError, IndexError):  # sizes that it was not raised for, or no rule for shapes alone
+        counted = 0
+    read = {i: float(sizes.bytes(t)) for i, t in enumerate(types)}
+    return Cost(float(max(counted, *(sizes.elements(t) for t in (*types, result)))), read, float(sizes.bytes(result)))
+
+
+@op(_aten_type, cost=_aten_cost)
 def aten(*x: torch.Tensor, function: str, template: tuple[Any, ...], results: Tensor, rowwise: bool = False) -> Any:
     """Call ``torch.ops.aten.<function>`` with positional arguments ``template``: ``("arg", i)`` stands for operand i,
     ``("list", ...)`` for a list. ``results`` is the type of the (one) result; ``rowwise`` says that it was seen to look at

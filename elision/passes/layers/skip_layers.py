@@ -29,6 +29,10 @@ class SkipLayers(Pass):
     family: ClassVar[str] = "layers"
     changes: ClassVar[str] = "blocks"
 
+    @classmethod
+    def example(cls, program: Program) -> SkipLayers:
+        return cls((next(iter(program.layers), 0),))
+
     def apply(self, program: Program) -> None:
         there = program.layers
         if self.half not in ("", "attn", "mlp"):
