@@ -145,10 +145,10 @@ def onnxruntime_genai(folder: Path, threads: int) -> Run:
     if not (path / "genai_config.json").exists():
         source = huggingface(folder)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(path)]
-        subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", str(folder), "--extra_options", "int4_accuracy_level=4"], check=True)
+        options = ["-p", "int4", "-e", "cpu", "-c", str(folder), "--extra_options", "int4_accuracy_level=4"]
+        subprocess.run([*command, *options], check=True)
     config = json.loads((path / "genai_config.json").read_text())
-    options = config["model"]["decoder"]["session_options"]
-    options["intra_op_num_threads"] = threads
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
     (path / "genai_config.json").write_text(json.dumps(config))
     model = og.Model(str(path))
 
