@@ -47,9 +47,7 @@ def supported(text: str) -> bool:
             if node.func.id not in (*_FUNCTIONS, "minimum", "maximum", "where"):
                 return False
         if isinstance(node, ast.BinOp):
-            if type(node.op) is ast.Pow and isinstance(node.right, ast.Constant) and node.right.value in (2, 3, 0.5, -0.5, -1):
-                continue
-            if type(node.op) not in _ARITHMETIC:
+            if type(node.op) not in _ARITHMETIC and not (type(node.op) is ast.Pow and _exponent(node) in _POWERS):
                 return False
     return True
 
@@ -67,8 +65,7 @@ def evaluate(fn: Fn, text: str, operands: Sequence[Val]) -> Val:
             return -of(node.operand)
         if isinstance(node, ast.BinOp):
             if isinstance(node.op, ast.Pow):
-                assert isinstance(node.right, ast.Constant)
-                return _power(fn, fn.value(of(node.left), type), node.right.value)  # type: ignore[arg-type]
+                return _power(fn, fn.value(of(node.left), type), _exponent(node))
             return _ARITHMETIC[node.op.__class__](of(node.left), of(node.right))
         if isinstance(node, ast.Compare):
             left = fn.value(of(node.left), type)
@@ -84,7 +81,18 @@ def evaluate(fn: Fn, text: str, operands: Sequence[Val]) -> Val:
     return fn.value(of(parse(text)), type)
 
 
-def _power(fn: Fn, x: Val, exponent: float) -> Val:
+_POWERS = (2, 3, 0.5, -0.5, -1)
+
+
+def _exponent(node: ast.BinOp) -> float | None:
+    """The constant exponent of a power."""
+    sign, right = 1, node.right
+    if isinstance(right, ast.UnaryOp):
+        sign, right = -1, right.operand
+    return sign * right.value if isinstance(right, ast.Constant) else None  # type: ignore[operator]
+
+
+def _power(fn: Fn, x: Val, exponent: float | None) -> Val:
     match exponent:
         case 2:
             return x * x

@@ -1,0 +1,74 @@
+"""Every decoder family as native code against the reference interpreter: logits of chunks and trees, tokens, ragged batches."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from families import DECODERS, decoder
+
+import elision
+from elision.ir import tree
+from elision.ir.tokens import Tokens
+from elision.runtime.model import Model
+from elision.runtime.session import Session
+
+LENGTHS, NEW = (21, 1, 13), 32
+TREES = (tree.Tree((-1, 0, 0, 1, 1, 2, 5)), tree.Tree((-1,)), tree.Tree((-1, *range(11))))
+
+
+@cache
+def both(family: str, **options: Any) -> tuple[Model, Model]:
+    """The model as native code for two threads, and the same program interpreted."""
+    native = elision.compile(decoder(family), threads=2, **options)
+    weights = {name: native.weights[name] for name in native.program.params}
+    plain = Model(native.program, weights, tokenizer=None, defaults={}, coverage=native.coverage, max_context=native.max_context)
+    return native, plain
+
+
+def close(found: torch.Tensor, want: torch.Tensor, bound: float = 1e-4) -> None:
+    assert float((found - want).abs().max()) <= bound * float(want.abs().max())
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 120, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(LENGTHS)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts()])
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in LENGTHS])
+    return ids, mask
+
+
+def step(session: Session, model: Model, trees: dict[int, tree.Tree]) -> torch.Tensor:
+    """Logits of drafted nodes, with tokens that depend on their place."""
+    row, pos, parent, anc = tree.pack(list(trees.values()), [session.committed[r] for r in trees])
+    at = Tokens(torch.tensor(list(trees))[row], pos, session.rows, parent, anc)
+    ids = (torch.arange(len(row)) * 37 + 11) % 100 + 5
+    found: torch.Tensor = session._run(model.program.entries["step"], {"ids": ids}, at)[0]
+    return found.clone()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@torch.inference_mode()
+def test_logits_of_chunks_and_trees(family: str) -> None:
+    native, plain = both(family)
+    for chunk in (512, 7):
+        fast, slow = Session(native._interpreter, 3, 64), Session(plain._interpreter, 3, 64)
+        close(fast.prefill(prompts(), chunk), slow.prefill(prompts(), chunk))
+        for trees in (dict(enumerate(TREES)), {0: TREES[0], 2: TREES[1]}):
+            close(step(fast, native, trees), step(slow, plain, trees))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_greedy_tokens_of_a_ragged_batch(family: str) -> None:
+    native, plain = both(family)
+    ids, mask = padded()
+    found = native.generate(ids, mask, max_new_tokens=NEW, eos_token_id=[])
+    assert torch.equal(found, plain.generate(ids, mask, max_new_tokens=NEW, eos_token_id=[]))
+    alone = native.generate(ids[:1], max_new_tokens=NEW, eos_token_id=[])
+    assert torch.equal(alone, found[:1])

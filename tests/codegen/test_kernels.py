@@ -1,0 +1,166 @@
+"""Every CPU kernel against the body of its op: shapes, broadcasts, gaps, threads, few tokens and many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from bench import Bench, Maker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elision.ir.expr import FUNCTIONS, canonical
+from elision.ir.tokens import Tokens
+from elision.ir.value import Value
+
+#: Examples of a test: each compiles many cases.
+FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
+Case = Callable[[Maker], tuple[Value, ...]]
+Cases = st.SearchStrategy[Case]
+sizes = st.sampled_from([1, 3, 8, 15, 16, 17, 24, 40])
+TOKENS = Tokens.chunk([5, 0, 9, 1], [0, 3, 70, 2])
+
+
+def check(cases: list[Case], at: Tokens = TOKENS, tolerance: float = 2e-5, spread: float = 1.0, hosts: set[str] | None = None) -> None:
+    bench = Bench()
+    for case in cases:
+        bench.add(case)
+    bench.compile(hosts)
+    bench.check(at, tolerance, spread)
+    if len(at) > 1:
+        bench.check(Tokens.chunk([1], [12]), tolerance, spread)  # a smaller call on the same tables
+
+
+@st.composite
+def linears(draw: st.DrawFn) -> Case:
+    width, out, biased, kind = draw(sizes), draw(sizes), draw(st.booleans()), draw(st.sampled_from(["plain", "gate", "residual", "row"]))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        x = m.x(width)
+        bias = (m.weight("b", out),) if biased else ()
+        y = m("linear", x, m.weight("w", out, width), *bias)
+        if kind == "gate":
+            y = m("map", y, m("linear", x, m.weight("u", out, width)), expr="silu(x0) * x1")
+        elif kind == "residual":
+            y = m("map", m.x(out), y, expr="x0 + 0.5 * x1")
+        elif kind == "row":
+            y = m("map", y, m.weight("r", out), expr="tanh(x0) * x1")
+        return (y,)
+
+    return make
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> Case:
+    width, parts = draw(sizes), draw(st.lists(sizes, min_size=2, max_size=3))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        found = m("linear", m.x(width), m.weight("w", sum(parts), width), splits=tuple(parts))
+        return tuple(m("map", part, expr="x0 * 2.0") for part in found)  # type: ignore[attr-defined]
+
+    return make
+
+
+@st.composite
+def norms(draw: st.DrawFn) -> Case:
+    size, heads, kind = draw(sizes.filter(lambda n: n > 1)), draw(st.sampled_from([0, 1, 3])), draw(st.sampled_from(["rms", "layer", "l2"]))
+    weights, per_head, offset = draw(st.integers(0, 2)), draw(st.booleans()), draw(st.sampled_from([0.0, 1.0]))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        shape = (heads, size) if heads else (size,)
+        own = shape if per_head else (size,)
+        more = [m.weight(f"w{i}", *own) for i in range(weights)]
+        return (m("norm", m.x(*shape), *more, kind=kind, eps=1e-5, offset=offset),)
+
+    return make
+
+
+@st.composite
+def ropes(draw: st.DrawFn) -> Case:
+    half, rest, heads = draw(st.sampled_from([1, 2, 8, 12, 16])), draw(st.sampled_from([0, 1, 8])), draw(st.integers(1, 3))
+    style, scale, gap = draw(st.sampled_from(["half", "interleaved"])), draw(st.sampled_from([1.0, 1.3])), draw(st.booleans())
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        width = 2 * half + rest
+        x = m.x(heads, width + (3 if gap else 0))
+        x = m("slice", x, start=2, stop=2 + width) if gap else x
+        return (m("rope", x, m.weight("f", half), style=style, scale=scale),)
+
+    return make
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> Case:
+    outer, width = draw(st.sampled_from([1, 3])), draw(sizes)
+    shapes = [(outer, width), (width,), (outer, 1), (1, width), (1,)]
+    first, others = (outer, width), draw(st.lists(st.sampled_from(shapes), min_size=1, max_size=3))
+    kinds = draw(st.lists(st.booleans(), min_size=len(others), max_size=len(others)))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        values = [m.x(*first)]
+        for i, (shape, weight) in enumerate(zip(others, kinds, strict=True)):
+            whole = weight or len(shape) == 2  # tokens broadcast over the right: all their features are given
+            values.append(m.weight(f"w{i}", *shape) if weight else m.x(*(shape if whole else (1, *shape))))
+        expr = " + ".join(f"x{i} * {i + 1}.5" for i in range(len(values)))
+        return (m("map", *values, expr=canonical(expr)),)
+
+    return make
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> Case:
+    heads, width = draw(st.integers(1, 3)), draw(st.sampled_from([2, 8, 17]))
+    cut = draw(st.integers(1, width - 1))
+    kind = draw(st.sampled_from(["halves", "flat", "heads"]))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        x = m("view", m.x(heads * width), shape=(heads, width))
+        a, b = m("slice", x, start=0, stop=cut), m("slice", x, start=cut, stop=width)
+        if kind == "halves":
+            return (m("concat", b, a),)
+        if kind == "heads":
+            return (m("concat", m("map", b, expr="-x0"), a),)
+        flat = m("view", m("concat", b, a), shape=(heads * width,))
+        return (m("linear", flat, m.weight("w", 5, heads * width)),)
+
+    return make
+
+
+@pytest.mark.parametrize("cases", [linears(), splits(), norms(), ropes(), maps(), moves()], ids=lambda c: str(c)[:7])
+def test_kernels(cases: Cases) -> None:
+    @FEW
+    @given(st.lists(cases, min_size=8, max_size=8))
+    def run(found: list[Case]) -> None:
+        check(found)
+
+    run()
+
+
+def expression(expr: str, operands: int) -> Case:
+    return lambda m: (m("map", *(m.x(19) for _ in range(operands)), expr=canonical(expr)),)
+
+
+EXPRESSIONS = {name: f"{name}(x0)" for name in FUNCTIONS if name not in ("where", "minimum", "maximum")}
+EXPRESSIONS |= {
+    "minimum": "minimum(x0, x1)", "maximum": "maximum(x0, 0.5)", "where": "where(x0 < x1, x0, x1 * 2.0)", "square": "x0 ** 2",
+    "cube": "x0 ** 3", "inverse": "(x0 ** 2 + 1.0) ** -1", "root": "(x0 ** 2) ** 0.5", "rroot": "(x0 ** 2 + 1.0) ** -0.5",
+    "log": "log(x0 ** 2 + 0.001)", "log1p": "log1p(x0 ** 2)", "sqrt": "sqrt(x0 ** 2)", "rsqrt": "rsqrt(x0 ** 2 + 0.01)",
+    "constant": "1.0 / (2.0 - x0 ** 2 * -1.0)", "negative": "-x0 - -2.0", "eq": "where(x0 == x0, x1, x0)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+def test_every_function(spread: float) -> None:
+    check([expression(e, 2) for e in EXPRESSIONS.values()], tolerance=2e-4 if spread > 3 else 2e-5, spread=spread)
+
+
+def test_embedding_and_last_tokens() -> None:
+    def embed(m: Maker) -> tuple[Value, ...]:
+        return (m("embed", m.x(dtype="i64"), m.weight("table", 100, 21)),)
+
+    def last(m: Maker) -> tuple[Value, ...]:
+        x = m("map", m.x(13), expr="x0 * 2.0")
+        return (m("restrict", x, m("last", x, axis="last")),)
+
+    check([embed], spread=1.0)
+    check([last], hosts={"last"})
