@@ -1,0 +1,137 @@
+"""Caches natively: append, attention over every kind of mask and group, trees, commit; against the interpreter on its own stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bench import Bench, Maker, close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elision.ir import tree
+from elision.ir.mask import Mask
+from elision.ir.states import KV, Dense, Float, Scratch, Segment
+from elision.ir.tokens import Tokens
+from elision.ir.value import Value
+
+FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
+ROWS, CAPACITY = 4, 200
+masks = st.one_of(
+    st.just(Mask()), st.just(Mask("full")), st.builds(Mask, st.just("window"), st.integers(1, 40)),
+    st.builds(Mask, st.just("chunk"), st.integers(1, 40)),
+)  # fmt: skip
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "heads": draw(st.integers(1, 3)),
+        "group": draw(st.integers(1, 9)),
+        "dim": draw(st.sampled_from([1, 6, 16, 20])),
+        "vdim": draw(st.sampled_from([8, 16, 40])),
+        "k": draw(st.sampled_from(["f32", "bf16", "f16"])),
+        "v": draw(st.sampled_from(["f32", "bf16", "f16"])),
+        "mask": draw(masks),
+        "softcap": draw(st.sampled_from([None, None, 1.5])),
+        "extras": draw(st.sampled_from([(), ("sinks",), ("slopes",)])),
+    }
+
+
+def attention(site: dict[str, Any]) -> Any:
+    def make(m: Maker) -> tuple[Value, ...]:
+        heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
+        k, v = Float(site["k"]), Float(site["v"])
+        type = KV(heads, dim, vdim, (Segment(Dense(), k, v), Segment(Scratch(64), k, v)))
+        queries, keys, values = m.x(heads * site["group"], dim), m.x(heads, dim), m.x(heads, vdim)
+        state = m("append", m.state(type), keys, values)
+        extra = [m.weight(name, heads * site["group"]) for name in site["extras"]]
+        softcap = {"softcap": site["softcap"]} if site["softcap"] else {}
+        found = m("attend", queries, state, *extra, mask=site["mask"], scale=0.3, extras=site["extras"], **softcap)
+        return found, state
+
+    return make
+
+
+def nodes(trees: dict[int, tree.Tree], committed: list[int]) -> Tokens:
+    row, pos, parent, anc = tree.pack(list(trees.values()), [committed[r] for r in trees])
+    return Tokens(torch.tensor(list(trees))[row], pos, ROWS, parent, anc)
+
+
+def chain(n: int) -> tree.Tree:
+    return tree.Tree((-1, *range(n - 1)))
+
+
+def scenario(bench: Bench, lengths: list[list[int]], trees: list[dict[int, tree.Tree]], threads: int) -> None:
+    """Chunks of prefill, then rounds that draft, commit part of every tree, and go on."""
+    fast, slow = bench.stores(ROWS, CAPACITY)
+    committed = [0] * ROWS
+    prefill = [e for e in bench.program.entries if e.startswith("prefill")]
+    step = [e for e in bench.program.entries if e.startswith("step")]
+
+    def each(entries: list[str], at: Tokens, what: str) -> None:
+        for entry in entries:
+            for found, want in bench.run(entry, at, threads, bench.inputs(entry, len(at)), (fast, slow)):
+                close(found, want, 1e-4, f"{entry} {what} {threads} threads")
+
+    for part in lengths:
+        each(prefill, Tokens.chunk(part, committed), f"prefill {part}")
+        committed = [a + b for a, b in zip(committed, part, strict=True)]
+        same(fast, slow)
+    for drafted in trees:
+        each(step, nodes(drafted, committed), f"trees {drafted}")
+        paths = [drafted[r].path(len(drafted[r].parent) // 2) if r in drafted else [] for r in range(ROWS)]
+        names = bench.engines[threads].schedules["commit"].states
+        bench.engines[threads].commit([fast[n] for n in names], paths)
+        for store in slow.values():
+            store.commit(paths)
+        committed = [a + len(p) for a, p in zip(committed, paths, strict=True)]
+        same(fast, slow)
+
+
+def same(fast: Any, slow: Any) -> None:
+    """What is stored is equal, code by code."""
+    for name, a in fast.items():
+        b = slow[name]
+        assert torch.equal(a.lengths(), b.lengths()), name
+        n = int(a.lengths().max())
+        assert torch.equal(a.positions(), b.positions()), name
+        there = (torch.arange(n) < a.lengths()[..., None])[..., None]
+        for what in "kv":
+            assert torch.equal(a.entries(what, n) * there, b.entries(what, n) * there), f"{name} {what}"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attention(threads: int) -> None:
+    @FEW
+    @given(st.lists(sites(), min_size=5, max_size=5), st.randoms(use_true_random=False))
+    def run(found: list[dict[str, Any]], rng: Any) -> None:
+        bench = Bench()
+        for site in found:
+            bench.add(attention(site))
+        bench.compile()
+        lengths = [[rng.choice([0, 1, 5, 17, 70]) for _ in range(ROWS)] for _ in range(3)]
+        lengths[0][0] = 150 if rng.random() < 0.5 else 9  # more than one chunk of blocks
+        lengths[1][0] = lengths[2][0] = 3
+        lengths[2] = [1, 0, 2, 0]
+        lengths = [[min(n, 70) if r else n for r, n in enumerate(part)] for part in lengths]
+        trees = [
+            {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 2: chain(12)},
+            {r: chain(1) for r in range(ROWS)},
+            {1: tree.Tree((-1, *(rng.randrange(i) for i in range(1, 20)))), 3: chain(2)},
+            {0: chain(1)},
+        ]
+        scenario(bench, lengths, trees, threads)
+
+    run()
+
+
+def test_a_tree_of_64_nodes() -> None:
+    bench = Bench()
+    for mask in (Mask(), Mask("window", 5), Mask("chunk", 4)):
+        bench.add(attention({"heads": 2, "group": 2, "dim": 8, "vdim": 8, "k": "f32", "v": "f32", "mask": mask, "softcap": None, "extras": ()}))
+    bench.compile()
+    wide = tree.Tree((-1, *(i // 2 for i in range(63))))
+    for threads in (1, 2):
+        scenario(bench, [[9, 0, 3, 1]], [{0: wide, 3: chain(64)}, {1: chain(3)}], threads)
