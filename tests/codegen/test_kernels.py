@@ -164,3 +164,32 @@ def test_embedding_and_last_tokens() -> None:
 
     check([embed], spread=1.0)
     check([last], hosts={"last"})
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Case:
+    count, k, width = draw(st.sampled_from([2, 4, 9])), draw(st.integers(1, 2)), draw(sizes)
+    inner, kind, renormalise = draw(st.sampled_from([16, 32])), draw(st.sampled_from(["softmax", "sigmoid"])), draw(st.booleans())
+    biased, halves, weighted = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["input", "output"]))
+    out = draw(st.sampled_from([16, 48] if biased else [5, 16, 40]))
+    expr = draw(st.sampled_from(["silu(x0) * x1", "gelu(x0)"]))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        x, parts = m("map", m.x(width), expr="x0 * 1.5"), 2 if "x1" in expr else 1
+        weight, index = m("route", m.x(count), k=k, kind=kind, renormalise=renormalise)  # type: ignore[misc]
+        biases = [m.weight("bu", count, parts * inner), m.weight("bd", count, out)] if biased else []
+        up, down = m.weight("up", count, parts * inner, width), m.weight("down", count, out, inner)
+        y = m("experts", x, weight, index, up, down, *biases, expr=expr, halves=halves, weighted=weighted)
+        return m("map", y, expr="x0 + 1.0"), weight, index
+
+    return make
+
+
+@FEW
+@given(st.lists(mixtures(), min_size=6, max_size=6))
+def test_experts(cases: list[Case]) -> None:
+    check(cases)
+
+
+def test_routing_ties_go_to_the_smaller_index() -> None:
+    check([lambda m: m("route", m("map", m.x(6), expr="floor(x0)"), k=4)])  # type: ignore[arg-type,return-value]

@@ -7,7 +7,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attend, cache, expression, linear, rows
+from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, rows
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
@@ -292,4 +292,6 @@ _RULES: dict[str, Rule] = {
     "concat": _concat,
     "append": _append,
     "attend": _attend,
+    "route": lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
+    "experts": lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value),
 }

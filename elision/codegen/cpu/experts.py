@@ -1,0 +1,217 @@
+"""Kernels of a mixture of experts: routing, pairs of token and choice listed by expert, and the two products over such lists.
+
+Every expert's panels are read once, as one stream, for all tokens that were sent to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from elision.codegen.cpu import vector_math as vm
+from elision.codegen.cpu.emit import LANES, VF, Fn, Val
+from elision.codegen.cpu.expression import evaluate
+from elision.codegen.cpu.kernel import Kernel, Rows
+from elision.codegen.cpu.linear import VECTORS, dot
+from elision.ir.packing import PANEL, panel_bytes, panels
+
+TILES = (4, 2, 1)  # pairs of a register tile
+HIDDEN = -3.4e38
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What is fixed in the code of the products: ``count`` experts, ``choices`` per token, channels, f and its ``parts``."""
+
+    count: int
+    choices: int
+    width: int
+    inner: int
+    out: int
+    expr: str
+    parts: int
+    halves: bool
+    weighted: str
+    biased: bool
+
+
+def route(name: str, experts: int, k: int, kind: str, renormalise: bool) -> Kernel:
+    """`route`: the k largest logits of every token one after the other, ties to the smaller index."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, x, weight, index, left = (kernel.axis(), *(kernel.tensor(n) for n in ("x", "weight", "index", "left")))
+    scores = left.base
+    with kernel.tokens(axis) as t:
+        logits, gates, chosen = x.token(t), weight.token(t), index.token(t, "i64")
+        with fn.loop(0, experts, 1, [fn.const(HIDDEN, "f32")]) as loop:
+            value = fn.load(logits, "f32", loop.index)
+            fn.store(value, scores, loop.index)
+            loop.give(fn.maximum(loop.carried[0], value))
+        top = loop.results[0]
+        with fn.loop(0, experts, 1, [fn.const(0.0, "f32")]) as loop:
+            loop.give(loop.carried[0] + vm.exp(fn, fn.load(logits, "f32", loop.index) - top))
+        total = loop.results[0]
+        kept = fn.const(0.0, "f32")
+        for j in range(k):
+            start = [fn.const(-float("inf"), "f32"), fn.const(0, "i64")]
+            with fn.loop(0, experts, 1, start) as loop:
+                value = fn.load(scores, "f32", loop.index)
+                better = fn.compare(value, "ogt", loop.carried[0])
+                loop.give(fn.select(better, value, loop.carried[0]), fn.select(better, loop.index, loop.carried[1]))
+            best, place = loop.results
+            p = vm.exp(fn, best - top) / total if kind == "softmax" else vm.sigmoid(fn, best)
+            kept = kept + p
+            fn.store(p, gates, j)
+            fn.store(place, chosen, j)
+            fn.store(fn.const(-float("inf"), "f32"), scores, place)
+        if renormalise:
+            for j in range(k):
+                fn.store(fn.load(gates, "f32", j) / kept, gates, j)
+    return kernel
+
+
+def dispatch(name: str, experts: int, k: int) -> Kernel:
+    """Pairs ``token * k + choice`` in the order of their experts (``order``); expert e's are ``starts[e] .. starts[e + 1] - 1``.
+    A counting sort; every thread keeps its own."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, index, order, starts = kernel.axis(), kernel.tensor("index"), kernel.tensor("order"), kernel.tensor("starts")
+    zero = fn.const(0, "i64")
+    with fn.loop(0, experts + 2) as loop:
+        fn.store(zero, starts.base, loop.index)
+
+    def each(body: Callable[[Val, Val], None]) -> None:
+        with fn.loop(0, axis.count) as tokens:
+            chosen = index.token(tokens.index, "i64")
+            with fn.loop(0, k) as choices:
+                body(fn.load(chosen, "i64", choices.index), tokens.index * k + choices.index)
+
+    def count(expert: Val, pair: Val) -> None:
+        fn.store(fn.load(starts.base, "i64", expert + 2) + 1, starts.base, expert + 2)
+
+    def place(expert: Val, pair: Val) -> None:
+        at = fn.load(starts.base, "i64", expert + 1)
+        fn.store(pair, order.base, at)
+        fn.store(at + 1, starts.base, expert + 1)
+
+    each(count)
+    with fn.loop(1, experts + 2) as loop:
+        fn.store(fn.load(starts.base, "i64", loop.index) + fn.load(starts.base, "i64", loop.index - 1), starts.base, loop.index)
+    each(place)
+    return kernel
+
+
+class _Listed(Rows):
+    """Rows by place in the list of pairs: those of the pair's token, or of the pair (``width`` channels each)."""
+
+    def __init__(self, rows: Rows, order: Val, k: int, width: int) -> None:
+        super().__init__(rows.fn, rows.base, rows.stride)
+        self._order, self._k, self._width = order, k, width
+
+    def pair(self, i: Val) -> tuple[Val, Val]:
+        """Token and choice."""
+        pair = self.fn.load(self._order, "i64", i)
+        return pair // self._k, pair % self._k
+
+    def token(self, i: Val, unit: str = "f32") -> Val:
+        token, choice = self.pair(i)
+        return self.fn.at(super().token(token, unit), choice * self._width, unit)
+
+
+def _tiles(fn: Fn, begin: Val, end: Val, body: Callable[[Val, int], None]) -> None:
+    done = begin
+    for tile in TILES:
+        stop = end - (end - done) % tile if tile > 1 else end
+        with fn.loop(done, stop, tile) as loop:
+            body(loop.index, tile)
+        done = stop
+
+
+def up(name: str, site: Experts) -> Kernel:
+    """``h[pair] = f(up[e] x[token])``, for the panels of this thread."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    kernel.axis()
+    x, gates, order, starts, h = (kernel.tensor(n) for n in ("x", "gates", "order", "starts", "h"))
+    weight, bias = kernel.weight("up"), kernel.weight("bias") if site.biased else None
+    wide = site.inner * site.parts
+    size, per_expert = panel_bytes("panel:f32", site.width), panels(wide)
+    own = VECTORS if site.halves else VECTORS // site.parts  # vectors of results that one panel gives
+    step = site.inner // PANEL  # panels from one part to the next
+    low, high = kernel.part(fn.const(site.inner // (own * LANES), "i64"))
+    rows = _Listed(x, order.base, site.choices, 0)
+    with fn.loop(low, high) as loop, fn.loop(0, site.count) as experts:
+        columns = loop.index * (own * LANES)
+        here = [
+            fn.at(weight, (experts.index * per_expert + loop.index + i * step) * size)
+            for i in range(site.parts if site.halves else 1)
+        ]
+        shifts = [experts.index * wide + loop.index * PANEL + i * site.inner for i in range(len(here))]
+
+        def tile_of(at: Val, tile: int) -> None:
+            found = [dot(fn, "f32", panel, rows, at, tile, site.width) for panel in here]
+            for t in range(tile):
+                token, choice = rows.pair(at + t)
+                values = [list(part[t]) for part in found]
+                if site.weighted == "input":
+                    gate = fn.splat(fn.load(gates.token(token), "f32", choice))
+                    values = [[v * gate for v in part] for part in values]
+                if bias is not None:
+                    values = [
+                        [v + fn.load(bias, VF, shift + i * LANES, "f32") for i, v in enumerate(part)]
+                        for part, shift in zip(values, shifts, strict=True)
+                    ]
+                operands = list(zip(*values, strict=True)) if site.halves else [_apart(fn, values[0], site.parts)]
+                place = fn.at(h.token(token), choice * site.inner, "f32")
+                for i, parts in enumerate(operands):
+                    fn.store(evaluate(fn, site.expr, parts), place, columns + i * LANES, "f32")
+
+        begin = fn.load(starts.base, "i64", experts.index)
+        _tiles(fn, begin, fn.load(starts.base, "i64", experts.index + 1), tile_of)
+    return kernel
+
+
+def _apart(fn: Fn, vectors: list[Val], parts: int) -> tuple[Val, ...]:
+    """The channels of a panel whose parts are interleaved."""
+    if parts == 1:
+        return tuple(vectors)
+    a, b = vectors
+    orders = (", ".join(str(2 * i + part) for i in range(LANES)) for part in range(2))
+    return tuple(fn.emit(f"vector.shuffle {a.name}, {b.name} [{order}] : {VF}, {VF}", VF) for order in orders)
+
+
+def down(name: str, site: Experts) -> Kernel:
+    """``out[token] = sum of gate * down[e] h[pair]`` over its choices, for the panels of this thread."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis = kernel.axis()
+    h, gates, order, starts, out = (kernel.tensor(n) for n in ("h", "gates", "order", "starts", "out"))
+    weight, bias = kernel.weight("down"), kernel.weight("bias") if site.biased else None
+    size, per_expert = panel_bytes("panel:f32", site.inner), panels(site.out)
+    low, high = kernel.part(fn.const(per_expert, "i64"))
+    rows = _Listed(h, order.base, site.choices, site.inner)
+    with fn.loop(low, high) as loop:
+        columns = loop.index * PANEL
+        with fn.loop(0, axis.count) as tokens:
+            for i in range(VECTORS):
+                fn.store(fn.const(0.0, VF), out.token(tokens.index), columns + i * LANES, "f32")
+        with fn.loop(0, site.count) as experts:
+            panel = fn.at(weight, (experts.index * per_expert + loop.index) * size)
+
+            def tile_of(at: Val, tile: int) -> None:
+                found = dot(fn, "f32", panel, rows, at, tile, site.inner)
+                for t in range(tile):
+                    token, choice = rows.pair(at + t)
+                    place = out.token(token)
+                    gate = fn.splat(fn.load(gates.token(token), "f32", choice))
+                    for i, value in enumerate(found[t]):
+                        if bias is not None:
+                            value = value + fn.load(bias, VF, experts.index * site.out + columns + i * LANES, "f32")
+                        if site.weighted == "output":
+                            value = value * gate
+                        before = fn.load(place, VF, columns + i * LANES, "f32")
+                        fn.store(before + value, place, columns + i * LANES, "f32")
+
+            begin = fn.load(starts.base, "i64", experts.index)
+            _tiles(fn, begin, fn.load(starts.base, "i64", experts.index + 1), tile_of)
+    return kernel
