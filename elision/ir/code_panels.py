@@ -68,3 +68,23 @@ def pack_codes(rows: torch.Tensor, encoding: WeightEncoding, k: int) -> torch.Te
     if not codes.per_group:
         return torch.cat((header[:, 0], quads.flatten(1)), 1).flatten()
     return torch.cat((header, quads), 2).flatten()
+
+
+def unpack_codes(data: torch.Tensor, encoding: WeightEncoding, n: int, k: int) -> torch.Tensor:
+    """The stored rows ``u8[n, row bytes]`` again."""
+    codes, groups = codes_of(encoding), k // GROUP
+    form, fields = encoding.block(k), 4 if codes.minimum else 2
+    panel = data.view(-1, panel_bytes(codes, k))
+    if codes.per_group:
+        whole = panel.view(len(panel), groups, codes.group_bytes)
+        header, quads = whole[..., : codes.header], whole[..., codes.header :]
+    else:
+        header, quads = panel[:, None, : codes.header], panel[:, codes.header :]
+    quads = quads.reshape(len(panel), groups, -1, PANEL, 4)
+    if codes.bits == 4:
+        quads = torch.stack((quads & 15, quads >> 4), 3).flatten(2, 3)
+    data = quads.permute(0, 3, 1, 2, 4).reshape(len(panel), PANEL, -1, form.elements)
+    if codes.bits == 4:
+        data = data[..., : form.elements // 2] | data[..., form.elements // 2 :] << 4
+    header = header.reshape(len(panel), -1, fields // 2, PANEL, 2).permute(0, 3, 1, 2, 4).flatten(3)
+    return torch.cat((header, data), -1).reshape(len(panel) * PANEL, -1)[:n]
