@@ -16,13 +16,15 @@ from elision.ir.value import Graph, Value
 
 @dataclass(frozen=True)
 class Products:
-    """``result = expr(x weights.., extras..)``: operand i of the expression is a product for i < len(weights)."""
+    """``result = expr(x weights.., extras..)``: operand i of the expression is a product for i < len(weights).
+    ``a8``: that attribute of the linears."""
 
     result: Value
     x: Value
     weights: tuple[Value, ...]
     expr: str
     extras: tuple[Value, ...]
+    a8: int = 0
 
 
 Region = Products | Value
@@ -37,7 +39,7 @@ def regions(graph: Graph) -> list[Region]:
     for value in graph.values:
         if value.op == "map" and (found := _epilogue(value, users, set(graph.outputs))):
             fused[value] = found
-            taken.update(a for a in value.args if a.op == "linear" and a.args[0] is found.x and users[a] == [value])
+            taken.update(a for a in value.args if _joins(a, found.x, found.a8) and users[a] == [value])
     ordered = [v for v in graph.values if v in first] + [v for v in graph.values if v not in first]
     found_regions: list[Region] = []
     for value in ordered:
@@ -64,7 +66,12 @@ def _of_positions(graph: Graph) -> set[Value]:
 
 def _alone(value: Value) -> Products:
     x, weight, *bias = value.args
-    return Products(value, x, (weight,), "x0 + x1" if bias else "x0", tuple(bias))
+    return Products(value, x, (weight,), "x0 + x1" if bias else "x0", tuple(bias), value.attr("a8", 0))
+
+
+def _joins(value: Value, x: Value, a8: int) -> bool:
+    """Whether this is a product with x of the same kind."""
+    return value.op == "linear" and value.args[0] is x and value.attr("a8", 0) == a8
 
 
 def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]) -> Products | None:
@@ -78,8 +85,8 @@ def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]
     ]
     if not candidates:
         return None
-    x = candidates[-1].args[0]
-    products = [a for a in candidates if a.args[0] is x]
+    x, a8 = candidates[-1].args[0], candidates[-1].attr("a8", 0)
+    products = [a for a in candidates if _joins(a, x, a8)]
     biases = [a.args[2] for a in products if len(a.args) > 2]
     others = [a for a in value.args if a not in products]
     if not all(isinstance(a.type, Tensor) and a.tensor.axes in (value.tensor.axes, value.tensor.axes[1:]) for a in others):
@@ -93,4 +100,4 @@ def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]
         else:
             names.append(f"x{len(products) + extras.index(a)}")
     expr = canonical(re.sub(r"\bx(\d+)\b", lambda m: names[int(m[1])], value.attr("expr")))
-    return Products(value, x, tuple(a.args[1] for a in products), expr, extras)
+    return Products(value, x, tuple(a.args[1] for a in products), expr, extras, a8)

@@ -70,6 +70,19 @@ def _find_exact(w: torch.Tensor, open: torch.Tensor, scale: torch.Tensor, minimu
             left = left[~found]
 
 
+#: A group whose numbers are all smaller has the scale of this one: nothing divides by zero.
+LEAST = 1e-30
+
+
+def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
+    """``x [.., width]`` after a round trip through int8: every ``group`` channels have the scale ``max|x| / 127`` (at least
+    ``LEAST / 127``) and the codes ``x * (127 / max|x|)``, rounded to nearest, ties to even. In float32."""
+    runs = x.float().unflatten(-1, (-1, group))
+    most = runs.abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    codes = torch.round(runs * (torch.full_like(most, 127) / most))  # a number / a tensor would round twice
+    return (codes * (most / 127)).flatten(-2).to(x.dtype)
+
+
 def half_at_least(x: torch.Tensor) -> torch.Tensor:
     """The smallest fp16 number that is not less than each ``x``, widened. Raises BadInput where there is none."""
     found = x.half()

@@ -138,6 +138,18 @@ def weight_encoding(text: str) -> WeightEncoding:
     return Int8(group) if found[1] == "int8" else Int4(group or 0)
 
 
+#: Channels that share a scale where activations are rounded to integers.
+GROUP = 32
+
+
+def integer_groups(encoding: WeightEncoding | None, width: int | None) -> bool:
+    """Whether a row of ``width`` weights is runs of `GROUP` small integers that share their scale (and minimum)."""
+    same = encoding in (Int8(GROUP), Int4(GROUP), Int8(None)) or isinstance(encoding, Blocks) and encoding.format in _RUNS
+    return same and width is not None and width % GROUP == 0
+
+
+_RUNS = ("Q4_0", "Q4_1", "Q8_0")
+
 #: Encodings whose bytes are those of a block format.
 SAME_BYTES: dict[WeightEncoding, WeightEncoding] = {Int8(32): Blocks("Q8_0"), Int4(32): Blocks("Q4_1")}
 

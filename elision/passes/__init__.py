@@ -4,6 +4,7 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.int4 import Int4Weights
 from elision.passes.weights.int8 import Int8Weights
@@ -15,6 +16,7 @@ __all__ = [
     "Clean",
     "InsertCache",
     "Int4Weights",
+    "Int8Activations",
     "Int8Weights",
     "Pass",
     "SkipLayers",

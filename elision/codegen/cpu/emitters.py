@@ -7,15 +7,19 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, rows
+from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, linear_a8, quantise, rows
+from elision.codegen.cpu.embed_codes import embed_codes
+from elision.codegen.cpu.integer_dot import Way, host_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
 from elision.ir import schedule as abi
+from elision.ir.code_panels import Codes, codes_of
 from elision.ir.mask import Mask
 from elision.ir.states import KV, Dense, Float, Ring
 from elision.ir.types import Tensor
 from elision.ir.value import Value
+from elision.ir.weights import integer_groups
 
 Rule = Callable[["Emitter", Planner, Value], None]
 
@@ -26,10 +30,10 @@ def _need(condition: bool, why: str) -> None:
 
 
 class Emitter:
-    """Adds the rows of regions to a plan, with kernels from a shared collection."""
+    """Adds the rows of regions to a plan, with kernels from a shared collection; ``way``: how integers are multiplied."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: Kernels, way: Way | None = None) -> None:
+        self.kernels, self.way = kernels, way or host_way()
 
     def __call__(self, plan: Planner, region: Region) -> None:
         if isinstance(region, Products):
@@ -45,10 +49,12 @@ class Emitter:
     def _products(self, plan: Planner, region: Products) -> None:
         value = region.result
         weights = [w.tensor for w in region.weights]
-        _need(all(w.dtype == "f32" and w.encoding is None for w in weights), "weights that are not float32")
+        _need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
+        _need(region.a8 > 0 or all(w.encoding is None for w in weights), "weights that are not float32")
         _need(expression.supported(region.expr), f"no vector code for {region.expr}")
         operands, outer, k = plan.view(plan.ref(region.x))
         _need(outer == 1, "a product of three axes")
+        packed = [plan.packing(w, _packing(w)) for w in region.weights]
         out = self._result(plan, value, weights[0])
         extras: list[tuple[Any, ...]] = []
         kinds: list[str] = []
@@ -61,15 +67,33 @@ class Emitter:
                 ref = plan.ref(extra)
                 _need(ref.contiguous, "an operand with gaps")
                 extras.append(plan.tensor(ref))
-        formats = ["f32"] * len(weights)
-        key = ("linear", *formats, k, region.expr, *kinds)
-        name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds))
+        if region.a8:
+            name = self._integer_kernel([codes_of(w.encoding) for w in weights if w.encoding is not None], k, region.expr, kinds)
+        else:
+            formats = ["f32"] * len(weights)
+            key = ("linear", *formats, k, region.expr, *kinds)
+            name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds))
         count = -(-prod(d for d in weights[0].axes[:1] if isinstance(d, int)) // linear.PANEL)
-        packed = [plan.packing(w, "panel:f32") for w in region.weights]
+        x = self._blocks(plan, region.x, operands[0], k) if region.a8 else operands[0]
         plan.row(
-            name, ("axis", plan.axis(value if isinstance(value.type, Tensor) else region.x)), operands[0], plan.tensor(out),
+            name, ("axis", plan.axis(value if isinstance(value.type, Tensor) else region.x)), x, plan.tensor(out),
             ("int", count), *packed, *extras, writes=[out.buffer],
         )  # fmt: skip
+
+    def _blocks(self, plan: Planner, x: Value, operand: tuple[Any, ...], k: int) -> tuple[Any, ...]:
+        """The operand of a value's tokens rounded to int8, which is done once for all products with it."""
+        if ("blocks", x) not in plan.tables:
+            axis = plan.axis(x)
+            found = Ref(plan.buffer(axis, quantise.block_bytes(k)), 0, (1,), (quantise.block_bytes(k),))
+            name = self.kernels.add(("quantise", k), lambda n: quantise.quantise(n, k))
+            row = [("axis", axis), operand, plan.tensor(found, 1), ("int", plan.share)]
+            plan.row(name, *row, writes=[found.buffer])
+            plan.tables["blocks", x] = found
+        return plan.tensor(plan.tables["blocks", x], 1)
+
+    def _integer_kernel(self, codes: list[Codes], k: int, expr: str, kinds: list[str]) -> str:
+        key = ("linear_a8", self.way, *codes, k, expr, *kinds)
+        return self.kernels.add(key, lambda n: linear_a8.linear(n, self.way, codes, k, expr, kinds))
 
     def _result(self, plan: Planner, value: Value, weight: Tensor) -> Ref:
         """The buffer of a product, whole panels wide; with splits, every part is a slice of it."""
@@ -90,12 +114,24 @@ class Emitter:
         return ref
 
 
+def _packing(weight: Value) -> str:
+    """How products want a weight to lie in memory."""
+    encoding = weight.tensor.encoding
+    return "panel:f32" if encoding is None else f"codes:{encoding}"
+
+
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
-    _need(table.tensor.dtype == "f32" and table.tensor.encoding is None, "a table that is not float32")
-    width = table.tensor.axes[1]
-    name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))  # type: ignore[arg-type]
-    packed = plan.packing(table, "panel:f32")
+    encoding, width = table.tensor.encoding, table.tensor.row
+    _need(table.tensor.dtype == "f32", "a table that is not float32")
+    if integer_groups(encoding, width):
+        assert encoding is not None
+        codes = codes_of(encoding)
+        name = emitter.kernels.add(("embed", codes, width), lambda n: embed_codes(n, codes, width))
+    else:
+        _need(encoding is None, f"a table in {encoding}")
+        name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))
+    packed = plan.packing(table, _packing(table))
     source, out = plan.ref(ids), plan.new(value)
     operands = [("axis", plan.axis(value)), plan.tensor(source, 8), plan.tensor(out), packed, ("int", plan.share)]
     plan.row(name, *operands, writes=[out.buffer])

@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from elision.ir import expr as scalar
+from elision.ir.integers import rounded
 from elision.ir.op import Cost, Sizes, need, op, token_axis
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Tensor, parse_dtype
-from elision.ir.weights import Encoded, decoded
+from elision.ir.weights import GROUP, Encoded, decoded, integer_groups
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def _linear_type(x: Tensor, w: Tensor, b: Tensor | None = None, *, splits: tuple[int, ...] = ()) -> Any:
+def _linear_type(x: Tensor, w: Tensor, b: Tensor | None = None, *, splits: tuple[int, ...] = (), a8: int = 0) -> Any:
     need(len(w.axes) == 2, f"a weight is [out, in], got {w}")
+    fits = a8 == GROUP and integer_groups(w.encoding, w.row)
+    need(a8 == 0 or fits, f"a8={a8} with the weight {w}; expected a8={GROUP} and integers with a scale per {GROUP}")
     out, width = w.axes
     need(x.axes[-1] == width, f"the last axis of {x} is not the {width} inputs of the weight {w}")
     need(x.dtype == w.dtype, f"{x.dtype} activations with {w.dtype} weights")
@@ -37,9 +40,15 @@ def _linear_cost(sizes: Sizes, types: list[Tensor], result: Any, attrs: dict[str
 
 
 @op(_linear_type, cost=_linear_cost, encoded=(1,))
-def linear(x: torch.Tensor, w: torch.Tensor | Encoded, b: torch.Tensor | None = None, *, splits: tuple[int, ...] = ()) -> Tensors:
-    """``x [.., in] @ w [out, in].T + b [out]``; ``splits`` cuts the result into several along ``out``."""
-    y = F.linear(x, decoded(w), b)
+def linear(
+    x: torch.Tensor, w: torch.Tensor | Encoded, b: torch.Tensor | None = None, *, splits: tuple[int, ...] = (), a8: int = 0
+) -> Tensors:
+    """``x [.., in] @ w [out, in].T + b [out]``; ``splits`` cuts the result into several along ``out``.
+
+    ``a8=32``: every 32 channels of x are first rounded to int8 with a scale of their own (`elision.ir.integers.rounded`), so
+    that products with integer weights are sums of integers.
+    """
+    y = F.linear(rounded(x, a8) if a8 else x, decoded(w), b)
     return torch.split(y, list(splits), dim=-1) if splits else y
 
 

@@ -42,9 +42,11 @@ def _lossy(view: View) -> Iterator[tuple[str, str]]:
                 for e in (segment.k, segment.v):
                     if isinstance(e, Int):
                         yield f"state {name}: segment {i}", f"its rows are rounded to {e.bits} bits"
-    for site in view.once("select", "recode", "merge", "append", "attend", "restrict", "when"):
+    for site in view.once("linear", "select", "recode", "merge", "append", "attend", "restrict", "when"):
         value = site.value
-        if value.op == "select":
+        if value.op == "linear" and site.attr("a8"):
+            yield f"{site.where}: linear", "activations are rounded to integers"
+        elif value.op == "select":
             yield f"{site.where}: select", "entries are evicted that attention would see"
         elif value.op == "recode" and (isinstance(value.attr("k"), Int) or isinstance(value.attr("v"), Int)):
             yield f"{site.where}: recode", "rows are rounded to integers"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from elision.ir.code_panels import pack_codes, unpack_codes
 from elision.ir.packing import pack, unpack
 from elision.ir.program import Program
 
@@ -24,6 +25,9 @@ class PackedWeights(Mapping[str, torch.Tensor]):
         if how == "plain":
             found = weight.contiguous()
             return found if found.data_ptr() % 64 == 0 or name not in self.packings else found.clone()
+        type = self._program.params[name]
+        if type.encoding is not None:
+            return pack_codes(weight, type.encoding, type.row)
         return pack(weight, how)
 
     def address(self, name: str) -> int:
@@ -35,6 +39,8 @@ class PackedWeights(Mapping[str, torch.Tensor]):
         if how == "plain":
             return data
         type = self._program.params[name]
+        if type.encoding is not None:
+            return unpack_codes(data, type.encoding, type.axes[0], type.row)  # type: ignore[arg-type]
         return unpack(data, how, tuple(d for d in type.axes if isinstance(d, int)), torch.float32)
 
     def __iter__(self) -> Iterator[str]:
