@@ -11,7 +11,8 @@ from elision.ir.program import Program
 
 
 class PackedWeights(Mapping[str, torch.Tensor]):
-    """The weights of a program, those that ``packings`` names packed. A look-up unpacks; nothing is kept of that."""
+    """The weights of a program, those that ``packings`` names packed. A look-up unpacks (an encoded weight: into its stored
+    rows); nothing is kept of that."""
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor], packings: Mapping[str, str]) -> None:
         self._program, self.packings = program, dict(packings)
@@ -35,7 +36,7 @@ class PackedWeights(Mapping[str, torch.Tensor]):
         if how == "plain":
             return data
         type = self._program.params[name]
-        return unpack(data, how, tuple(d for d in type.axes if isinstance(d, int)), torch.float32)
+        return unpack(data, how, tuple(d for d in type.axes if isinstance(d, int)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._data)
