@@ -19,7 +19,7 @@ bytes unless typed):
     Q5_1                      d f16[16], m f16[16]             32                 high, nibbles
     Q4_K                      d f16[16], m f16[16], [12][16]   32                 nibbles
     Q5_K                      d f16[16], m f16[16], [12][16]   32                 high, nibbles
-    Q6_K                      d f16[16], s i8[16 outputs][16]  16                 high, nibbles
+    Q6_K                      d f16[16], s i8[16 runs][16]     16                 high, nibbles
 
     codes      i8[run / 4][16][4]: byte (i, o, j) is the code of input 4 i + j of output o, so 32 bytes are four consecutive
                inputs of eight outputs

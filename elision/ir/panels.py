@@ -16,15 +16,16 @@ QUAD = 4  # inputs whose codes lie side by side
 class PanelLayout:
     """The blocks of one output within a panel, and where the parts lie in a stored block.
 
-    ``heads``: byte and size of each number at a block's start. ``scales6``: the byte of the 6-bit scales and minima, or -1.
-    ``run``: weights that share a scale. ``bits``: of a code's low part (8 or 4), at byte ``low``, low and high nibbles of
-    every ``half`` bytes one after the other. ``high``: bits of the high part, at byte ``high_at``; ``order``: its axes, that
-    of the weights (``little``: a little-endian number of all; else ``order`` bytes hold the next bits of as many weights).
+    ``numbers``: where the fp16 scale and minimum of a block are. ``scales``: where the scales of its runs are, and their bytes:
+    16 signed, or 12 that hold 6-bit scales and minima. ``run``: weights that share a scale. ``bits``: of a code's low part (8 or
+    4), at byte ``low``; of every ``half`` bytes first the low, then the high nibbles. ``high``: bits of a code's high part, at
+    byte ``high_at``; of every ``order`` bytes first the lowest bits, then the next ones (0: all bits of a byte, then the next
+    byte). ``offset``: what is subtracted from a code.
     """
 
     elements: int
     nbytes: int
-    heads: tuple[tuple[int, int], ...]
+    numbers: tuple[int, ...]
     run: int
     low: int
     bits: int = 4
@@ -32,12 +33,13 @@ class PanelLayout:
     high: int = 0
     high_at: int = 0
     order: int = 0
-    scales6: int = -1
+    scales: tuple[int, int] | None = None
+    offset: int = 0
 
     @property
     def head_bytes(self) -> int:
         """Bytes of one output before the first run of a block."""
-        return sum(size for _, size in self.heads) + (12 if self.scales6 >= 0 else 0)
+        return 2 * len(self.numbers) + (self.scales[1] if self.scales else 0)
 
     @property
     def run_bytes(self) -> int:
@@ -48,9 +50,11 @@ class PanelLayout:
         """Stored rows ``u8[.., 16 * p, row bytes]`` as panels ``u8[.., p, bytes]``."""
         *lead, n, size = rows.shape
         blocks = rows.reshape(*lead, n // PANEL, PANEL, size // self.nbytes, self.nbytes).transpose(-3, -2)
-        parts = [blocks[..., at : at + size].flatten(-2) for at, size in self.heads]
-        if self.scales6 >= 0:
-            parts.append(_scales6(blocks[..., self.scales6 : self.scales6 + 12]).transpose(-1, -2).flatten(-2))
+        parts = [blocks[..., at : at + 2].flatten(-2) for at in self.numbers]
+        if self.scales:
+            at, size = self.scales
+            scales = blocks[..., at : at + size]
+            parts.append((_scales6(scales) if size == 12 else scales).transpose(-1, -2).flatten(-2))
         runs = []
         if self.high:
             high = self._by_run(self._high(blocks)).unflatten(-1, (-1, QUAD))  # [.., runs, 16, quads, 4]
@@ -68,13 +72,14 @@ class PanelLayout:
         panel = data.reshape(*lead, p, blocks, -1)
         found = data.new_empty((*lead, p, blocks, PANEL, self.nbytes))
         at = 0
-        for start, size in self.heads:
-            found[..., start : start + size] = panel[..., at : at + PANEL * size].unflatten(-1, (PANEL, size))
+        for start in self.numbers:
+            found[..., start : start + 2] = panel[..., at : at + PANEL * 2].unflatten(-1, (PANEL, 2))
+            at += PANEL * 2
+        if self.scales:
+            start, size = self.scales
+            scales = panel[..., at : at + PANEL * size].unflatten(-1, (size, PANEL)).transpose(-1, -2)
+            found[..., start : start + size] = _stored6(scales) if size == 12 else scales
             at += PANEL * size
-        if self.scales6 >= 0:
-            scales = panel[..., at : at + PANEL * 12].unflatten(-1, (12, PANEL)).transpose(-1, -2)
-            found[..., self.scales6 : self.scales6 + 12] = _stored6(scales)
-            at += PANEL * 12
         runs = panel[..., at:].unflatten(-1, (-1, PANEL * self.run_bytes))
         if self.high:
             high = _split(runs[..., : PANEL * QUAD].unflatten(-1, (PANEL, QUAD)), self.high)
@@ -125,21 +130,21 @@ def panel_layout(encoding: WeightEncoding, k: int) -> PanelLayout | None:
         return _FORMATS.get(encoding.format)
     if isinstance(encoding, Int8):
         size = encoding.group or k
-        return None if size % QUAD else PanelLayout(size, 2 + size, ((0, 2),), size, 2, 8)
+        return None if size % QUAD else PanelLayout(size, 2 + size, (0,), size, 2, 8)
     assert isinstance(encoding, Int4)
     size = encoding.group
-    return None if size % (2 * QUAD) else PanelLayout(size, 4 + size // 2, ((0, 2), (2, 2)), size, 4, 4, size // 2)
+    return None if size % (2 * QUAD) else PanelLayout(size, 4 + size // 2, (0, 2), size, 4, 4, size // 2)
 
 
 _FORMATS = {
-    "Q8_0": PanelLayout(32, 34, ((0, 2),), 32, 2, 8),
-    "Q4_0": PanelLayout(32, 18, ((0, 2),), 32, 2),
-    "Q4_1": PanelLayout(32, 20, ((0, 2), (2, 2)), 32, 4),
-    "Q5_0": PanelLayout(32, 22, ((0, 2),), 32, 6, high=1, high_at=2),
-    "Q5_1": PanelLayout(32, 24, ((0, 2), (2, 2)), 32, 8, high=1, high_at=4),
-    "Q4_K": PanelLayout(256, 144, ((0, 2), (2, 2)), 32, 16, half=32, scales6=4),
-    "Q5_K": PanelLayout(256, 176, ((0, 2), (2, 2)), 32, 48, half=32, high=1, high_at=16, order=32, scales6=4),
-    "Q6_K": PanelLayout(256, 210, ((208, 2), (192, 16)), 16, 0, half=64, high=2, high_at=128, order=32),
+    "Q8_0": PanelLayout(32, 34, (0,), 32, 2, 8),
+    "Q4_0": PanelLayout(32, 18, (0,), 32, 2, offset=8),
+    "Q4_1": PanelLayout(32, 20, (0, 2), 32, 4),
+    "Q5_0": PanelLayout(32, 22, (0,), 32, 6, high=1, high_at=2, offset=16),
+    "Q5_1": PanelLayout(32, 24, (0, 2), 32, 8, high=1, high_at=4),
+    "Q4_K": PanelLayout(256, 144, (0, 2), 32, 16, half=32, scales=(4, 12)),
+    "Q5_K": PanelLayout(256, 176, (0, 2), 32, 48, half=32, high=1, high_at=16, order=32, scales=(4, 12)),
+    "Q6_K": PanelLayout(256, 210, (208,), 16, 0, half=64, high=2, high_at=128, order=32, scales=(192, 16), offset=32),
 }
 
 

@@ -13,6 +13,7 @@ from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
 from elision.ir import schedule as abi
 from elision.ir.mask import Mask
+from elision.ir.packing import packing_of
 from elision.ir.states import KV, Dense, Float, Ring
 from elision.ir.types import Tensor
 from elision.ir.value import Value
@@ -45,7 +46,7 @@ class Emitter:
     def _products(self, plan: Planner, region: Products) -> None:
         value = region.result
         weights = [w.tensor for w in region.weights]
-        _need(all(w.dtype == "f32" and w.encoding is None for w in weights), "weights that are not float32")
+        _need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
         _need(expression.supported(region.expr), f"no vector code for {region.expr}")
         operands, outer, k = plan.view(plan.ref(region.x))
         _need(outer == 1, "a product of three axes")
@@ -61,14 +62,19 @@ class Emitter:
                 ref = plan.ref(extra)
                 _need(ref.contiguous, "an operand with gaps")
                 extras.append(plan.tensor(ref))
-        formats = ["f32"] * len(weights)
+        packings = [_packing(w) for w in weights]
+        formats = [p.partition(":")[2] for p in packings]
         key = ("linear", *formats, k, region.expr, *kinds)
         name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds))
         count = -(-prod(d for d in weights[0].axes[:1] if isinstance(d, int)) // linear.PANEL)
-        packed = [plan.packing(w, "panel:f32") for w in region.weights]
+        packed = [plan.packing(w, p) for w, p in zip(region.weights, packings, strict=True)]
+        scratch: list[int] = []
+        if bytes := linear.scratch_bytes(formats, k):
+            scratch.append(plan.buffer(-1, bytes, private=True))
+            extras.append(("tensor", scratch[0], 0, 4))
         plan.row(
             name, ("axis", plan.axis(value if isinstance(value.type, Tensor) else region.x)), operands[0], plan.tensor(out),
-            ("int", count), *packed, *extras, writes=[out.buffer],
+            ("int", count), *packed, *extras, writes=[out.buffer, *scratch],
         )  # fmt: skip
 
     def _result(self, plan: Planner, value: Value, weight: Tensor) -> Ref:
@@ -90,12 +96,21 @@ class Emitter:
         return ref
 
 
+def _packing(weight: Tensor) -> str:
+    """How kernels want a weight in memory. Raises NotNative if it has no panels."""
+    found = packing_of(weight.encoding, weight.row)
+    _need(found is not None, f"rows of {weight.row} weights in {weight.encoding}")
+    assert found is not None
+    return found
+
+
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
-    _need(table.tensor.dtype == "f32" and table.tensor.encoding is None, "a table that is not float32")
-    width = table.tensor.axes[1]
-    name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))  # type: ignore[arg-type]
-    packed = plan.packing(table, "panel:f32")
+    _need(table.tensor.dtype == "f32", "a table that is not float32")
+    width, packing = table.tensor.row, _packing(table.tensor)
+    format = packing.partition(":")[2]
+    name = emitter.kernels.add(("embed", format, width), lambda n: rows.embed(n, format, width))
+    packed = plan.packing(table, packing)
     source, out = plan.ref(ids), plan.new(value)
     operands = [("axis", plan.axis(value)), plan.tensor(source, 8), plan.tensor(out), packed, ("int", plan.share)]
     plan.row(name, *operands, writes=[out.buffer])
