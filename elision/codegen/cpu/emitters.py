@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, linear_a8, quantise, rows
-from elision.codegen.cpu.embed_codes import embed_codes
 from elision.codegen.cpu.integer_dot import Way, host_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
@@ -16,10 +15,10 @@ from elision.codegen.regions import Products, Region
 from elision.ir import schedule as abi
 from elision.ir.code_panels import Codes, codes_of
 from elision.ir.mask import Mask
+from elision.ir.packing import packing_of
 from elision.ir.states import KV, Dense, Float, Ring
 from elision.ir.types import Tensor
 from elision.ir.value import Value
-from elision.ir.weights import integer_groups
 
 Rule = Callable[["Emitter", Planner, Value], None]
 
@@ -50,11 +49,11 @@ class Emitter:
         value = region.result
         weights = [w.tensor for w in region.weights]
         _need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
-        _need(region.a8 > 0 or all(w.encoding is None for w in weights), "weights that are not float32")
         _need(expression.supported(region.expr), f"no vector code for {region.expr}")
         operands, outer, k = plan.view(plan.ref(region.x))
         _need(outer == 1, "a product of three axes")
-        packed = [plan.packing(w, _packing(w)) for w in region.weights]
+        packings = [_packing(w) for w in weights]
+        packed = [plan.packing(w, p) for w, p in zip(region.weights, packings, strict=True)]
         out = self._result(plan, value, weights[0])
         extras: list[tuple[Any, ...]] = []
         kinds: list[str] = []
@@ -67,17 +66,22 @@ class Emitter:
                 ref = plan.ref(extra)
                 _need(ref.contiguous, "an operand with gaps")
                 extras.append(plan.tensor(ref))
+        count = -(-prod(d for d in weights[0].axes[:1] if isinstance(d, int)) // linear.PANEL)
+        x = operands[0]
+        scratch: list[int] = []
         if region.a8:
+            x = self._blocks(plan, region.x, operands[0], k)
             name = self._integer_kernel([codes_of(w.encoding) for w in weights if w.encoding is not None], k, region.expr, kinds)
         else:
-            formats = ["f32"] * len(weights)
+            formats = [p.partition(":")[2] for p in packings]
             key = ("linear", *formats, k, region.expr, *kinds)
             name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds))
-        count = -(-prod(d for d in weights[0].axes[:1] if isinstance(d, int)) // linear.PANEL)
-        x = self._blocks(plan, region.x, operands[0], k) if region.a8 else operands[0]
+            if bytes := linear.scratch_bytes(formats, k):
+                scratch = [plan.buffer(-1, bytes, private=True)]
+                extras.append(("tensor", scratch[0], 0, 4))
         plan.row(
             name, ("axis", plan.axis(value if isinstance(value.type, Tensor) else region.x)), x, plan.tensor(out),
-            ("int", count), *packed, *extras, writes=[out.buffer],
+            ("int", count), *packed, *extras, writes=[out.buffer, *scratch],
         )  # fmt: skip
 
     def _blocks(self, plan: Planner, x: Value, operand: tuple[Any, ...], k: int) -> tuple[Any, ...]:
@@ -114,24 +118,21 @@ class Emitter:
         return ref
 
 
-def _packing(weight: Value) -> str:
-    """How products want a weight to lie in memory."""
-    encoding = weight.tensor.encoding
-    return "panel:f32" if encoding is None else f"codes:{encoding}"
+def _packing(weight: Tensor) -> str:
+    """How kernels want a weight in memory. Raises NotNative if it has no panels."""
+    found = packing_of(weight.encoding, weight.row)
+    _need(found is not None, f"rows of {weight.row} weights in {weight.encoding}")
+    assert found is not None
+    return found
 
 
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
-    encoding, width = table.tensor.encoding, table.tensor.row
     _need(table.tensor.dtype == "f32", "a table that is not float32")
-    if integer_groups(encoding, width):
-        assert encoding is not None
-        codes = codes_of(encoding)
-        name = emitter.kernels.add(("embed", codes, width), lambda n: embed_codes(n, codes, width))
-    else:
-        _need(encoding is None, f"a table in {encoding}")
-        name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))
-    packed = plan.packing(table, _packing(table))
+    width, packing = table.tensor.row, _packing(table.tensor)
+    format = packing.partition(":")[2]
+    name = emitter.kernels.add(("embed", format, width), lambda n: rows.embed(n, format, width))
+    packed = plan.packing(table, packing)
     source, out = plan.ref(ids), plan.new(value)
     operands = [("axis", plan.axis(value)), plan.tensor(source, 8), plan.tensor(out), packed, ("int", plan.share)]
     plan.row(name, *operands, writes=[out.buffer])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from elision.codegen.cpu.decode import PLAIN, Decoder, plain
 from elision.codegen.cpu.emit import LANES, VF, Fn, Val
 from elision.codegen.cpu.expression import evaluate
 from elision.codegen.cpu.kernel import Kernel
-from elision.ir.packing import PANEL
+from elision.ir.packing import PANEL, panel_bytes
 
 
 def channels(fn: Fn, size: int, body: Callable[[Val | int, str], None]) -> None:
@@ -40,20 +41,17 @@ def embed(name: str, format: str, width: int) -> Kernel:
     kernel = Kernel(name)
     fn = kernel.fn
     axis, ids, out, table = kernel.axis(), kernel.tensor("ids"), kernel.tensor("out"), kernel.weight("table")
+    decoder = None if format in PLAIN else Decoder(fn, format, width)
     with kernel.tokens(axis) as t:
-        row = fn.load(ids.token(t, "i64"), "i64")
-        first = (row // PANEL) * (width * PANEL) + row % PANEL
-        place = out.token(t)
-        with fn.loop(0, width) as loop:
-            at = first + loop.index * PANEL
-            if format == "f32":
-                value = fn.load(table, "f32", at)
-            elif format == "bf16":
-                wide = fn.cast(fn.load(table, "i16", at), "arith.extui", "i32") << 16
-                value = fn.cast(wide, "arith.bitcast", "f32")
+        row, place = fn.load(ids.token(t, "i64"), "i64"), out.token(t)
+        panel, lane = fn.at(table, (row // PANEL) * panel_bytes(f"panel:{format}", width)), row % PANEL
+        with fn.loop(0, width if decoder is None else decoder.steps) as loop:
+            if decoder is None:
+                fn.store(plain(fn, format, panel, "f32", loop.index * PANEL + lane), place, loop.index)
             else:
-                value = fn.cast(fn.load(table, "f16", at), "arith.extf", "f32")
-            fn.store(value, place, loop.index)
+                first = loop.index * decoder.size
+                for i, value in enumerate(decoder.at(panel, loop.index, lane).values()):
+                    fn.store(value, place, first + i)
     return kernel
 
 

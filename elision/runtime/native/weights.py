@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from elision.ir.code_panels import pack_codes, unpack_codes
 from elision.ir.packing import pack, unpack
 from elision.ir.program import Program
 
 
 class PackedWeights(Mapping[str, torch.Tensor]):
-    """The weights of a program, those that ``packings`` names packed. A look-up unpacks; nothing is kept of that."""
+    """The weights of a program, those that ``packings`` names packed. A look-up unpacks (an encoded weight: into its stored
+    rows); nothing is kept of that."""
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor], packings: Mapping[str, str]) -> None:
         self._program, self.packings = program, dict(packings)
@@ -25,9 +25,6 @@ class PackedWeights(Mapping[str, torch.Tensor]):
         if how == "plain":
             found = weight.contiguous()
             return found if found.data_ptr() % 64 == 0 or name not in self.packings else found.clone()
-        type = self._program.params[name]
-        if type.encoding is not None:
-            return pack_codes(weight, type.encoding, type.row)
         return pack(weight, how)
 
     def address(self, name: str) -> int:
@@ -39,9 +36,7 @@ class PackedWeights(Mapping[str, torch.Tensor]):
         if how == "plain":
             return data
         type = self._program.params[name]
-        if type.encoding is not None:
-            return unpack_codes(data, type.encoding, type.axes[0], type.row)  # type: ignore[arg-type]
-        return unpack(data, how, tuple(d for d in type.axes if isinstance(d, int)), torch.float32)
+        return unpack(data, how, tuple(d for d in type.axes if isinstance(d, int)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._data)
