@@ -189,7 +189,7 @@ class Planner:
                 self._states[value] = self.graph.names[value]
         for region in found:
             value = region.result if isinstance(region, Products) else region
-            if value.op == "item" and value not in self.refs and value.args[0].op != "linear":
+            if value.op == "item" and (value in self.refs or value.args[0].op != "linear"):
                 continue
             before = len(self._drafts)
             try:
