@@ -82,6 +82,11 @@ DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
         },
         True,
     ),
+    "deepseek_v2": (
+        T.DeepseekV2Config,
+        {**LATENT, **GROUPS, "q_lora_rank": 24, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
+        True,
+    ),
     "deepseek_v3": (T.DeepseekV3Config, {**LATENT, **GROUPS, "q_lora_rank": 24}, True),
     "deepseek_v3_halves": (
         T.DeepseekV3Config,

@@ -208,7 +208,10 @@ class _Run:
             return self._states[name]
         if kind == "axis":
             return torch.empty(self._counts[name], 0)
-        return self.tensor(place) if self._table is not None else self._early[name]
+        if self._table is not None:
+            return self.tensor(place)
+        whole, offset, strides, shape = self._early[name].contiguous(), *place[2:5]
+        return whole.as_strided((len(whole), *shape), (whole[:1].numel(), *strides), offset)
 
 
 def _outputs(graph: Graph, schedule: abi.Schedule) -> Iterator[tuple[tuple[Any, ...], str]]:
