@@ -126,6 +126,14 @@ def _norm(emitter: Emitter, plan: Planner, value: Value) -> None:
     )  # fmt: skip
 
 
+def _reduce(emitter: Emitter, plan: Planner, value: Value) -> None:
+    source, outer, size = plan.view(plan.ref(value.args[0]))
+    kind, out = value.attr("kind"), plan.new(value)
+    name = emitter.kernels.add(("reduce", size, kind), lambda n: rows.reduce(n, size, kind))
+    operands = [*source, plan.tensor(out), ("int", outer), ("int", plan.share)]
+    plan.row(name, ("axis", plan.axis(value)), *operands, writes=[out.buffer])
+
+
 def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
     x, freq = value.args
     half, scale = freq.tensor.width, float(value.attr("scale", 1.0))
@@ -285,6 +293,7 @@ _RULES: dict[str, Rule] = {
     "embed": _embed,
     "restrict": _restrict,
     "norm": _norm,
+    "reduce": _reduce,
     "rope": _rope,
     "map": _map,
     "view": _view,
