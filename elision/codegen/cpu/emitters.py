@@ -25,6 +25,10 @@ def _need(condition: bool, why: str) -> None:
         raise NotNative(why)
 
 
+def _floats(*values: Value) -> None:
+    _need(all(v.tensor.dtype == "f32" and v.tensor.encoding is None for v in values), "operands that are not float32")
+
+
 class Emitter:
     """Adds the rows of regions to a plan, with kernels from a shared collection."""
 
@@ -92,6 +96,7 @@ class Emitter:
 
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
+    _need(ids.tensor.dtype == "i64", f"ids of {ids.tensor.dtype}")
     _need(table.tensor.dtype == "f32" and table.tensor.encoding is None, "a table that is not float32")
     width = table.tensor.axes[1]
     name = emitter.kernels.add(("embed", "f32", width), lambda n: rows.embed(n, "f32", width))  # type: ignore[arg-type]
@@ -136,6 +141,7 @@ def _reduce(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
     x, freq = value.args
+    _floats(freq)
     half, scale = freq.tensor.width, float(value.attr("scale", 1.0))
     axis = plan.axis(value)
     table = plan.tables.get((freq, scale, axis))
@@ -238,6 +244,7 @@ def _site(value: Value) -> tuple[KV, tuple[Float, Float]]:
 
 def _append(emitter: Emitter, plan: Planner, value: Value) -> None:
     before, k, v = value.args
+    _floats(k, v)
     state, encodings = _site(value)
     axis = k.tensor.tokens
     assert axis is not None
@@ -255,6 +262,7 @@ def _append(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _attend(emitter: Emitter, plan: Planner, value: Value) -> None:
     q, cached, *extra = value.args
+    _floats(q, *extra)
     state, encodings = _site(value)
     _need(not value.attr("results"), "results beside the output")
     mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
