@@ -40,7 +40,9 @@ def regions(graph: Graph) -> list[Region]:
         if value.op == "map" and (found := _epilogue(value, users, set(graph.outputs))):
             fused[value] = found
             taken.update(a for a in value.args if _joins(a, found.x, found.a8) and users[a] == [value])
-    ordered = [v for v in graph.values if v in first] + [v for v in graph.values if v not in first]
+    whole = _whole_numbers(graph, first)
+    rank = {v: 0 if v in whole else 1 if v in first else 2 for v in graph.values}
+    ordered = sorted(graph.values, key=rank.__getitem__)
     found_regions: list[Region] = []
     for value in ordered:
         if value.op in ("input", "param") or value in taken:
@@ -60,6 +62,20 @@ def _of_positions(graph: Graph) -> set[Value]:
     for value in graph.values:
         plain = value.op in ("map", "view", "slice") and value.args and all(a in found for a in value.args)
         if value.op in ("positions", "last") or plain:
+            found.add(value)
+    return found
+
+
+def _whole_numbers(graph: Graph, of_positions: set[Value]) -> set[Value]:
+    """Values of positions that are, or are made of, whole numbers: these have no kernels, so the host computes them at once,
+    before the first row."""
+    found: set[Value] = set()
+    for value in graph.values:
+        if value not in of_positions:
+            continue
+        begins = value.op in ("positions", "last")
+        whole = value.tensor.dtype != "f32" or any(a.tensor.dtype != "f32" for a in value.args)
+        if begins or (whole and all(a in found for a in value.args)):
             found.add(value)
     return found
 

@@ -1,4 +1,4 @@
-"""Caches natively: append, attention over every kind of mask and group, trees, commit; against the interpreter on its own stores."""
+"""Caches natively: append, attention over every kind of mask and group, trees, commit; against the interpreter."""
 
 from __future__ import annotations
 
@@ -129,8 +129,9 @@ def test_attention(threads: int) -> None:
 
 def test_a_tree_of_64_nodes() -> None:
     bench = Bench()
+    plain = {"heads": 2, "group": 2, "dim": 8, "vdim": 8, "k": "f32", "v": "f32", "softcap": None, "extras": ()}
     for mask in (Mask(), Mask("window", 5), Mask("chunk", 4)):
-        bench.add(attention({"heads": 2, "group": 2, "dim": 8, "vdim": 8, "k": "f32", "v": "f32", "mask": mask, "softcap": None, "extras": ()}))
+        bench.add(attention({**plain, "mask": mask}))
     bench.compile()
     wide = tree.Tree((-1, *(i // 2 for i in range(63))))
     for threads in (1, 2):

@@ -72,3 +72,15 @@ def test_greedy_tokens_of_a_ragged_batch(family: str) -> None:
     assert torch.equal(found, plain.generate(ids, mask, max_new_tokens=NEW, eos_token_id=[]))
     alone = native.generate(ids[:1], max_new_tokens=NEW, eos_token_id=[])
     assert torch.equal(alone, found[:1])
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"kv_dtype": "bfloat16"}], ids=str)
+@torch.inference_mode()
+def test_other_dtypes(options: dict[str, str]) -> None:
+    """Activations that are not float32 run on the host, and say so; a cache of another dtype is read natively."""
+    native, plain = both("llama", **options)
+    assert native.native is not None and bool(native.native.hosts["step"]) == ("dtype" in options)
+    fast, slow = Session(native._interpreter, 3, 64), Session(plain._interpreter, 3, 64)
+    bound = 1e-6 if "dtype" in options else 1e-2
+    close(fast.prefill(prompts(), 7).float(), slow.prefill(prompts(), 7).float(), bound)
+    close(step(fast, native, dict(enumerate(TREES))).float(), step(slow, plain, dict(enumerate(TREES))).float(), bound)

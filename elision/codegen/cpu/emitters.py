@@ -28,6 +28,10 @@ def _need(condition: bool, why: str) -> None:
         raise NotNative(why)
 
 
+def _floats(*values: Value) -> None:
+    _need(all(v.tensor.dtype == "f32" and v.tensor.encoding is None for v in values), "operands that are not float32")
+
+
 class Emitter:
     """Adds the rows of regions to a plan, with kernels from a shared collection; ``way``: how integers are multiplied."""
 
@@ -128,6 +132,7 @@ def _packing(weight: Tensor) -> str:
 
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
+    _need(ids.tensor.dtype == "i64", f"ids of {ids.tensor.dtype}")
     _need(table.tensor.dtype == "f32", "a table that is not float32")
     width, packing = table.tensor.row, _packing(table.tensor)
     format = packing.partition(":")[2]
@@ -163,8 +168,17 @@ def _norm(emitter: Emitter, plan: Planner, value: Value) -> None:
     )  # fmt: skip
 
 
+def _reduce(emitter: Emitter, plan: Planner, value: Value) -> None:
+    source, outer, size = plan.view(plan.ref(value.args[0]))
+    kind, out = value.attr("kind"), plan.new(value)
+    name = emitter.kernels.add(("reduce", size, kind), lambda n: rows.reduce(n, size, kind))
+    operands = [*source, plan.tensor(out), ("int", outer), ("int", plan.share)]
+    plan.row(name, ("axis", plan.axis(value)), *operands, writes=[out.buffer])
+
+
 def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
     x, freq = value.args
+    _floats(freq)
     half, scale = freq.tensor.width, float(value.attr("scale", 1.0))
     axis = plan.axis(value)
     table = plan.tables.get((freq, scale, axis))
@@ -267,6 +281,7 @@ def _site(value: Value) -> tuple[KV, tuple[Float, Float]]:
 
 def _append(emitter: Emitter, plan: Planner, value: Value) -> None:
     before, k, v = value.args
+    _floats(k, v)
     state, encodings = _site(value)
     axis = k.tensor.tokens
     assert axis is not None
@@ -284,6 +299,7 @@ def _append(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _attend(emitter: Emitter, plan: Planner, value: Value) -> None:
     q, cached, *extra = value.args
+    _floats(q, *extra)
     state, encodings = _site(value)
     _need(not value.attr("results"), "results beside the output")
     mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
@@ -322,6 +338,7 @@ _RULES: dict[str, Rule] = {
     "embed": _embed,
     "restrict": _restrict,
     "norm": _norm,
+    "reduce": _reduce,
     "rope": _rope,
     "map": _map,
     "view": _view,

@@ -64,5 +64,6 @@ def experts(kernels: Kernels, plan: Planner, value: Value) -> None:
     name = kernels.add(("experts_up", site), lambda n: made.up(n, site))
     plan.row(name, ("axis", axis), source, gates, *listed, plan.tensor(h), packed[0], *more[0], writes=[h.buffer])
     name = kernels.add(("experts_down", site), lambda n: made.down(n, site))
-    plan.row(name, ("axis", axis), plan.tensor(h), gates, *listed, plan.tensor(result), packed[1], *more[1], writes=[result.buffer])
+    target = plan.tensor(result)
+    plan.row(name, ("axis", axis), plan.tensor(h), gates, *listed, target, packed[1], *more[1], writes=[result.buffer])
     plan.refs[value] = result

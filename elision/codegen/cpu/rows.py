@@ -106,6 +106,24 @@ def norm(name: str, size: int, kind: str, eps: float, offset: float, weights: in
     return kernel
 
 
+def reduce(name: str, size: int, kind: str) -> Kernel:
+    """`reduce` over the last ``size`` channels: one number for each of ``outer``."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, x, out, outer = kernel.axis(), kernel.view("x"), kernel.tensor("out"), kernel.integer("outer")
+    with kernel.tokens(axis) as t, fn.loop(0, outer) as heads:
+        source = x.place(t, heads.index)
+        if kind == "max":
+            with fn.loop(1, size, 1, [fn.load(source, "f32")]) as loop:
+                loop.give(fn.maximum(loop.carried[0], fn.load(source, "f32", loop.index)))
+            found = loop.results[0]
+        else:
+            found = _total(fn, size, lambda c, type: fn.load(source, type, c, "f32"))
+            found = found / float(size) if kind == "mean" else found
+        fn.store(found, out.token(t), heads.index)
+    return kernel
+
+
 def rotation(name: str, half: int) -> Kernel:
     """Cosines, then sines, of ``pos * inv_freq`` for every token: ``[tokens, 2 * half]``."""
     kernel = Kernel(name)
