@@ -236,8 +236,8 @@ def text(rows: Iterable[Row]) -> str:
         "# Families",
         "",
         f"Read off the raised programs of tiny models by `{AGAIN}`, not written by hand; `tests/raise/test_families.py`",
-        "compares every row, and every decoder's tokens with those of transformers. Heads are of tiny models; where layers differ,",
-        "`2 x` counts them; coverage counts operators. For every other causal LM of transformers see",
+        "compares every row, and every decoder's tokens with those of transformers. Heads are of tiny models; `2 x` counts the",
+        "layers where they differ; coverage counts operators. For every other causal LM of transformers see",
         "[the sweep](../../benchmarks/results/2026-11-21-sweep.md).",
         "",
     ]
