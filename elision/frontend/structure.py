@@ -111,9 +111,10 @@ def _dominators(graph: fx.Graph, taint: Taint, result: fx.Node) -> list[fx.Node]
         for used in data_inputs(node):
             if taint.token(used):
                 flow.add_edge(used, node)
-    if result not in flow:
-        raise UnsupportedModel("the model's first output does not depend on its inputs")
-    parent = nx.immediate_dominators(flow.subgraph(nx.ancestors(flow, result) | {result}), source)
+    before = nx.ancestors(flow, result) if result in flow else set()
+    if source not in before:
+        raise UnsupportedModel("the model's first output does not depend on its inputs, or through keys and values of attention only")
+    parent = nx.immediate_dominators(flow.subgraph(before | {result}), source)
     chain = [result]
     while isinstance(above := parent[chain[-1]], fx.Node):
         chain.append(above)

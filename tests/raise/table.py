@@ -1,5 +1,5 @@
 """What the compiler found in each family, read off its raised program. `python tests/raise/table.py` writes the table that is
-kept in elision/frontend/FAMILIES.md; `test_families.py` compares its rows."""
+kept in elision/frontend/FAMILIES.md; `test_families.py` and `test_encoders.py` compare its rows."""
 
 from __future__ import annotations
 
@@ -235,9 +235,9 @@ def text(rows: Iterable[Row]) -> str:
     head = [
         "# Families",
         "",
-        f"Read off the raised programs of tiny models by `{AGAIN}`, not written by hand; `tests/raise/test_families.py`",
-        "compares every row, and every decoder's tokens with those of transformers. Heads are of tiny models; where layers differ,",
-        "`2 x` counts them; coverage counts operators. For every other causal LM of transformers see",
+        f"Read off the raised programs of tiny models by `{AGAIN}`, not written by hand; tests compare every row,",
+        "and every decoder's tokens with those of transformers. Heads are of tiny models; `2 x` counts the",
+        "layers where they differ; coverage counts operators. For every other causal LM of transformers see",
         "[the sweep](../../benchmarks/results/2026-11-21-sweep.md).",
         "",
     ]
@@ -256,10 +256,12 @@ def rows(families: dict[str, Callable[[], Any]], done: Callable[[], None] = lamb
 def main() -> None:
     import functools
 
+    from encoders import IMAGES, TEXTS, encoder
     from families import DECODERS, decoder
     from rich.progress import Progress
 
-    makers = {family: functools.partial(decoder, family) for family in DECODERS}
+    makers: dict[str, Callable[[], Any]] = {name: functools.partial(decoder, name) for name in DECODERS}
+    makers |= {name: functools.partial(encoder, name) for name in (*TEXTS, *IMAGES)}
     with Progress() as progress:
         task = progress.add_task("raising", total=len(makers))
         KEPT.write_text(text(list(rows(makers, lambda: progress.advance(task)))), encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import IMAGES, TEXTS, encoder, images, texts
+from table import AGAIN, KEPT, read, row
 from torch import nn
 
 import elision
@@ -65,6 +66,11 @@ def test_text_fields_of_padded_batches(name: str) -> None:
         compare(compiled(name)(**given), want, given["attention_mask"])
     opaque = {"cumsum", "ne"} if name == "RobertaModel" else set()  # its positions skip the pad token
     assert set(compiled(name).coverage["opaque"]) <= opaque
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *IMAGES])
+def test_the_table_has_its_row(name: str) -> None:
+    assert read().get(name) == row(name, compiled(name)), f"{KEPT} is not what is raised: run {AGAIN}"
 
 
 @pytest.mark.parametrize("name", ["BertModel", "AlbertModel"])

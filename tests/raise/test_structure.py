@@ -139,3 +139,23 @@ def test_plain_residual_network_and_one_without_residuals():
     captured = capture(Residual(False), example=example)
     with pytest.raises(UnsupportedModel, match="residual"):
         find_structure(captured.graph, Taint(captured.graph, captured.kinds))
+
+
+class Perceiver(nn.Module):
+    """Learned queries look at the tokens: nothing flows from the tokens to the result but keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.query = nn.Embedding(64, 16), nn.Linear(16, 64), nn.Parameter(torch.randn(1, 1, 1, 16))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)[:, None]
+        q = self.query.expand(ids.shape[0], 1, ids.shape[1], 16)
+        return self.head(nn.functional.scaled_dot_product_attention(q, x, x)[:, 0])
+
+
+def test_a_result_that_only_attention_s_keys_reach_has_no_stream():
+    with pytest.raises(UnsupportedModel, match="keys and values of attention only"):
+        captured = capture(Perceiver().eval())
+        graph = normalise(captured.graph)
+        find_structure(graph, Taint(graph, captured.kinds))
