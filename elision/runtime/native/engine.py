@@ -22,7 +22,7 @@ from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import NAMES, Tensor
 from elision.ir.value import Graph, Value
-from elision.runtime.native.orc import Code
+from elision.runtime.native.orc import load
 from elision.runtime.native.pool import pool
 from elision.runtime.native.table import Table
 from elision.runtime.native.weights import PackedWeights
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(self, program: Program, native: abi.NativeCode, weights: PackedWeights, threads: int) -> None:
         self.program, self.schedules, self.weights, self.threads = program, native.schedules, weights, threads
-        self._code = Code(native.code)
+        self._code = load(native.code)
         names = {r.kernel for s in self.schedules.values() for r in s.rows if r.kernel}
         self._kernels = {name: self._code.address(name) for name in names}
         self._graphs = {name: flatten(program, name) for name in self.schedules if name in program.entries}
