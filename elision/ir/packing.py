@@ -6,6 +6,8 @@ sequential stream. """
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from elision.errors import BadInput
@@ -23,6 +25,14 @@ def panels(rows: int) -> int:
 def panel_bytes(packing: str, k: int) -> int:
     """Bytes of one panel over ``k`` inputs."""
     return k * PANEL * _FLOATS[_format(packing)].itemsize
+
+
+def packed_bytes(packing: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight ``[.., N, K]`` in a packing. Raises BadInput for an unknown packing or a weight of one axis."""
+    if len(shape) < 2:
+        raise BadInput(f"{packing}: a weight of shape {list(shape)}; expected [.., N, K]")
+    *lead, n, k = shape
+    return prod(lead) * panels(n) * panel_bytes(packing, k)
 
 
 def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:

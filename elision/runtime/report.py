@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from elision.ir.cost import cost, total
 from elision.ir.layout import nbytes
 from elision.ir.op import Sizes
+from elision.runtime.native.weights import PackedWeights
 
 if TYPE_CHECKING:
     from elision.runtime.model import Model
@@ -41,5 +43,7 @@ def report(model: Model) -> dict[str, Any]:
 
 def weight_bytes(model: Model) -> int:
     """Bytes of the weights, those that several names share counted once."""
-    stored = {(w.untyped_storage().data_ptr(), w.storage_offset(), w.numel()): w for w in model.weights.values()}
-    return sum(w.numel() * w.element_size() for w in stored.values())
+    stored = model.weights.stored if isinstance(model.weights, PackedWeights) else model.weights
+    names = {(w.untyped_storage().data_ptr(), w.storage_offset(), w.numel()): name for name, w in stored.items()}
+    types = [model.program.params[name].storage for name in names.values()]
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in types)
