@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,18 @@ from elision.runtime.native.table import Table
 from elision.runtime.native.weights import PackedWeights
 
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for engine in _engines:
+        engine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Engine:
     """The native entries of a program. Calls of one engine take turns: they share the memory of activations."""
 
@@ -43,6 +56,12 @@ class Engine:
         self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
         self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
         self._lock = threading.RLock()
+        _engines.add(self)
+
+    def after_fork(self) -> None:
+        """In the child nobody holds the lock, and nobody is on the way out of a run."""
+        self._lock = threading.RLock()
+        self._context[abi.COUNTER] = 0
 
     def run(self, entry: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches).
