@@ -17,7 +17,7 @@ from elision.cli import main
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=16, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=32,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("show") / "tiny.elision"
@@ -35,7 +35,7 @@ def shown(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_kernels_are_listed_and_each_is_printed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = shown(capsys, str(path), "--asm").splitlines()[1:]
     names = [line.split()[0] for line in listed]
-    assert any(n.startswith("attend_") for n in names) and any("step=" in line and "x:tensor" in line for line in listed)
+    assert any(n.startswith("attend_") for n in names) and any("step=" in line and "out:tensor" in line for line in listed)
     for name in (names[0], names[-1]):
         asm = shown(capsys, str(path), name, "--asm")
         assert asm.startswith(f"{name}:\n") and re.search(r"\n +[0-9a-f]+  ret", asm) and ".byte" not in asm

@@ -30,7 +30,7 @@ IDS = torch.tensor([[3, 5, 7, 11]])
 def model() -> elision.Model:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=24, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=24, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=32, tie_word_embeddings=True, initializer_range=1.0,
     )  # fmt: skip
     return elision.compile(LlamaForCausalLM(config))
