@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from elision.compiler import compile
+from elision.compiler import compile, load
 from elision.errors import ArtefactError, BadInput, ElisionError, IllegalProgram, UnsupportedModel
-from elision.runtime.artefact import load
 from elision.runtime.model import Model
 
 __version__ = "0.1.0"

@@ -92,3 +92,23 @@ def compile(
         threads=threads,
         native=native,
     )
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, target: str | None = None) -> Model:
+    """Open an artefact; its weights are mapped, not read. ``verify=False`` skips the check of the weights' bytes only.
+
+    ``target``: ``"cpu"`` for native code, ``"reference"`` for the interpreter; None takes what the artefact has. Code for a
+    processor that can do more than this one is made again, where the MLIR bindings are installed.
+
+    Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign, of another version, or without
+    code for this processor.
+    """
+    from elision.runtime import artefact
+
+    return artefact.load(path, threads, verify, target, _rebuild)
+
+
+def _rebuild(text: str, level: str) -> bytes:
+    from elision.codegen.cpu.lower import to_object
+
+    return to_object(text, level)

@@ -101,16 +101,19 @@ def run(
 @app.command()
 def show(
     model: Source,
+    kernel: Annotated[str, typer.Argument(help="For --mlir and --asm: a kernel by name, or its op as in linear.")] = "",
     after: Annotated[list[str], typer.Option("--after", metavar="PASS", help="Show the program after this pass.")] = [],  # noqa: B006
     cost: Annotated[bool, typer.Option("--cost", help="FLOPs and bytes by op and phase, with the floor.")] = False,
     coverage: Annotated[bool, typer.Option("--coverage", help="What was raised and what stayed opaque.")] = False,
+    mlir: Annotated[bool, typer.Option("--mlir", help="The MLIR generated for the CPU: all of it, or of KERNEL.")] = False,
+    asm: Annotated[bool, typer.Option("--asm", help="The machine code of KERNEL; without one, the kernels.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of stream, layers and states.")] = None,
     bandwidth: Annotated[float, typer.Option(help="GB/s, for the floor.")] = 30.0,
     flops: Annotated[float, typer.Option(help="GFLOP/s, for the floor.")] = 150.0,
     context: Annotated[int | None, typer.Option(help="Entries that a token attends to.  [default: 1024 or fewer]")] = None,
 ) -> None:
     """Print the IR as text, its cost or its coverage, or draw it."""
-    from elision.cli import tables
+    from elision.cli import native, tables
     from elision.cli.picture import picture
     from elision.ir.printer import print_program
 
@@ -128,8 +131,13 @@ def show(
         console.print(*tables.cost(found, context, bandwidth * 1e9, flops * 1e9))
     if coverage:
         console.print(*tables.coverage(found))
-    if svg is None and not cost and not coverage:
+    if mlir or asm:
+        print(*native.generated(found, kernel, asm=asm), sep="\n", end="")
+    elif kernel:
+        raise BadInput(f"{kernel!r} names a kernel: add --mlir or --asm")
+    if not (svg or cost or coverage or mlir or asm):
         print(print_program(found.program), end="")
+        print(*native.hosts(found), sep="\n", end="")
 
 
 @app.command()

@@ -113,7 +113,8 @@ def _dominators(graph: fx.Graph, taint: Taint, result: fx.Node) -> list[fx.Node]
                 flow.add_edge(used, node)
     before = nx.ancestors(flow, result) if result in flow else set()
     if source not in before:
-        raise UnsupportedModel("the model's first output does not depend on its inputs, or through keys and values of attention only")
+        what = "at all" if result not in flow else "but through keys and values of attention only"
+        raise UnsupportedModel(f"the model's first output does not depend on its inputs {what}")
     parent = nx.immediate_dominators(flow.subgraph(before | {result}), source)
     chain = [result]
     while isinstance(above := parent[chain[-1]], fx.Node):

@@ -1,5 +1,5 @@
-"""The integer formats whose codes are multiplied with int8 activations, in the panels of `elision.ir.packing`: per panel and group
-of 32 inputs 16 fp16 scales (and minima), then codes, four consecutive inputs of an output side by side."""
+"""The integer formats whose codes are multiplied with int8 activations, in the panels of `elision.ir.packing`: per panel and
+group of 32 inputs 16 fp16 scales (and minima), then codes, four consecutive inputs of an output side by side."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ LEAST = 1e-30
 def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
     """``x [.., width]`` after a round trip through int8: every ``group`` channels have the scale ``max|x| / 127`` (at least
     ``LEAST / 127``) and the codes ``x * (127 / max|x|)``, rounded to nearest, ties to even. In float32."""
-    runs = x.float().unflatten(-1, (-1, group))
+    runs = torch.unflatten(x.float(), -1, (-1, group))
     most = runs.abs().amax(-1, keepdim=True).clamp_min(LEAST)
     codes = torch.round(runs * (torch.full_like(most, 127) / most))  # a number / a tensor would round twice
     return (codes * (most / 127)).flatten(-2).to(x.dtype)

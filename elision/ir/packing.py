@@ -23,16 +23,18 @@ bytes unless typed):
 
     codes      i8[run / 4][16][4]: byte (i, o, j) is the code of input 4 i + j of output o, so 32 bytes are four consecutive
                inputs of eight outputs
-    nibbles    [run / 8][16][4]: byte (i, o, j) has the code of input 8 i + j in its low and of input 8 i + 4 + j in its high nibble
-    high       [16][4]: the byte (o, j) has the bits above the nibble of the inputs 4 i + j of the run, input j lowest: one bit for
-               each of the 8 inputs of a run of 32, two for each of the 4 of a run of 16
-    [12][16]   the byte (r, o), r < 8: s of run r low, t high nibble (four bits each); the byte (8 + i, o): from the lowest bits on
-               the two high bits of s and of t of run 2 i, then of s and of t of run 2 i + 1
+    nibbles    [run / 8][16][4]: byte (i, o, j) has the code of input 8 i + j in its low, of input 8 i + 4 + j in its high nibble
+    high       [16][4]: the byte (o, j) has the bits above the nibble of the inputs 4 i + j of the run, input j lowest: one bit
+               for each of the 8 inputs of a run of 32, two for each of the 4 of a run of 16
+    [12][16]   the byte (r, o), r < 8: s of run r low, t high nibble (four bits each); the byte (8 + i, o): from the lowest bits
+               on the two high bits of s and of t of run 2 i, then of s and of t of run 2 i + 1
 
 Groups of int8 are multiples of 4 there, those of int4 of 8; other rows have no panels.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 
@@ -64,9 +66,17 @@ def panel_bytes(packing: str, k: int) -> int:
     return PANEL * (4 * k if encoding is None else encoding.row_bytes(k))
 
 
+def packed_bytes(packing: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight ``[.., N, K]`` in a packing. Raises BadInput for an unknown packing or a weight of one axis."""
+    if len(shape) < 2:
+        raise BadInput(f"{packing}: a weight of shape {list(shape)}; expected [.., N, K]")
+    *lead, n, k = shape
+    return prod(lead) * panels(n) * panel_bytes(packing, k)
+
+
 def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:
-    """The bytes (uint8) of a weight ``f32[.., N, K]``, or of stored rows ``u8[.., N, row bytes]`` of an encoded one, in a packing;
-    leading axes (experts) stay outermost."""
+    """The bytes (uint8) of a weight ``f32[.., N, K]``, or of stored rows ``u8[.., N, row bytes]`` of an encoded one, in a
+    packing; leading axes (experts) stay outermost."""
     encoding = _encoding(packing)
     *lead, n, size = weight.shape
     weight = weight.float() if encoding is None else weight
@@ -78,7 +88,7 @@ def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:
         weight = weight.contiguous().view(_FLOATS[encoding.format])
     elif encoding is not None:
         return _layout(encoding, _width(encoding, size)).pack(weight).flatten()
-    by_panel = weight.unflatten(-2, (-1, PANEL)).transpose(-1, -2)
+    by_panel = torch.unflatten(weight, -2, (-1, PANEL)).transpose(-1, -2)
     return by_panel.contiguous().view(-1).view(torch.uint8)
 
 

@@ -57,9 +57,9 @@ class PanelLayout:
             parts.append((_scales6(scales) if size == 12 else scales).transpose(-1, -2).flatten(-2))
         runs = []
         if self.high:
-            high = self._by_run(self._high(blocks)).unflatten(-1, (-1, QUAD))  # [.., runs, 16, quads, 4]
+            high = torch.unflatten(self._by_run(self._high(blocks)), -1, (-1, QUAD))  # [.., runs, 16, quads, 4]
             runs.append(_join(high, self.high).flatten(-2))
-        low = self._by_run(self._low(blocks)).unflatten(-1, (-1, QUAD))
+        low = torch.unflatten(self._by_run(self._low(blocks)), -1, (-1, QUAD))
         if self.bits == 4:
             low = low[..., 0::2, :] | low[..., 1::2, :] << 4
         runs.append(low.transpose(-3, -2).flatten(-3))
@@ -73,32 +73,32 @@ class PanelLayout:
         found = data.new_empty((*lead, p, blocks, PANEL, self.nbytes))
         at = 0
         for start in self.numbers:
-            found[..., start : start + 2] = panel[..., at : at + PANEL * 2].unflatten(-1, (PANEL, 2))
+            found[..., start : start + 2] = torch.unflatten(panel[..., at : at + PANEL * 2], -1, (PANEL, 2))
             at += PANEL * 2
         if self.scales:
             start, size = self.scales
-            scales = panel[..., at : at + PANEL * size].unflatten(-1, (size, PANEL)).transpose(-1, -2)
+            scales = torch.unflatten(panel[..., at : at + PANEL * size], -1, (size, PANEL)).transpose(-1, -2)
             found[..., start : start + size] = _stored6(scales) if size == 12 else scales
             at += PANEL * size
-        runs = panel[..., at:].unflatten(-1, (-1, PANEL * self.run_bytes))
+        runs = torch.unflatten(panel[..., at:], -1, (-1, PANEL * self.run_bytes))
         if self.high:
-            high = _split(runs[..., : PANEL * QUAD].unflatten(-1, (PANEL, QUAD)), self.high)
+            high = _split(torch.unflatten(runs[..., : PANEL * QUAD], -1, (PANEL, QUAD)), self.high)
             self._put_high(found, self._by_block(high.flatten(-2)))
             runs = runs[..., PANEL * QUAD :]
-        low = runs.unflatten(-1, (-1, PANEL, QUAD)).transpose(-3, -2)
+        low = torch.unflatten(runs, -1, (-1, PANEL, QUAD)).transpose(-3, -2)
         if self.bits == 4:
             low = torch.stack((low & 15, low >> 4), -2).flatten(-3, -2)
         codes = self._by_block(low.flatten(-2))
         if self.bits == 8:
             found[..., self.low : self.low + self.elements] = codes
         else:
-            pairs = codes.unflatten(-1, (-1, 2, self.half))
+            pairs = torch.unflatten(codes, -1, (-1, 2, self.half))
             found[..., self.low : self.low + self.elements // 2] = (pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(-2)
         return found.transpose(-3, -2).reshape(*lead, p * PANEL, blocks * self.nbytes)
 
     def _by_run(self, codes: torch.Tensor) -> torch.Tensor:
         """``[.., 16, elements]`` as ``[.., runs, 16, run]``."""
-        return codes.unflatten(-1, (-1, self.run)).transpose(-3, -2)
+        return torch.unflatten(codes, -1, (-1, self.run)).transpose(-3, -2)
 
     def _by_block(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.transpose(-3, -2).flatten(-2)
@@ -108,19 +108,19 @@ class PanelLayout:
         data = blocks[..., self.low : self.low + self.elements * self.bits // 8]
         if self.bits == 8:
             return data
-        halves = data.unflatten(-1, (-1, self.half))
+        halves = torch.unflatten(data, -1, (-1, self.half))
         return torch.stack((halves & 15, halves >> 4), -2).flatten(-3)
 
     def _high(self, blocks: torch.Tensor) -> torch.Tensor:
         data = blocks[..., self.high_at : self.high_at + self.elements * self.high // 8]
         if not self.order:
             return _split(data.unsqueeze(-1), self.high).flatten(-3)
-        return _split(data.unflatten(-1, (-1, self.order)), self.high).flatten(-3)
+        return _split(torch.unflatten(data, -1, (-1, self.order)), self.high).flatten(-3)
 
     def _put_high(self, found: torch.Tensor, codes: torch.Tensor) -> None:
         shape = (-1, 8 // self.high, self.order or 1)
         found[..., self.high_at : self.high_at + self.elements * self.high // 8] = _join(
-            codes.unflatten(-1, shape), self.high
+            torch.unflatten(codes, -1, shape), self.high
         ).flatten(-2)
 
 
@@ -168,8 +168,8 @@ def _scales6(b: torch.Tensor) -> torch.Tensor:
     byte r has the low nibbles of s and t of run r, byte 8 + i the two high bits of s and t of run 2 i, then of run 2 i + 1."""
     first, second, low = b[..., :4], b[..., 4:8], b[..., 8:12]
     nibbles = torch.cat(((first & 15) | (second & 15) << 4, low), -1)
-    s = torch.cat((first >> 4 & 3, first >> 6), -1).unflatten(-1, (4, 2))
-    t = torch.cat((second >> 4 & 3, second >> 6), -1).unflatten(-1, (4, 2))
+    s = torch.unflatten(torch.cat((first >> 4 & 3, first >> 6), -1), -1, (4, 2))
+    t = torch.unflatten(torch.cat((second >> 4 & 3, second >> 6), -1), -1, (4, 2))
     high = s[..., 0] | t[..., 0] << 2 | s[..., 1] << 4 | t[..., 1] << 6
     return torch.cat((nibbles, high), -1)
 

@@ -93,11 +93,16 @@ class Schedule:
 @dataclass(frozen=True)
 class NativeCode:
     """The native form of a program: an object file, a schedule for each entry and for ``commit``, and by entry the ops that the
-    host runs, each with the reason."""
+    host runs, each with the reason. ``signatures``: the operands of each kernel, (kind, name). ``machine`` and ``level`` say
+    which processors the object is for; ``text`` is the MLIR that it was made from, for others."""
 
     code: bytes
     schedules: dict[str, Schedule]
     hosts: dict[str, list[tuple[str, str]]]
+    signatures: dict[str, list[tuple[str, str]]]
+    machine: str
+    level: str
+    text: str
 
     @property
     def packings(self) -> dict[str, str]:

@@ -106,6 +106,11 @@ class Tensor:
         return DTYPES[self.dtype].itemsize
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of a tensor without tokens (a weight)."""
+        return tuple(d for d in self.axes if isinstance(d, int))
+
+    @property
     def row(self) -> int:
         """Elements along the last axis of a weight."""
         assert isinstance(self.axes[-1], int)

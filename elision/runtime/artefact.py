@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from elision.errors import ArtefactError, BadInput, IllegalProgram
 from elision.ir.coverage import is_report
 from elision.ir.layout import nbytes
+from elision.ir.packing import packed_bytes, packing_of
 from elision.ir.parser import parse_program
 from elision.ir.printer import print_program
 from elision.ir.program import QUALITIES, Program
-from elision.ir.types import DTYPES
+from elision.ir.types import DTYPES, Tensor
 from elision.ir.verifier import verify as verify_program
 from elision.runtime.archive import Archive, write_archive
-from elision.runtime.tensors import pack_tensors, unpack_tensors
+from elision.runtime.native import artefact as native_code
+from elision.runtime.native.weights import PackedWeights
+from elision.runtime.tensors import pack_tensors, packings, unpack_tensors
 from elision.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
     from elision.runtime.model import Model
 
-FORMAT = 1
+FORMAT = 2
 
 
 def _is_count(value: Any) -> bool:
@@ -35,7 +40,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "name": lambda v: isinstance(v, str),
     "passes": lambda v: isinstance(v, list) and all(isinstance(p, str) for p in v),
     "quality": lambda v: v in QUALITIES,
-    "targets": lambda v: v == ["reference"],
+    "targets": lambda v: v in (["cpu"], ["reference"]),
+    "native": native_code.is_description,
     "coverage": is_report,
     "state_bytes": lambda v: isinstance(v, dict),
     "tensors": lambda v: isinstance(v, list),
@@ -48,14 +54,19 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path``, all of it or nothing."""
-    table, chunks = pack_tensors(model.weights)
+    packed = model.weights if isinstance(model.weights, PackedWeights) else None
+    table, chunks = pack_tensors(packed.stored, packed.packings) if packed else pack_tensors(model.weights)
     program = model.program
+    code = {"program.txt": print_program(program).encode()}
+    if model.native is not None:
+        code |= native_code.members(model.native)
     manifest = {
         "format": FORMAT,
         "name": program.name,
         "passes": list(program.applied),
         "quality": program.quality,
-        "targets": ["reference"],
+        "targets": ["reference"] if model.native is None else ["cpu"],
+        "native": None if model.native is None else native_code.describe(model.native, code),
         "coverage": model.coverage,
         "state_bytes": {n: nbytes(t, 1, model.max_context) for n, t in program.states.items()},
         "tensors": table,
@@ -67,31 +78,51 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     text = model.tokenizer.to_members() if model.tokenizer is not None else {}
     members: dict[str, Any] = {
         "manifest.json": json.dumps(manifest, indent=1).encode(),
-        "program.txt": print_program(program).encode(),
+        **code,
         **text,
         "weights.bin": chunks,
     }
     write_archive(path, members)
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True) -> Model:
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    verify: bool = True,
+    target: str | None = None,
+    rebuild: native_code.Rebuild | None = None,
+) -> Model:
     """Open an artefact; its weights are mapped, not read. ``verify=False`` skips the check of the weights' bytes only.
 
-    Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign or of another version.
+    ``target``: ``"cpu"`` for native code, ``"reference"`` for the interpreter on unpacked weights; None takes what the artefact
+    has. ``rebuild`` (MLIR text and feature level to an object file) is asked where its code needs another processor.
+
+    Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign, of another version, or without
+    code for this processor.
     """
     from elision.runtime.model import Model
 
+    if target not in (None, "cpu", "reference"):
+        raise BadInput(f"unknown target {target!r}; expected cpu, reference or None for what the artefact has")
     archive = Archive.open(path, verify)
     manifest = _manifest(archive)
     tokenizer = None
     if manifest["text"]:
         tokenizer = Tokenizer.from_json(bytes(archive["tokenizer.json"]), _json(archive, "text.json"))
     program = _program(archive)
-    weights = unpack_tensors(manifest["tensors"], archive["weights.bin"])
+    stored = unpack_tensors(manifest["tensors"], archive["weights.bin"])
+    how = packings(manifest["tensors"])
     for name, type in program.params.items():
-        found = weights.get(name)
-        if found is None or (tuple(found.shape), found.dtype) != type.storage:
+        if name not in stored or not _is_stored(stored[name], how[name], type):
             raise ArtefactError(f"{path}: the weight {name} is missing or not of the type {type}")
+    weights: Mapping[str, torch.Tensor] = PackedWeights(program, {name: stored[name] for name in program.params}, how)
+    native = None
+    if target != "reference" and manifest["native"] is not None:
+        native = native_code.read(archive, manifest["native"], program, how, rebuild)
+    elif target == "cpu":
+        raise ArtefactError(f"{path} has no native code, only the target reference: compile the model again with target='cpu'")
+    else:
+        weights = dict(weights)
     return Model(
         program,
         weights,
@@ -101,7 +132,16 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
         max_context=manifest["max_context"],
         max_batch=manifest["max_batch"],
         threads=threads,
+        native=native,
     )
+
+
+def _is_stored(found: torch.Tensor, packing: str, type: Tensor) -> bool:
+    """Whether a stored tensor is a weight of this type in that packing."""
+    if packing == "plain":
+        return (tuple(found.shape), found.dtype) == type.storage
+    legal = type.dtype == "f32" and len(type.axes) > 1 and packing == packing_of(type.encoding, type.row)
+    return legal and (found.dim(), found.dtype) == (1, torch.uint8) and len(found) == packed_bytes(packing, type.sizes)
 
 
 def _json(archive: Archive, member: str) -> Any:
@@ -121,6 +161,8 @@ def _manifest(archive: Archive) -> dict[str, Any]:
         )
     if set(manifest) != set(_FIELDS):
         raise ArtefactError(f"{archive.path}: the manifest has not the fields {', '.join(sorted(_FIELDS))}")
+    if (manifest["native"] is None) != (manifest["targets"] == ["reference"]):
+        raise ArtefactError(f"{archive.path}: the manifest's targets and native code do not agree")
     for name, legal in _FIELDS.items():
         if not legal(manifest[name]):
             raise ArtefactError(f"{archive.path}: the manifest's {name} cannot be {manifest[name]!r:.80}")

@@ -63,7 +63,7 @@ class Model:
         if native is None:
             self._interpreter = Interpreter(program, weights)
             return
-        packed = PackedWeights(program, weights, native.packings)
+        packed = weights if isinstance(weights, PackedWeights) else PackedWeights.pack(program, weights, native.packings)
         self.engine = Engine(program, native, packed, threads or physical_cores())
         self.weights = packed
         commit = self.engine.commit if "commit" in native.schedules else None

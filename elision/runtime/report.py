@@ -41,8 +41,7 @@ def report(model: Model) -> dict[str, Any]:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of the weights, those that several names share counted once."""
-    if isinstance(model.weights, PackedWeights):
-        return model.weights.nbytes()
-    stored = {(w.untyped_storage().data_ptr(), w.storage_offset(), w.numel()): w for w in model.weights.values()}
-    return sum(w.numel() * w.element_size() for w in stored.values())
+    """Bytes of the weights in memory, those that several names share counted once."""
+    stored = model.weights.stored if isinstance(model.weights, PackedWeights) else model.weights
+    views = {(w.untyped_storage().data_ptr(), w.storage_offset(), w.numel()): w for w in stored.values()}
+    return sum(w.numel() * w.element_size() for w in views.values())

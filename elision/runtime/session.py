@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from elision.ir.store import ArrayStore, KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES
 
-CHUNK = 512  # tokens of a row in one prefill call: bounds the memory of activations and scores
+CHUNK = 512  # tokens of one prefill call (the interpreter: of each row): bounds the memory of activations and scores
 
 
 class Session:
@@ -42,8 +42,10 @@ class Session:
         """Commit the prompts; the logits ``[rows, vocab]`` after the last token of each."""
         graph = self._interpreter.program.entries["prefill"]
         final: list[torch.Tensor | None] = [None] * self.rows
-        for start in range(0, max(map(len, prompts)), chunk):
-            parts = [p[start : start + chunk] for p in prompts]
+        done = [0] * self.rows
+        for counts in _portions([len(p) for p in prompts], chunk, together="prefill" in self._interpreter.natives):
+            parts = [p[i : i + n] for p, i, n in zip(prompts, done, counts, strict=True)]
+            done = [i + n for i, n in zip(done, counts, strict=True)]
             at = Tokens.chunk([len(p) for p in parts], self.committed)
             ids = torch.tensor([t for p in parts for t in p], dtype=torch.int64)
             logits, *_ = self._run(graph, {"ids": ids}, at)
@@ -83,3 +85,15 @@ class Session:
             if due:
                 at = Tokens(torch.tensor(due), torch.tensor([self.committed[r] for r in due]), self.rows)
                 self._run(tick.graph, {"rows": torch.tensor(due)}, at)
+
+
+def _portions(lengths: Sequence[int], chunk: int, together: bool) -> Iterator[list[int]]:
+    """How many tokens of every prompt each prefill call takes: up to ``chunk`` of each, or (``together``) of all of them."""
+    left = list(lengths)
+    while any(left):
+        room, counts = chunk, []
+        for n in left:
+            counts.append(min(n, room))
+            room -= counts[-1] if together else 0
+        left = [n - taken for n, taken in zip(left, counts, strict=True)]
+        yield counts

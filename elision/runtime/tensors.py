@@ -1,7 +1,7 @@
 """Tensors packed into one archive member and mapped back out of it without a copy.
 
 The table is plain JSON: one row per stored tensor, in file order, with the fields name, aliases, dtype,
-shape, offset and nbytes. Data is row-major and little-endian, each tensor at the next multiple of 64 bytes.
+shape, offset, nbytes and packing. Data is row-major and little-endian, each tensor at the next multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ DTYPES = {
     )
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FIELDS = {"name", "aliases", "dtype", "shape", "offset", "nbytes"}
+_FIELDS = {"name", "aliases", "dtype", "shape", "offset", "nbytes", "packing"}
 
 
 def _padding(offset: int) -> int:
     return -offset % ALIGNMENT
 
 
-def pack_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[list[dict[str, Any]], Iterator[memoryview]]:
+def pack_tensors(
+    tensors: Mapping[str, torch.Tensor], packings: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], Iterator[memoryview]]:
     """The table of ``tensors`` and the chunks of the member that holds them.
 
     Names that share one view of one storage (a tied embedding and head) are stored once, under the first name
-    with the others as its aliases. Chunks are made one at a time, without a copy where the tensor is
+    with the others as its aliases. ``packings``: what the bytes of a tensor are, where that is not the tensor itself
+    (`elision.ir.packing`). Chunks are made one at a time, without a copy where the tensor is
     contiguous and in host memory. Raises `BadInput` for a dtype or layout that the format does not have.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -54,7 +57,7 @@ def pack_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[list[dict[str, An
         nbytes = tensor.numel() * tensor.element_size()
         rows[view] = {
             "name": name, "aliases": [], "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape),
-            "offset": offset, "nbytes": nbytes,
+            "offset": offset, "nbytes": nbytes, "packing": (packings or {}).get(name, "plain"),
         }  # fmt: skip
         stored.append(tensor)
         offset += nbytes
@@ -91,6 +94,11 @@ def unpack_tensors(table: object, view: memoryview) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def packings(table: list[dict[str, Any]]) -> dict[str, str]:
+    """The packing of each tensor of a table that `unpack_tensors` read."""
+    return {name: row["packing"] for row in table for name in (row["name"], *row["aliases"])}
+
+
 def _unpack(row: object, view: memoryview, end: int) -> tuple[torch.Tensor, int]:
     """The tensor of one table row and the offset behind it; ``end`` is the offset behind the one before."""
     if not isinstance(row, dict) or set(row) != _FIELDS:
@@ -98,6 +106,8 @@ def _unpack(row: object, view: memoryview, end: int) -> tuple[torch.Tensor, int]
     name, aliases, shape, nbytes = row["name"], row["aliases"], row["shape"], row["nbytes"]
     if not isinstance(aliases, list) or not all(isinstance(text, str) and text for text in (name, *aliases)):
         raise ArtefactError(f"a tensor has names that are no texts: {name!r}, {aliases!r}")
+    if not isinstance(row["packing"], str) or not row["packing"]:
+        raise ArtefactError(f"tensor {name!r} has the packing {row['packing']!r}: expected a name")
     dtype = DTYPES.get(row["dtype"]) if isinstance(row["dtype"], str) else None
     if dtype is None:
         raise ArtefactError(f"tensor {name!r} has dtype {row['dtype']!r}, not one of {', '.join(DTYPES)}")

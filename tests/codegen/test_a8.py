@@ -15,10 +15,10 @@ from elision.codegen.cpu.linear_a8 import linear
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.cpu.quantise import block_bytes, quantise
 from elision.ir import schedule as abi
-from elision.ir.code_panels import codes_of, pack_codes
+from elision.ir.code_panels import codes_of
 from elision.ir.integers import rounded
 from elision.ir.ops.dense import linear as reference
-from elision.ir.packing import PANEL, panels
+from elision.ir.packing import PANEL, pack, panels
 from elision.ir.weights import Blocks, Encoded, Int4, Int8, WeightEncoding
 from elision.runtime.native.orc import Code
 
@@ -73,7 +73,7 @@ def run(way: str, encodings: tuple[WeightEncoding, ...], x: torch.Tensor, n: int
     made.call(quantiser, t, x.data_ptr(), 0, k, blocks.data_ptr(), 0, block_bytes(k), abi.SPLIT)
     width = panels(n) * PANEL
     out, extra = torch.full((t, width), torch.nan), bias(n)
-    packed = [pack_codes(stored(e, n, k), e, k) for e in encodings]
+    packed = [pack(stored(e, n, k), f"panel:{e}") for e in encodings]
     made.call(
         product, t, blocks.data_ptr(), 0, block_bytes(k), out.data_ptr(), 0, width, panels(n), *(p.data_ptr() for p in packed),
         extra.data_ptr(), 0, 0,
@@ -136,7 +136,7 @@ def test_largest_sums(way: str) -> None:
         made, quantiser, product = bench(way, (encoding,), 64, "x0 + x1")
         data, out, zero = torch.zeros(8 * block_bytes(64), dtype=torch.uint8), torch.zeros(8, 16), torch.zeros(16)
         made.call(quantiser, 8, x.data_ptr(), 0, 64, data.data_ptr(), 0, block_bytes(64), abi.SPLIT)
-        packed = pack_codes(rows, encoding, 64)
+        packed = pack(rows, f"panel:{encoding}")
         made.call(
             product, 8, data.data_ptr(), 0, block_bytes(64), out.data_ptr(), 0, 16, 1, packed.data_ptr(), zero.data_ptr(), 0, 0
         )

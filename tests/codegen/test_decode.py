@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 
+from elision.codegen.cpu.kernel import Kernel
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.linear import linear, scratch_bytes
 from elision.codegen.cpu.lower import to_object
@@ -25,7 +26,10 @@ CASES = [
     ("int4(group=8)", 24), ("int4(group=64)", 128), ("Q8_0", 96), ("Q4_1", 96), ("Q4_0", 96), ("Q5_0", 96), ("Q5_1", 64),
     ("Q4_K", 512), ("Q5_K", 512), ("Q6_K", 512), ("BF16", 37), ("F16", 37),
 ]  # fmt: skip
-SCALES = {"Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
+SCALES = {
+    "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,),
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2),
+}  # fmt: skip
 
 
 def stored(format: str, n: int, k: int) -> torch.Tensor:
@@ -40,14 +44,22 @@ def stored(format: str, n: int, k: int) -> torch.Tensor:
     return blocks.reshape(n, -1)
 
 
+def plain(format: str, k: int, name: str) -> Kernel:
+    return linear(name, [format], k, "x0 + x1", ["row"])
+
+
+def mixed(name: str) -> Kernel:
+    return linear(name, ["Q4_K", "f32", "Q6_K"], 256, "silu(x0) * x1 + x2 - x3", ["tokens"])
+
+
 @cache
 def code() -> tuple[Code, dict[tuple[str, ...], str]]:
     """All kernels, compiled at once."""
     kernels, names = Kernels(), {}
     for format, k in CASES:
-        for op, make in (("linear", lambda n: linear(n, [format], k, "x0 + x1", ["row"])), ("embed", lambda n: embed(n, format, k))):
-            names[op, format] = kernels.add((op, format), make)
-    names["mixed"] = kernels.add(("mixed",), lambda n: linear(n, ["Q4_K", "f32", "Q6_K"], 256, "silu(x0) * x1 + x2 - x3", ["tokens"]))
+        names["linear", format] = kernels.add(("linear", format), partial(plain, format, k))
+        names["embed", format] = kernels.add(("embed", format), partial(embed, format=format, width=k))
+    names["mixed"] = kernels.add(("mixed",), mixed)
     return Code(to_object(kernels.text())), names
 
 
@@ -61,7 +73,9 @@ def call(name: str, tokens: int, *words: int) -> None:
         function(row.ctypes.data, context.ctypes.data, thread)
 
 
-def product(name: str, formats: list[str], weights: list[torch.Tensor], x: torch.Tensor, n: int, extra: torch.Tensor) -> torch.Tensor:
+def product(
+    name: str, formats: list[str], weights: list[torch.Tensor], x: torch.Tensor, n: int, extra: torch.Tensor
+) -> torch.Tensor:
     """The result of a kernel for packed weights; every float that it has no business with is NaN."""
     (t, k), width = x.shape, panels(n) * PANEL
     room = torch.full((t * k + 16,), torch.nan)
@@ -72,8 +86,8 @@ def product(name: str, formats: list[str], weights: list[torch.Tensor], x: torch
     packed = [pack(w, f"panel:{f}") for w, f in zip(weights, formats, strict=True)]
     more = [scratch.data_ptr(), 4 * scratch.shape[1], 0] if scratch.numel() else []
     call(
-        name, t, room.data_ptr(), 0, k, out.data_ptr(), 0, width, panels(n), *(p.data_ptr() for p in packed), padded.data_ptr(), 0,
-        width if padded.dim() == 2 else 0, *more,
+        name, t, room.data_ptr(), 0, k, out.data_ptr(), 0, width, panels(n), *(p.data_ptr() for p in packed),
+        padded.data_ptr(), 0, width if padded.dim() == 2 else 0, *more,
     )  # fmt: skip
     return out[:, :n]
 

@@ -22,8 +22,7 @@ from elision.runtime.archive import Archive, write_archive
 IDS = torch.tensor([[3, 5, 7, 11]])
 
 
-@pytest.fixture(scope="module")
-def model() -> elision.Model:
+def tiny(target: str) -> elision.Model:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -32,13 +31,26 @@ def model() -> elision.Model:
     source = transformers.AutoModelForCausalLM.from_config(config)
     for p in source.parameters():
         p.data.normal_(0, 1)
-    return elision.compile(source)
+    return elision.compile(source, target=target)
+
+
+@pytest.fixture(scope="module")
+def model() -> elision.Model:
+    return tiny("cpu")
 
 
 @pytest.fixture(scope="module")
 def path(model: elision.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("artefact") / "tiny.elision"
     model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact without native code: few bytes."""
+    path = tmp_path_factory.mktemp("artefact") / "short.elision"
+    tiny("reference").save(path)
     return path
 
 
@@ -70,8 +82,8 @@ def test_a_process_without_transformers(model: elision.Model, path: Path) -> Non
     assert json.loads(done.stdout) == model.generate(IDS, max_new_tokens=12).tolist()
 
 
-def test_every_flipped_bit_is_refused(path: Path, tmp_path: Path) -> None:
-    good, bad = path.read_bytes(), tmp_path / "bad.elision"
+def test_every_flipped_bit_is_refused(short: Path, tmp_path: Path) -> None:
+    good, bad = short.read_bytes(), tmp_path / "bad.elision"
     for place in range(len(good)):
         damaged = bytearray(good)
         damaged[place] ^= 1 << place % 8  # test_archive flips all eight bits of every byte of a smaller one
@@ -86,8 +98,8 @@ def test_every_flipped_bit_is_refused(path: Path, tmp_path: Path) -> None:
             elision.load(bad)
 
 
-def test_every_truncation_is_refused(path: Path, tmp_path: Path) -> None:
-    good, bad = path.read_bytes(), tmp_path / "bad.elision"
+def test_every_truncation_is_refused(short: Path, tmp_path: Path) -> None:
+    good, bad = short.read_bytes(), tmp_path / "bad.elision"
     for size in [*range(0, len(good), 97), len(good) - 1]:
         bad.write_bytes(good[:size])
         with pytest.raises(ArtefactError):
@@ -143,7 +155,7 @@ def rebuilt(path: Path, to: Path, change: Callable[[dict[str, Any]], Any], text:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m: m.update(format=2), "format version 2"),
+        (lambda m: m.update(format=1), "format version 1"),
         (lambda m: {k: v for k, v in m.items() if k != "format"}, "format version"),
         (lambda m: {k: v for k, v in m.items() if k != "tensors"}, "fields"),
         (lambda m: m.update(extra=1), "fields"),

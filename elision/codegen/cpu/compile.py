@@ -14,6 +14,7 @@ from elision.ir import schedule as abi
 from elision.ir.flatten import flatten
 from elision.ir.program import Program
 from elision.ir.states import KV, Dense, Float
+from elision.llvm.processor import host_level, machine
 
 
 def compile_program(program: Program) -> abi.NativeCode:
@@ -34,7 +35,9 @@ def compile_program(program: Program) -> abi.NativeCode:
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
     if all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
-    return abi.NativeCode(to_object(kernels.text()), schedules, hosts)
+    level = host_level()
+    code = to_object(kernels.text(), level)
+    return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 
 
 _ON_HOST = ("positions", "last")  # they follow from the call's positions and are ready before native code starts

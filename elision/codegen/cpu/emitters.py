@@ -224,7 +224,7 @@ def _broadcast(plan: Planner, arg: Value, shape: tuple[int, ...]) -> tuple[Ref, 
     """A map operand aligned with the result's features; for a weight the operand that says where it is."""
     _need(arg.tensor.dtype == "f32", f"{arg.tensor.dtype} values")
     if arg.op == "param":
-        own = tuple(d for d in arg.tensor.axes if isinstance(d, int))
+        own = arg.tensor.sizes
         ref, operand = Ref(-1, 0, contiguous(own), own), ("tensor", plan.packing(arg, "plain")[1], 0, 0)
     else:
         ref, operand = plan.ref(arg), None

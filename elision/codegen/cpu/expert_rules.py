@@ -34,7 +34,7 @@ def route(kernels: Kernels, plan: Planner, value: Value) -> None:
 def experts(kernels: Kernels, plan: Planner, value: Value) -> None:
     """The two products of every expert over its tokens."""
     x, weight, index, up, down, *biases = value.args
-    count, wide, width = (d for d in up.tensor.axes if isinstance(d, int))
+    count, wide, width = up.tensor.sizes
     out = value.tensor.width
     parts, halves = operands(value.attr("expr")), value.attr("halves", True)
     if not all(w.tensor.dtype == "f32" and w.tensor.encoding is None for w in (x, up, down, *biases)):

@@ -89,7 +89,8 @@ def _exponent(node: ast.BinOp) -> float | None:
     sign, right = 1, node.right
     if isinstance(right, ast.UnaryOp):
         sign, right = -1, right.operand
-    return sign * right.value if isinstance(right, ast.Constant) and isinstance(right.value, int | float) else None
+    found = right.value if isinstance(right, ast.Constant) else None
+    return sign * found if isinstance(found, int | float) else None
 
 
 def _power(fn: Fn, x: Val, exponent: float | None) -> Val:

@@ -25,7 +25,9 @@ def scratch_bytes(formats: Sequence[str], k: int) -> int:
     return sum(4 * PANEL * k for f in formats if f not in PLAIN)
 
 
-def dot(fn: Fn, format: str, panel: Val, x: Rows, token: Val | int, tile: int, k: int, *, stream: bool = True) -> list[list[Val]]:
+def dot(
+    fn: Fn, format: str, panel: Val, x: Rows, token: Val, tile: int, k: int, *, stream: bool = True
+) -> list[list[Val]]:
     """Products of ``tile`` tokens from ``token`` on with one panel of plain numbers: ``[tile][VECTORS]``. ``stream``: other
     panels follow it in memory."""
     unroll = {1: 4, 2: 2}.get(tile, 2)
@@ -81,13 +83,8 @@ def decoding_dot(fn: Fn, decoder: Decoder, panel: Val, x: Val, totals: Val | Non
             total = fn.fma(shift, fn.splat(fn.load(totals, "f32", loop.index), PANEL), total)
         loop.give(total)
     both = loop.results[0]
-    return [
-        fn.emit(
-            f"vector.extract_strided_slice {both.name} {{offsets = [{v * LANES}], sizes = [{LANES}], strides = [1]}} : {VP} to {VF}",
-            VF,
-        )
-        for v in range(VECTORS)
-    ]
+    where = [f"offsets = [{v * LANES}], sizes = [{LANES}], strides = [1]" for v in range(VECTORS)]
+    return [fn.emit(f"vector.extract_strided_slice {both.name} {{{w}}} : {VP} to {VF}", VF) for w in where]
 
 
 def input_sums(fn: Fn, x: Val, size: int, count: int, place: Val) -> None:
@@ -110,8 +107,8 @@ def decode_panel(fn: Fn, decoder: Decoder, panel: Val, place: Val) -> None:
 
 
 def linear(name: str, formats: Sequence[str], k: int, expr: str, extras: Sequence[str]) -> Kernel:
-    """The kernel of a region: linears of one x with weights in ``formats`` (f32, or an encoding), then ``expr`` over their results
-    and the ``extras`` (``tokens``: a value per token and output; ``row``: one value per output)."""
+    """The kernel of a region: linears of one x with weights in ``formats`` (f32, or an encoding), then ``expr`` over their
+    results and the ``extras`` (``tokens``: a value per token and output; ``row``: one value per output)."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, x, out = kernel.axis(), kernel.tensor("x"), kernel.tensor("out")

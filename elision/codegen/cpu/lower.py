@@ -1,10 +1,13 @@
-"""MLIR text to an object file, through the MLIR Python bindings. The only file that imports them."""
+"""MLIR text to an object file: the MLIR Python bindings give LLVM IR, libLLVM makes machine code. The only file that imports
+them."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import ctypes
+import functools
+from collections.abc import Callable
 
+from elision import llvm
 from elision.errors import BadInput
 
 _PIPELINE = (
@@ -13,13 +16,58 @@ _PIPELINE = (
     "convert-math-to-llvm,convert-math-to-libm,convert-index-to-llvm,convert-arith-to-llvm,finalize-memref-to-llvm,"
     "convert-func-to-llvm{use-bare-ptr-memref-call-conv=true},convert-cf-to-llvm,reconcile-unrealized-casts,canonicalize,cse)"
 )
+_OPTIMISE = b"default<O3>"
+_AGGRESSIVE, _POSITION_INDEPENDENT, _SMALL, _OBJECT = 3, 2, 3, 1  # of LLVMCreateTargetMachine and LLVMTargetMachineEmit..
 
 
-def to_object(text: str) -> bytes:
-    """The object file of a module, for this machine's processor. Raises BadInput without the bindings."""
+@functools.lru_cache(maxsize=64)  # models of the same shapes have the same kernels
+def to_object(text: str, level: str) -> bytes:
+    """The object file of a module for processors of a feature level (`elision.llvm.LEVELS`). Raises BadInput without the
+    bindings."""
+    api = llvm.library()
+    source = _to_llvm(text)
+    context = llvm.POINTER(api.LLVMContextCreate())
+    module, machine, out = llvm.POINTER(), llvm.POINTER(_machine(level)), llvm.POINTER()
+    options = llvm.POINTER(api.LLVMCreatePassBuilderOptions())
+    try:
+        _done(api.LLVMParseIRInContext, context, llvm.buffer(source.encode()), ctypes.byref(module))
+        api.LLVMSetTarget(module, llvm.POINTER(api.LLVMGetDefaultTargetTriple()))
+        api.LLVMSetModuleDataLayout(module, llvm.POINTER(api.LLVMCreateTargetDataLayout(machine)))
+        if error := api.LLVMRunPasses(module, _OPTIMISE, machine, options):
+            raise AssertionError(f"LLVM: {llvm.message(error)}")
+        emit = functools.partial(api.LLVMTargetMachineEmitToMemoryBuffer, machine, module, _OBJECT)
+        message = llvm.POINTER()
+        if emit(ctypes.byref(message), ctypes.byref(out)):
+            raise AssertionError(f"LLVM: {llvm.text(message)}")
+        return ctypes.string_at(api.LLVMGetBufferStart(out), api.LLVMGetBufferSize(out))
+    finally:
+        api.LLVMDisposePassBuilderOptions(options)
+        api.LLVMDisposeTargetMachine(machine)
+        if out:
+            api.LLVMDisposeMemoryBuffer(out)
+        api.LLVMContextDispose(context)
+
+
+def _machine(level: str) -> int:
+    api = llvm.library()
+    triple, target = llvm.POINTER(api.LLVMGetDefaultTargetTriple()), llvm.POINTER()
+    _done(api.LLVMGetTargetFromTriple, triple, ctypes.byref(target))
+    name = b"generic" if level == "aarch64" else level.encode()
+    created = api.LLVMCreateTargetMachine(target, triple, name, b"", _AGGRESSIVE, _POSITION_INDEPENDENT, _SMALL)
+    return int(created)
+
+
+def _done(call: Callable[..., int], *args: object) -> None:
+    """Call what answers 0 or leaves a message; the text is ours, so an error is a defect."""
+    message = llvm.POINTER()
+    if call(*args, ctypes.byref(message)):
+        raise AssertionError(f"LLVM: {llvm.text(message)}")
+
+
+def _to_llvm(text: str) -> str:
     try:
         from mlir import ir
-        from mlir.execution_engine import ExecutionEngine
+        from mlir.dialects.llvm import translate_module_to_llvmir
         from mlir.passmanager import PassManager
     except ImportError as err:
         raise BadInput(
@@ -30,9 +78,4 @@ def to_object(text: str) -> bytes:
     with context, ir.Location.unknown():
         module = ir.Module.parse(text)
         PassManager.parse(_PIPELINE).run(module.operation)
-        engine = ExecutionEngine(module, opt_level=3, enable_object_dump=True)
-        engine.raw_lookup("run")  # makes it generate code
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernels.o"
-            engine.dump_to_object_file(str(path))
-            return path.read_bytes()
+        return str(translate_module_to_llvmir(module.operation))

@@ -35,7 +35,7 @@ class Int8Activations(Pass):
         if not count:
             kinds = sorted({str(t.encoding or "plain " + t.dtype) for t in program.params.values() if len(t.axes) > 1})
             raise BadInput(
-                f"a8: {program.name} has no linear with integer weights in groups of {GROUP} (its weights are {', '.join(kinds)}); "
+                f"a8: {program.name} has no linear with integer weights in groups of {GROUP} (weights are {', '.join(kinds)}); "
                 "put int8, int4 or stored before it, as in passes=['int8', 'a8']"
             )
         _set(program, GROUP)

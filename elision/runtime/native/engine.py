@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +23,21 @@ from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import NAMES, Tensor
 from elision.ir.value import Graph, Value
-from elision.runtime.native.orc import Code
+from elision.runtime.native.orc import load
 from elision.runtime.native.pool import pool
 from elision.runtime.native.table import Table
 from elision.runtime.native.weights import PackedWeights
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for engine in _engines:
+        engine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class Engine:
@@ -33,7 +45,7 @@ class Engine:
 
     def __init__(self, program: Program, native: abi.NativeCode, weights: PackedWeights, threads: int) -> None:
         self.program, self.schedules, self.weights, self.threads = program, native.schedules, weights, threads
-        self._code = Code(native.code)
+        self._code = load(native.code)
         names = {r.kernel for s in self.schedules.values() for r in s.rows if r.kernel}
         self._kernels = {name: self._code.address(name) for name in names}
         self._graphs = {name: flatten(program, name) for name in self.schedules if name in program.entries}
@@ -43,6 +55,12 @@ class Engine:
         self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
         self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
         self._lock = threading.RLock()
+        _engines.add(self)
+
+    def after_fork(self) -> None:
+        """In the child nobody holds the lock, and nobody is on the way out of a run."""
+        self._lock = threading.RLock()
+        self._context[abi.COUNTER] = 0
 
     def run(self, entry: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches).

@@ -11,39 +11,44 @@ from elision.ir.program import Program
 
 
 class PackedWeights(Mapping[str, torch.Tensor]):
-    """The weights of a program, those that ``packings`` names packed. A look-up unpacks (an encoded weight: into its stored
-    rows); nothing is kept of that."""
+    """The weights of a program as they lie in memory (``stored``), those that ``packings`` names packed. A look-up unpacks (an
+    encoded weight: into its stored rows); nothing is kept of that."""
 
-    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor], packings: Mapping[str, str]) -> None:
-        self._program, self.packings = program, dict(packings)
-        self._data: dict[str, torch.Tensor] = {}
+    def __init__(self, program: Program, stored: Mapping[str, torch.Tensor], packings: Mapping[str, str]) -> None:
+        self._program, self.stored, self.packings = program, dict(stored), dict(packings)
+
+    @classmethod
+    def pack(cls, program: Program, weights: Mapping[str, torch.Tensor], packings: Mapping[str, str]) -> PackedWeights:
+        """Pack plain weights; those that share their memory share it packed, too."""
+        stored: dict[str, torch.Tensor] = {}
+        known: dict[tuple[int, tuple[int, ...], tuple[int, ...], str], torch.Tensor] = {}
         for name in program.params:
-            self._data[name] = self._packed(name, weights[name])
-
-    def _packed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        how = self.packings.get(name, "plain")
-        if how == "plain":
-            found = weight.contiguous()
-            return found if found.data_ptr() % 64 == 0 or name not in self.packings else found.clone()
-        return pack(weight, how)
+            weight, how = weights[name], packings.get(name, "")
+            key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), how)
+            if key not in known or not weight.numel():
+                known[key] = _packed(weight, how)
+            stored[name] = known[key]
+        return cls(program, stored, packings)
 
     def address(self, name: str) -> int:
-        return self._data[name].data_ptr()
+        return self.stored[name].data_ptr()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        how = self.packings.get(name, "plain")
-        data = self._data[name]
+        how, data = self.packings.get(name, "plain"), self.stored[name]
         if how == "plain":
             return data
-        type = self._program.params[name]
-        return unpack(data, how, tuple(d for d in type.axes if isinstance(d, int)))
+        return unpack(data, how, self._program.params[name].sizes)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.stored)
 
-    def nbytes(self) -> int:
-        """Bytes that are resident."""
-        return sum(x.numel() * x.element_size() for x in self._data.values())
+
+def _packed(weight: torch.Tensor, how: str) -> torch.Tensor:
+    """``how``: a packing, or "" for a weight that native code does not read."""
+    if how in ("", "plain"):
+        found = weight.contiguous()
+        return found if not how or found.data_ptr() % 64 == 0 else found.clone()
+    return pack(weight, how)
