@@ -21,7 +21,7 @@ _TARGETS = {"x86_64": "X86", "AMD64": "X86", "aarch64": "AArch64", "arm64": "AAr
 _POINTERS = """
 LLVMContextCreate LLVMCreateMemoryBufferWithMemoryRangeCopy LLVMGetDefaultTargetTriple LLVMCreateTargetMachine LLVMRunPasses
 LLVMCreatePassBuilderOptions LLVMGetBufferStart LLVMGetErrorMessage LLVMGetHostCPUFeatures LLVMCreateBinary
-LLVMObjectFileCopySectionIterator LLVMObjectFileCopySymbolIterator LLVMGetSectionContents LLVMCreateDisasmCPU
+LLVMObjectFileCopySectionIterator LLVMObjectFileCopySymbolIterator LLVMGetSectionContents LLVMCreateDisasmCPUFeatures
 LLVMCreateTargetDataLayout LLVMGetSectionName LLVMGetRelocations LLVMGetRelocationSymbol LLVMOrcCreateLLJIT
 LLVMOrcLLJITGetMainJITDylib LLVMOrcCreateDynamicLibrarySearchGeneratorForProcess LLVMOrcLLJITAddObjectFile
 LLVMOrcLLJITLookup

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from elision import llvm
 from elision.errors import ArtefactError
+from elision.llvm.processor import target
 
 _OPTIONS = 2 | 4  # immediates in hexadecimal; the syntax of the processor's manuals
 
@@ -92,9 +93,8 @@ def _relocations(section: ctypes.c_void_p) -> Iterator[tuple[int, str]]:
 def disassemble(function: Function, level: str) -> str:
     """Its instructions, one a line: offset, text, and the symbol that the linker puts there."""
     api = llvm.library()
-    cpu = b"generic" if level == "aarch64" else level.encode()
     triple = llvm.POINTER(api.LLVMGetDefaultTargetTriple())
-    machine = llvm.POINTER(api.LLVMCreateDisasmCPU(triple, cpu, None, 0, None, None))
+    machine = llvm.POINTER(api.LLVMCreateDisasmCPUFeatures(triple, *target(level), None, 0, None, None))
     api.LLVMSetDisasmOptions(machine, ctypes.c_uint64(_OPTIONS))
     code, line = ctypes.create_string_buffer(function.code, len(function.code)), ctypes.create_string_buffer(256)
     lines, at = [f"{function.name}:"], 0

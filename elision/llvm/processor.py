@@ -9,7 +9,9 @@ from elision.errors import BadInput
 from elision.llvm import library, text
 
 #: Feature levels, best first: what a processor needs beyond the level below (x86-64 psABI, section 3.1.1), in LLVM's names.
+#: Integer products gain most from VNNI, so it makes a level of its own.
 LEVELS = {
+    "x86-64-v4+avx512vnni": ("avx512vnni",),
     "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
     "x86-64-v3": ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"),
     "x86-64-v2": ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3"),
@@ -38,6 +40,12 @@ def host_level() -> str:
         if host_features().issuperset(needs(level)):
             return level
     raise BadInput(f"this processor ({platform.machine()}) is below {', '.join(LEVELS)}: use target='reference'")
+
+
+def target(level: str) -> tuple[bytes, bytes]:
+    """A level as LLVM takes it: the name of a processor, and features beside it."""
+    name, _, feature = level.partition("+")
+    return b"generic" if name == "aarch64" else name.encode(), f"+{feature}".encode() if feature else b""
 
 
 def machine() -> str:

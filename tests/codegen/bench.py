@@ -10,6 +10,7 @@ import torch
 
 from elision.codegen.cpu.compile import _advance_all, _commit
 from elision.codegen.cpu.emitters import Emitter
+from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
@@ -22,6 +23,7 @@ from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Builder, Value
+from elision.llvm.processor import host_level
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.weights import PackedWeights
 
@@ -77,7 +79,7 @@ class Bench:
     def compile(self, hosts: set[str] | None = None) -> None:
         """Native code for all cases; ``hosts``: the ops that are expected to run on the host."""
         kernels = Kernels()
-        emitter, packings, schedules = Emitter(kernels), {}, {}
+        emitter, packings, schedules = Emitter(kernels, best_way(host_level())), {}, {}
         self.hosts: set[tuple[str, str]] = set()
         for name in self.program.entries:
             graph = flatten(self.program, name)
@@ -88,7 +90,7 @@ class Bench:
         assert {op for op, _ in self.hosts} == (hosts or set()), self.hosts
         if self.program.states:
             schedules["commit"] = _commit(self.program, kernels)
-        code = NativeCode(to_object(kernels.text()), schedules, {})
+        code = NativeCode(to_object(kernels.text(), host_level()), schedules, {})
         packed = PackedWeights(self.program, self.weights, packings)
         self.engines = {n: Engine(self.program, code, packed, n) for n in (1, 2, 3)}
         self.plain = Interpreter(self.program, self.weights)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from elision.codegen.cpu.integer_dot import WAYS, host_way
+from elision.codegen.cpu.integer_dot import WAYS, best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.linear_a8 import linear
 from elision.codegen.cpu.lower import to_object
@@ -20,11 +20,12 @@ from elision.ir.integers import rounded
 from elision.ir.ops.dense import linear as reference
 from elision.ir.packing import PANEL, pack, panels
 from elision.ir.weights import Blocks, Encoded, Int4, Int8, WeightEncoding
+from elision.llvm.processor import host_level
 from elision.runtime.native.orc import Code
 
 THREADS = 2
 ENCODINGS: list[WeightEncoding] = [Int8(32), Int8(None), Int4(32), Blocks("Q8_0"), Blocks("Q4_0"), Blocks("Q4_1")]
-POSSIBLE = [w for w in WAYS if list(WAYS).index(w) >= list(WAYS).index(host_way().name)]
+POSSIBLE = [w for w in WAYS if list(WAYS).index(w) >= list(WAYS).index(best_way(host_level()).name)]
 
 
 def stored(encoding: WeightEncoding, n: int, k: int) -> torch.Tensor:
@@ -44,7 +45,7 @@ class Bench:
     """Kernels in memory, called with rows made by hand."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self._code, self._kept = Code(to_object(kernels.text())), []
+        self._code, self._kept = Code(to_object(kernels.text(), host_level())), []
 
     def call(self, name: str, tokens: int, *words: int) -> None:
         """Run a kernel on all threads; its first operand is the axis, of ``tokens`` tokens."""
@@ -146,4 +147,4 @@ def test_largest_sums(way: str) -> None:
 def test_what_is_not_a_number_shows() -> None:
     x = torch.ones(2, 64)
     x[0, 40], x[1, 3] = torch.nan, torch.inf
-    assert bool(run(host_way().name, (Int8(32),), x, 16).isnan().all()) and bool(rounded(x, 32)[0, 32:].isnan().all())
+    assert bool(run(best_way(host_level()).name, (Int8(32),), x, 16).isnan().all()) and bool(rounded(x, 32)[0, 32:].isnan().all())

@@ -17,6 +17,7 @@ from elision.codegen.cpu.rows import embed
 from elision.ir import schedule as abi
 from elision.ir.packing import PANEL, pack, panels
 from elision.ir.weights import weight_encoding
+from elision.llvm.processor import host_level
 from elision.runtime.native.orc import Code
 
 THREADS = 2
@@ -60,7 +61,7 @@ def code() -> tuple[Code, dict[tuple[str, ...], str]]:
         names["linear", format] = kernels.add(("linear", format), partial(plain, format, k))
         names["embed", format] = kernels.add(("embed", format), partial(embed, format=format, width=k))
     names["mixed"] = kernels.add(("mixed",), mixed)
-    return Code(to_object(kernels.text())), names
+    return Code(to_object(kernels.text(), host_level())), names
 
 
 def call(name: str, tokens: int, *words: int) -> None:

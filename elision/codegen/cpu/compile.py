@@ -6,6 +6,7 @@ from functools import partial
 
 from elision.codegen.cpu import cache
 from elision.codegen.cpu.emitters import Emitter
+from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
@@ -22,8 +23,8 @@ def compile_program(program: Program) -> abi.NativeCode:
 
     Raises BadInput without the MLIR bindings.
     """
-    kernels = Kernels()
-    emitter = Emitter(kernels)
+    kernels, level = Kernels(), host_level()
+    emitter = Emitter(kernels, best_way(level))
     schedules: dict[str, abi.Schedule] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
@@ -35,7 +36,6 @@ def compile_program(program: Program) -> abi.NativeCode:
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
     if all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
-    level = host_level()
     code = to_object(kernels.text(), level)
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 

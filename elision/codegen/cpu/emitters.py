@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, linear_a8, quantise, rows
-from elision.codegen.cpu.integer_dot import Way, host_way
+from elision.codegen.cpu.integer_dot import Way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
@@ -35,8 +35,8 @@ def _floats(*values: Value) -> None:
 class Emitter:
     """Adds the rows of regions to a plan, with kernels from a shared collection; ``way``: how integers are multiplied."""
 
-    def __init__(self, kernels: Kernels, way: Way | None = None) -> None:
-        self.kernels, self.way = kernels, way or host_way()
+    def __init__(self, kernels: Kernels, way: Way) -> None:
+        self.kernels, self.way = kernels, way
 
     def __call__(self, plan: Planner, region: Region) -> None:
         if isinstance(region, Products):

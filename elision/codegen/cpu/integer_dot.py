@@ -16,9 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from elision.codegen.cpu.emit import Fn, Val, vector
+from elision.llvm.processor import needs
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,9 @@ WAYS = {
 }
 
 
-def host_way() -> Way:
-    """The best way of this machine."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and torch.cpu._is_vnni_supported():
-        return WAYS["vnni512"]
-    return WAYS["avx2" if capability in ("AVX2", "AVX512") else "portable"]
+def best_way(level: str) -> Way:
+    """The best way of processors of a feature level."""
+    return WAYS["vnni512" if "avx512vnni" in needs(level) else "avx2" if "avx2" in needs(level) else "portable"]
 
 
 class Dot:

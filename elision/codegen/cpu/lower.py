@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from elision import llvm
 from elision.errors import BadInput
+from elision.llvm import processor
 
 _PIPELINE = (
     "builtin.module(func.func(convert-vector-to-scf,expand-strided-metadata),lower-affine,canonicalize,cse,convert-scf-to-cf,"
@@ -17,14 +18,19 @@ _PIPELINE = (
     "convert-func-to-llvm{use-bare-ptr-memref-call-conv=true},convert-cf-to-llvm,reconcile-unrealized-casts,canonicalize,cse)"
 )
 _OPTIMISE = b"default<O3>"
+#: Instructions that only some processors have, which LLVM cannot do without.
+_NEEDS = {"llvm.x86.avx512.vpdpbusd": "avx512vnni", "llvm.x86.avx2.": "avx2"}
 _AGGRESSIVE, _POSITION_INDEPENDENT, _SMALL, _OBJECT = 3, 2, 3, 1  # of LLVMCreateTargetMachine and LLVMTargetMachineEmit..
 
 
 @functools.lru_cache(maxsize=64)  # models of the same shapes have the same kernels
 def to_object(text: str, level: str) -> bytes:
-    """The object file of a module for processors of a feature level (`elision.llvm.LEVELS`). Raises BadInput without the
-    bindings."""
+    """The object file of a module for processors of a feature level (`elision.llvm.processor.LEVELS`). Raises BadInput
+    without the bindings, and for instructions that the level has not."""
     api = llvm.library()
+    for instruction, feature in _NEEDS.items():
+        if instruction in text and feature not in processor.needs(level):
+            raise BadInput(f"the code uses {feature}, which {level} has not")
     source = _to_llvm(text)
     context = llvm.POINTER(api.LLVMContextCreate())
     module, machine, out = llvm.POINTER(), llvm.POINTER(_machine(level)), llvm.POINTER()
@@ -52,8 +58,7 @@ def _machine(level: str) -> int:
     api = llvm.library()
     triple, target = llvm.POINTER(api.LLVMGetDefaultTargetTriple()), llvm.POINTER()
     _done(api.LLVMGetTargetFromTriple, triple, ctypes.byref(target))
-    name = b"generic" if level == "aarch64" else level.encode()
-    created = api.LLVMCreateTargetMachine(target, triple, name, b"", _AGGRESSIVE, _POSITION_INDEPENDENT, _SMALL)
+    created = api.LLVMCreateTargetMachine(target, triple, *processor.target(level), _AGGRESSIVE, _POSITION_INDEPENDENT, _SMALL)
     return int(created)
 
 

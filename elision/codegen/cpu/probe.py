@@ -36,10 +36,11 @@ class Bandwidth:
     """Reads ``nbytes`` of memory again and again with ``threads`` threads."""
 
     def __init__(self, threads: int, nbytes: int = 512 << 20) -> None:
+        from elision.llvm.processor import host_level
         from elision.runtime.native.orc import Code
         from elision.runtime.native.pool import pool
 
-        code = Code(to_object(driver() + reading().text()))
+        code = Code(to_object(driver() + reading().text(), host_level()))
         self._pool, lines = pool(threads, code), nbytes // 256
         self._data, self._out = np.ones(lines * 64, np.float32), np.zeros(threads * 16, np.float32)
         self._nbytes = lines * 256
