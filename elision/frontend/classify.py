@@ -22,6 +22,10 @@ Style = Literal["half", "interleaved", "single"]
 _PROBES = ((20, 0), (33, 0), (33, 7))
 # A mask is materialised as [T, T] booleans: lengths above this one cost too much memory to look at.
 _LONGEST_PROBE = 16384
+# The same for an ALiBi bias: numbers of heads * T * T.
+_LARGEST_BIAS = 1 << 25
+# A logit so far below the largest of its row hides its key: exp(-500) is nothing beside any sum of probabilities.
+HIDDEN = 500.0
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,32 @@ class Mask:
         return allowed
 
 
-def classify_mask(captured: Captured, node: fx.Node, *, limit: int = 131072) -> Mask | None:
+def classify_mask(captured: Captured, node: fx.Node, *, limit: int = 131072, slopes: Tensor | None = None) -> Mask | None:
     """The mask that the position-only value ``node`` (boolean or additive, ``[.., T, T]``) is, or None.
 
     It is compared at two lengths and at positions that do not start at 0, and again just past every integer
     constant of its sub-graph below ``limit`` (the longest sequence of interest): a window of 4096 looks
-    causal on short sequences. None if no predicate fits everywhere or a constant is too large to be tried.
+    causal on short sequences; and at ``limit`` if it comes out of a table. None if no predicate fits everywhere
+    or a constant is too large to be tried. What an additive mask adds where it hides nothing must be constant
+    along a row, besides ``slopes [H]`` times the key's position (ALiBi), which is compared at ``limit`` too, as
+    far as memory allows.
     """
+    limit = min(limit, captured.longest)
     constants = _constants(captured, node, limit)
+    if _reads_table(captured, node, limit):
+        constants.add(limit)
     if any(c > _LONGEST_PROBE for c in constants):
         return None
-    longer = [(c + 17, 0) for c in sorted(constants, reverse=True) if c + 17 > 33]
+    longer = {min(c + 17, limit) for c in constants if c + 17 > 33}
+    if slopes is not None:
+        longest = int((_LARGEST_BIAS / slopes.numel()) ** 0.5)
+        if any(n > longest for n in longer):
+            return None
+        longer.add(min(limit, longest))
     found: Mask | None = None
-    for length, first in [*longer, *_PROBES]:
-        allowed = _allowed(captured, node, length, first)
+    probes = [(n, 0) for n in sorted(longer, reverse=True)] + [(min(n, limit - first), first) for n, first in _PROBES]
+    for length, first in probes:
+        allowed = _allowed(captured, node, length, first, slopes)
         if allowed is None:
             return None
         at = torch.arange(first, first + length)
@@ -77,18 +93,27 @@ def _candidates(allowed: Tensor) -> Iterator[Mask]:
         yield Mask("chunk", int(lost[0]))
 
 
-def _allowed(captured: Captured, node: fx.Node, length: int, first: int) -> Tensor | None:
+def _allowed(captured: Captured, node: fx.Node, length: int, first: int, slopes: Tensor | None) -> Tensor | None:
     """The mask as booleans ``[T, T]``; None if it differs by row of the batch or head, or is not a mask."""
     batch = 2 if length <= 64 else 1
     positions = torch.arange(first, first + length).expand(batch, length).contiguous()
     (mask,) = evaluate(captured, [node], positions)
     if mask.dim() < 2 or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
         return None
-    if mask.dtype != torch.bool:
-        zero, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min / 2
-        if not mask.is_floating_point() or not bool((zero | hidden).all()):
-            return None  # an additive bias such as ALiBi
-        mask = zero
+    if mask.is_floating_point():
+        # Models of any dtype compute ALiBi in float32 at most.
+        rounding = 2 * max(torch.finfo(t).eps for t in (mask.dtype, torch.float32))
+        line = mask if slopes is None else mask.double() - slopes[:, None, None] * torch.arange(length)
+        top = line.amax(-1, keepdim=True)
+        seen = line > top - HIDDEN
+        level = line == top
+        if slopes is not None:
+            level = top - line <= rounding * mask.masked_fill(~seen, 0).abs().amax(-1, keepdim=True)
+        if not bool((level | ~seen).all()):
+            return None  # another bias
+        mask = seen
+    elif mask.dtype != torch.bool:
+        return None
     mask = mask.reshape(-1, *mask.shape[-2:])
     if not bool((mask == mask[:1]).all()):
         return None
@@ -115,6 +140,12 @@ def _constants(captured: Captured, node: fx.Node, limit: int) -> set[int]:
             note(used.args)
             note(tuple(used.kwargs.values()))
     return found
+
+
+def _reads_table(captured: Captured, node: fx.Node, length: int) -> bool:
+    """A constant takes part that has an entry for every position: all of it must be looked at."""
+    inputs = [captured.params.get(captured.source.get(n.name, "")) for n in ancestors([node]) if n.op == "placeholder"]
+    return any(t is not None and t.numel() > 1 and max(t.shape) >= length for t in inputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,6 +95,31 @@ def _slice(low: Lowering, node: fx.Node) -> Value | None:
     return _cut(low, node, layout, dim, start or 0, end)
 
 
+def _features(low: Lowering, node: fx.Node) -> Value | None:
+    """Features of size 1 come or go: their order, and the token axis, stay."""
+    after = low.layouts.of(node)
+    return low.add("view", low.value(node.args[0]), shape=after.features, name="x") if after is not None else None  # type: ignore[arg-type]
+
+
+def _select(low: Lowering, node: fx.Node) -> Value | None:
+    layout, after = _layout_of_first(low, node), low.layouts.of(node)
+    _, dim, index = node.args
+    if layout is None or after is None or not isinstance(dim, int) or not isinstance(index, int):
+        return None
+    cut = _cut(low, node, layout, dim, index, index + 1 or None)
+    return low.add("view", cut, shape=after.features, name="x") if cut is not None else None
+
+
+def _unbind(low: Lowering, node: fx.Node) -> Slot | None:
+    layout = _layout_of_first(low, node)
+    dim = node.args[1] if len(node.args) > 1 else 0
+    if layout is None or not isinstance(dim, int) or (axis := layout.axis(dim)) is None:
+        return None
+    shape = (*layout.features[:axis], *layout.features[axis + 1 :])
+    cuts = [_cut(low, node, layout, dim, i, i + 1) for i in range(layout.features[axis])]
+    return tuple(low.add("view", cut, shape=shape, name="x") for cut in cuts if cut is not None)
+
+
 def _cut(low: Lowering, node: fx.Node, layout: Layout, dim: int, start: Any, end: Any) -> Value | None:
     axis = layout.axis(dim)
     if axis is None:
@@ -197,7 +222,10 @@ RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::embedding": _embedding,
     "aten::reshape": _reshape,
     "aten::flatten": _reshape,
-    "aten::unsqueeze": _reshape,
+    "aten::unsqueeze": _features,
+    "aten::squeeze": _features,
+    "aten::select": _select,
+    "aten::unbind": _unbind,
     "aten::expand": _expand,
     "aten::transpose": _same_features,
     "aten::permute": _same_features,
