@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from elision.frontend.capture import Captured
-from elision.frontend.classify import RopeTable, classify_rope
+from elision.frontend.classify import RopeTable, classify_rope, rope_tables
 from elision.frontend.evaluate import ancestors, evaluate
 from elision.frontend.normalise import operator_name
 from elision.frontend.taint import Taint
@@ -78,6 +78,18 @@ class AnchorFinder:
         if (cos, sin) not in self._tables:
             self._tables[cos, sin] = classify_rope(self._captured, cos, sin, limit=self._limit)
         return self._tables[cos, sin]
+
+    def fitted(self, cos: fx.Node, sin: fx.Node, positions: Tensor) -> dict[fx.Node, Tensor]:
+        """The two tables in float64 where the model keeps rounded ones, to check what is done with them apart from that."""
+        table = self.table(cos, sin)
+        if table is None or table.exact:
+            return {}
+        value = evaluate(self._captured, [cos], positions)[0]
+        if value.is_complex():
+            return {}
+        shape = value.shape
+        rows = [t[:, None] if len(shape) == 4 and shape[-2] == 1 else t for t in rope_tables(table, positions[0])]
+        return {node: t.expand(shape) for node, t in zip((cos, sin), rows, strict=True)}
 
     # --- norms ---
 
@@ -155,9 +167,9 @@ class AnchorFinder:
             if layout is None or not layout.features:
                 continue
             region = self._region(start, inside, self._is_table)
-            for end in reversed(
-                [n for n in region if product in ancestors([n], {start: None}) and self._layouts.of(n) == layout]
-            ):
+            dtype = start.meta["val"].dtype  # a cast that follows belongs to what reads it
+            ends = [n for n in region if self._layouts.of(n) == layout and n.meta["val"].dtype == dtype]
+            for end in reversed([n for n in ends if product in ancestors([n], {start: None})]):
                 used = [n for n in region if n in ancestors([end], {start: None})]
                 tables = list(dict.fromkeys(t for n in used for t in n.all_input_nodes if self._is_table(t)))
                 anchor = self._rotation_of(start, end, used, tables)
@@ -178,7 +190,8 @@ class AnchorFinder:
             assert layout is not None
             x = layout.random(2, 5, seed=0)
             positions, at = check_tokens(2, 5, first=3)
-            want = layout.tokens(evaluate(self._captured, [end], positions, given={start: x}, wide=True)[0])
+            given = {start: x, **self.fitted(cos, sin, positions)}
+            want = layout.tokens(evaluate(self._captured, [end], positions, given=given, wide=True)[0])
             for style in ("half", "interleaved", "parted"):
                 attrs: dict[str, Any] = {"style": style, "scale": float(table.scale)}
                 if 2 * len(table.inv_freq) > layout.features[-1]:

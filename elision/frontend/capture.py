@@ -9,6 +9,7 @@ import copy
 import inspect
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend import huggingface, inputs
+from elision.frontend.attention import ATTENTION
 from elision.frontend.normalise import operator_name
 
 #: What user inputs of these names are; others are tokens.
@@ -48,6 +50,16 @@ class Captured:
     kinds: dict[str, Kind]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence that the graph is valid for: a model may slice its mask from a table."""
+        ids = next(n for n in self.graph.nodes if n.op == "placeholder" and n.name in self.inputs)
+        length: Any = ids.meta["val"].shape[1] if ids.meta["val"].dim() > 1 else sys.maxsize
+        if isinstance(length, int):
+            return length
+        known = length.node.shape_env.var_to_range.get(length.node.expr)
+        return int(known.upper) if known is not None and known.upper < sys.maxsize else sys.maxsize
 
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Execute the graph with torch on the given user inputs; returns the outputs by name."""
@@ -90,7 +102,8 @@ def capture(model: nn.Module, *, example: Mapping[str, Any] | tuple[Any, ...] | 
     dynamic = Dim.AUTO if {"input_ids", "pixel_values"} <= set(kwargs) else Dim.DYNAMIC
     with huggingface.one_attention(private):
         captured = _export(private, (), kwargs, dynamic)
-    if not _agrees(captured, kwargs, expected):
+    # Without a site of its own, the other implementation only made the model take another way than the one it was given for.
+    if not any(n.target is ATTENTION for n in captured.graph.nodes) or not _agrees(captured, kwargs, expected):
         captured = _export(private, (), kwargs, dynamic)
         if not _agrees(captured, kwargs, expected):
             raise UnsupportedModel(

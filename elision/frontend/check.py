@@ -5,6 +5,7 @@ A check compares in float64, with float casts widened on both sides, so that wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -33,17 +34,27 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def check_template(
-    graph: Graph, segment: Segment, captured: Captured, layouts: Layouts, weights: list[Tensor], mask: Mask | None, first: int
+    graph: Graph,
+    segment: Segment,
+    captured: Captured,
+    layouts: Layouts,
+    weights: list[Tensor],
+    mask: Mask | None,
+    first: int,
+    tables: Callable[[Tensor], dict[fx.Node, Tensor]],
 ) -> None:
     """Evaluate the template and the captured block on the same random stream, at positions from ``first`` on. Raises
-    UnsupportedModel on a difference."""
+    UnsupportedModel on a difference.
+
+    ``tables(positions)`` are the values of the block's position tables that the model has only rounded.
+    """
     layout = layouts.of(segment.start)
     end = layouts.of(segment.end)
     assert layout is not None and end is not None
     length = layouts.length(5)
     x = layout.random(2, length, seed=0)
     positions, at = check_tokens(2, length, first)
-    given: dict[fx.Node, Tensor] = {segment.start: x}
+    given: dict[fx.Node, Tensor] = {segment.start: x, **tables(positions)}
     want = end.tokens(evaluate(captured, [segment.end], positions, given=given, wide=True)[0])
     inputs = [layout.tokens(x), *(w.double() if w.is_floating_point() else w for w in weights)]
     wide = widen(graph)

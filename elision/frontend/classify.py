@@ -22,6 +22,10 @@ Style = Literal["half", "interleaved", "single"]
 _PROBES = ((20, 0), (33, 0), (33, 7))
 # A mask is materialised as [T, T] booleans: lengths above this one cost too much memory to look at.
 _LONGEST_PROBE = 16384
+# The same for an ALiBi bias: numbers of heads * T * T.
+_LARGEST_BIAS = 1 << 25
+# A logit so far below the largest of its row hides its key: exp(-500) is nothing beside any sum of probabilities.
+HIDDEN = 500.0
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,34 @@ class Mask:
         return allowed
 
 
-def classify_mask(captured: Captured, node: fx.Node, *, limit: int = 131072, length: int = 0) -> Mask | None:
+def classify_mask(
+    captured: Captured, node: fx.Node, *, limit: int = 131072, length: int = 0, slopes: Tensor | None = None
+) -> Mask | None:
     """The mask that the position-only value ``node`` (boolean or additive, ``[.., T, T]``) is, or None.
 
     It is compared at two lengths and at positions that do not start at 0, and again just past every integer
     constant of its sub-graph below ``limit`` (the longest sequence of interest): a window of 4096 looks
-    causal on short sequences. ``length``: the only length there is, for a graph of one length. None if no
-    predicate fits everywhere or a constant is too large to be tried.
+    causal on short sequences; and at ``limit`` if it comes out of a table. ``length``: the only length there is, for a
+    graph of one length. None if no predicate fits everywhere or a constant is too large to be tried. What an additive
+    mask adds where it hides nothing must be constant along a row, besides ``slopes [H]`` times the key's position
+    (ALiBi), which is compared at ``limit`` too, as far as memory allows.
     """
+    limit = min(limit, captured.longest)
     constants = _constants(captured, node, limit)
+    if _reads_table(captured, node, limit):
+        constants.add(limit)
     if any(c > _LONGEST_PROBE for c in constants):
         return None
-    longer = [(c + 17, 0) for c in sorted(constants, reverse=True) if c + 17 > 33]
+    longer = {min(c + 17, limit) for c in constants if c + 17 > 33}
+    if slopes is not None:
+        longest = int((_LARGEST_BIAS / slopes.numel()) ** 0.5)
+        if any(n > longest for n in longer):
+            return None
+        longer.add(min(limit, longest))
     found: Mask | None = None
-    for size, first in [(length, 0)] if length else [*longer, *_PROBES]:
-        allowed = _allowed(captured, node, size, first)
+    probes = [(n, 0) for n in sorted(longer, reverse=True)] + [(min(n, limit - first), first) for n, first in _PROBES]
+    for size, first in [(length, 0)] if length else probes:
+        allowed = _allowed(captured, node, size, first, slopes)
         if allowed is None:
             return None
         at = torch.arange(first, first + size)
@@ -78,14 +95,14 @@ def _candidates(allowed: Tensor) -> Iterator[Mask]:
         yield Mask("chunk", int(lost[0]))
 
 
-def _allowed(captured: Captured, node: fx.Node, length: int, first: int) -> Tensor | None:
+def _allowed(captured: Captured, node: fx.Node, length: int, first: int, slopes: Tensor | None) -> Tensor | None:
     """The mask as booleans ``[T, T]``; None if it differs by row of the batch or head, or is not a mask."""
     batch = 2 if length <= 64 else 1
     positions = torch.arange(first, first + length).expand(batch, length).contiguous()
     (mask,) = evaluate(captured, [node], positions)
     if mask.dim() < 2 or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
         return None
-    allowed = visible(mask)
+    allowed = visible(mask, slopes)
     if allowed is None:
         return None
     allowed = allowed.reshape(-1, *mask.shape[-2:])
@@ -94,12 +111,18 @@ def _allowed(captured: Captured, node: fx.Node, length: int, first: int) -> Tens
     return torch.broadcast_to(allowed[0], (length, length))
 
 
-def visible(mask: Tensor) -> Tensor | None:
-    """A boolean or additive mask as booleans; None for a bias such as ALiBi."""
-    if mask.dtype == torch.bool:
-        return mask
-    zero, hidden = mask == 0, mask.double() <= (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)
-    return zero if mask.is_floating_point() and bool((zero | hidden).all()) else None
+def visible(mask: Tensor, slopes: Tensor | None = None) -> Tensor | None:
+    """A boolean or additive mask ``[.., T, T]``, beside ALiBi of these slopes, as booleans; None for another bias."""
+    if mask.dtype == torch.bool or not mask.is_floating_point():
+        return mask if mask.dtype == torch.bool else None
+    line = mask if slopes is None else mask.double() - slopes[:, None, None] * torch.arange(mask.shape[-1])
+    top = line.amax(-1, keepdim=True)
+    seen = line > top - HIDDEN
+    level = line == top
+    if slopes is not None:  # models of any dtype compute it in float32 at most
+        rounding = 2 * max(torch.finfo(t).eps for t in (mask.dtype, torch.float32))
+        level = top - line <= rounding * mask.masked_fill(~seen, 0).abs().amax(-1, keepdim=True)
+    return seen if bool((level | ~seen).all()) else None
 
 
 def _constants(captured: Captured, node: fx.Node, limit: int) -> set[int]:
@@ -122,6 +145,12 @@ def _constants(captured: Captured, node: fx.Node, limit: int) -> set[int]:
             note(used.args)
             note(tuple(used.kwargs.values()))
     return found
+
+
+def _reads_table(captured: Captured, node: fx.Node, length: int) -> bool:
+    """A constant takes part that has an entry for every position: all of it must be looked at."""
+    inputs = [captured.params.get(captured.source.get(n.name, "")) for n in ancestors([node]) if n.op == "placeholder"]
+    return any(t is not None and t.numel() > 1 and max(t.shape) >= length for t in inputs)
 
 
 @dataclass(frozen=True, eq=False)

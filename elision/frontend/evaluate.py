@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +35,7 @@ def evaluate(
     readers = Counter(used for node in order if node not in given for used in set(node.all_input_nodes))
     readers.update(nodes)
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _default(torch.float64 if wide else torch.get_default_dtype()):
         for node in order:
             if node in given:
                 values[node] = given[node]
@@ -54,6 +55,17 @@ def evaluate(
                     if not readers[used]:
                         del values[used]
     return [values[node] for node in nodes]
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a product of integers and a plain number has this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def ancestors(nodes: Sequence[fx.Node], given: Mapping[fx.Node, Any] | None = None) -> set[fx.Node]:

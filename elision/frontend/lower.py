@@ -35,7 +35,7 @@ class Lowering:
 
     ``outside(node, transposed)`` gives the value of something that is not a token value (a weight, or its transpose);
     ``frequencies(cos, sin)`` those of a rotation; ``constant(node)`` is a constant's value; ``mask`` is how the graph
-    names the mask of an attention node.
+    names the mask of an attention node, and ``slopes`` the ALiBi slopes of a site, if it has them.
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class Lowering:
         outside: Callable[[fx.Node, bool], Value],
         frequencies: Callable[[fx.Node, fx.Node], Value],
         mask: Callable[[fx.Node], Any],
+        slopes: Callable[[AttentionSite], Value | None],
         constant: Callable[[fx.Node], Tensor | None],
     ) -> None:
         self._b, self.layouts, self.outside = builder, layouts, outside
-        self._frequencies, self._mask, self.constant = frequencies, mask, constant
+        self._frequencies, self._mask, self._slopes, self.constant = frequencies, mask, slopes, constant
         self._values: dict[fx.Node, Slot] = {}
 
     def give(self, node: fx.Node, value: Value) -> None:
@@ -128,10 +129,12 @@ class Lowering:
         attrs: dict[str, Any] = {"mask": self._mask(site.node), "scale": site.scale}
         if site.softcap:
             attrs["softcap"] = site.softcap
-        extra = [self.outside(site.sinks, False)] if site.sinks is not None else []
+        slopes = self._slopes(site)
+        extra = {} if site.sinks is None else {"sinks": self.outside(site.sinks, False)}
+        extra |= {} if slopes is None else {"slopes": slopes}
         if extra:
-            attrs["extras"] = ("sinks",)
-        return self.add("attend", q, fresh, *extra, name="o", **attrs)
+            attrs["extras"] = tuple(extra)
+        return self.add("attend", q, fresh, *extra.values(), name="o", **attrs)
 
 
 def _needed(nodes: tuple[fx.Node, ...], reads: dict[fx.Node, tuple[fx.Node, ...]], result: fx.Node) -> set[fx.Node]:

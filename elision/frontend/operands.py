@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from elision.errors import UnsupportedModel
 from elision.frontend.anchors import AnchorFinder
+from elision.frontend.bias import Biases
 from elision.frontend.capture import Captured
 from elision.frontend.evaluate import ancestors, evaluate
 from elision.frontend.structure import Segment
@@ -47,16 +48,29 @@ class Frequencies:
     scale: float
 
 
-Operand = Weight | Buffer | Frequencies
+@dataclass(frozen=True)
+class Slopes:
+    """The ALiBi slopes of the attention bias in slot ``slot`` of the externals, for so many heads."""
+
+    slot: int
+    heads: int
+
+
+Operand = Weight | Buffer | Frequencies | Slopes
 
 
 class Operands:
     """Finds, names and stores the weights of operands."""
 
     def __init__(
-        self, captured: Captured, finder: AnchorFinder, weights: dict[str, Tensor], params: dict[str, TensorType]
+        self,
+        captured: Captured,
+        finder: AnchorFinder,
+        biases: Biases,
+        weights: dict[str, Tensor],
+        params: dict[str, TensorType],
     ) -> None:
-        self._captured, self._finder, self._weights, self._params = captured, finder, weights, params
+        self._captured, self._finder, self._biases, self._weights, self._params = captured, finder, biases, weights, params
 
     def describe(self, node: fx.Node, segment: Segment, transposed: bool = False) -> Weight | Buffer:
         """The operand that a node of the block is. Raises UnsupportedModel if it is not one weight or an expression of one."""
@@ -78,13 +92,22 @@ class Operands:
         if isinstance(operand, Buffer):
             node = segment.externals[operand.slot]
             return self.weight(self.source(node), None if node.op == "placeholder" else node)
+        if isinstance(operand, Slopes):
+            slopes = self._biases.of(segment.externals[operand.slot]).slopes
+            if slopes is None:
+                raise UnsupportedModel(f"the attention of layer {segment.layer} has no ALiBi, as another of its template has")
+            return self.shared("alibi.slopes", slopes.expand(operand.heads))
         table = self._finder.table(segment.externals[operand.cos], segment.externals[operand.sin])
         if table is None or float(table.scale) != operand.scale:
             raise UnsupportedModel(f"the rotation of layer {segment.layer} is not of the same kind as that of its template")
-        return self.frequencies(table.inv_freq)
+        return self.shared("rope.inv_freq", table.inv_freq)
 
     def exact(self, operand: Operand, segment: Segment) -> Tensor:
         """The operand's value for checks: an expression of a weight (``1 + w``) is not rounded to the weight's dtype."""
+        if isinstance(operand, Slopes):
+            exact = self._biases.of(segment.externals[operand.slot]).exact
+            assert exact is not None
+            return exact.expand(operand.heads)
         if not isinstance(operand, Weight) or operand.expression is None:
             return self._weights[self.name(operand, segment)]
         found: Tensor = evaluate(self._captured, [operand.expression], _NOWHERE, wide=True)[0]
@@ -106,14 +129,14 @@ class Operands:
         self.store(name, tensor)
         return name
 
-    def frequencies(self, values: Tensor) -> str:
-        """The parameter that holds these rotation frequencies, made if there is none."""
+    def shared(self, prefix: str, values: Tensor) -> str:
+        """The parameter that holds these values, which are data of no single layer; made if there is none."""
         values = values.detach().clone().contiguous()
-        rotations = [n for n in self._weights if n.startswith("rope.")]
-        for name in rotations:
+        there = [n for n in self._weights if n.startswith(prefix)]
+        for name in there:
             if self._weights[name].dtype == values.dtype and torch.equal(self._weights[name], values):
                 return name
-        name = f"rope.inv_freq{len(rotations) or ''}"
+        name = f"{prefix}{len(there) or ''}"
         self.store(name, values)
         return name
 

@@ -95,6 +95,35 @@ def _slice(low: Lowering, node: fx.Node) -> Value | None:
     return _cut(low, node, layout, dim, start or 0, end)
 
 
+def _features(low: Lowering, node: fx.Node) -> Value | None:
+    """Features of size 1 come or go: their order, and the token axis, stay."""
+    after = low.layouts.of(node)
+    return low.add("view", low.value(node.args[0]), shape=after.features, name="x") if after is not None else None  # type: ignore[arg-type]
+
+
+def _select(low: Lowering, node: fx.Node) -> Value | None:
+    """One entry of a feature axis, or the first token of every sequence."""
+    layout, after = _layout_of_first(low, node), low.layouts.of(node)
+    x, dim, index = node.args
+    if layout is None or not isinstance(dim, int) or not isinstance(index, int):
+        return None
+    if not layout.merged and dim % layout.rank == layout.length and index == 0:
+        tokens = low.value(x)  # type: ignore[arg-type]
+        return low.add("restrict", tokens, low.add("first", tokens, axis="first", name="first"), name="h")
+    cut = _cut(low, node, layout, dim, index, index + 1 or None)
+    return low.add("view", cut, shape=after.features, name="x") if cut is not None and after is not None else None
+
+
+def _unbind(low: Lowering, node: fx.Node) -> Slot | None:
+    layout = _layout_of_first(low, node)
+    dim = node.args[1] if len(node.args) > 1 else 0
+    if layout is None or not isinstance(dim, int) or (axis := layout.axis(dim)) is None:
+        return None
+    shape = (*layout.features[:axis], *layout.features[axis + 1 :])
+    cuts = [_cut(low, node, layout, dim, i, i + 1) for i in range(layout.features[axis])]
+    return tuple(low.add("view", cut, shape=shape, name="x") for cut in cuts if cut is not None)
+
+
 def _cut(low: Lowering, node: fx.Node, layout: Layout, dim: int, start: Any, end: Any) -> Value | None:
     axis = layout.axis(dim)
     if axis is None:
@@ -102,16 +131,6 @@ def _cut(low: Lowering, node: fx.Node, layout: Layout, dim: int, start: Any, end
     start, stop, _ = slice(start, end).indices(layout.features[axis])
     back = axis - len(layout.features)
     return low.add("slice", low.value(node.args[0]), start=start, stop=stop, **({"axis": back} if back != -1 else {}))  # type: ignore[arg-type]
-
-
-def _select(low: Lowering, node: fx.Node) -> Value | None:
-    """The first token of every sequence."""
-    layout = _layout_of_first(low, node)
-    x, dim, index = node.args
-    if layout is None or layout.merged or not isinstance(dim, int) or dim % layout.rank != layout.length or index != 0:
-        return None
-    tokens = low.value(x)  # type: ignore[arg-type]
-    return low.add("restrict", tokens, low.add("first", tokens, axis="first", name="first"), name="h")
 
 
 def _index(low: Lowering, node: fx.Node) -> Value | None:
@@ -207,16 +226,17 @@ RULES: dict[str, Callable[[Lowering, fx.Node], Slot | None]] = {
     "aten::embedding": _embedding,
     "aten::reshape": _reshape,
     "aten::flatten": _reshape,
-    "aten::unsqueeze": _reshape,
+    "aten::unsqueeze": _features,
+    "aten::squeeze": _features,
+    "aten::select": _select,
+    "aten::unbind": _unbind,
     "aten::expand": _expand,
     "aten::transpose": _same_features,
     "aten::permute": _same_features,
     "aten::to": _cast,
     "aten::_to_copy": _cast,
     "aten::type_as": _cast,
-    "aten::squeeze": _reshape,
     "aten::slice": _slice,
-    "aten::select": _select,
     "aten::index": _index,
     "aten::split": _pieces,
     "aten::split_with_sizes": _pieces,

@@ -25,9 +25,10 @@ def check_sources(captured: Captured, taint: Taint, mask: fx.Node | None) -> Non
         raise UnsupportedModel("an attention mask depends on token values; expected positions and attention_mask alone")
 
 
-def check_padding(captured: Captured, node: fx.Node, mask: Mask) -> None:
-    """Raises UnsupportedModel if the mask ``node`` (of class ``mask``) shows padding, or hides more than that."""
-    if not hides_padding(captured, node, mask):
+def check_padding(captured: Captured, node: fx.Node, mask: Mask, slopes: torch.Tensor | None = None) -> None:
+    """Raises UnsupportedModel if the mask ``node`` (of class ``mask``, beside ALiBi of these slopes) shows padding, or hides more
+    than that."""
+    if not hides_padding(captured, node, mask, slopes):
         raise UnsupportedModel("an attention mask does not hide just the tokens that attention_mask marks as padding")
 
 
@@ -36,7 +37,7 @@ def _validity(captured: Captured) -> fx.Node | None:
     return next((n for n in captured.graph.nodes if captured.kinds.get(n.name) == "valid"), None)
 
 
-def hides_padding(captured: Captured, node: fx.Node, mask: Mask) -> bool:
+def hides_padding(captured: Captured, node: fx.Node, mask: Mask, slopes: torch.Tensor | None = None) -> bool:
     """``node`` (a mask ``[.., T, T]`` of the graph) shows every valid query the valid keys that ``mask`` shows, and no others.
 
     It is evaluated on sequences padded on the right, on the left, and with holes, at two lengths and two first positions.
@@ -49,7 +50,7 @@ def hides_padding(captured: Captured, node: fx.Node, mask: Mask) -> bool:
         valid = _patterns(length)
         value = given.meta["val"]
         (found,) = evaluate(captured, [node], at.expand(valid.shape).contiguous(), given={given: valid.to(value.dtype)})
-        seen = visible(found)
+        seen = visible(found, slopes)
         if seen is None or seen.dim() < 3:
             return False
         if seen.shape[0] not in (1, len(valid)) or seen.shape[-2] not in (1, length) or seen.shape[-1] != length:

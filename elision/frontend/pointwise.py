@@ -17,6 +17,7 @@ _EXPRESSIONS: dict[str, str] = {
     "div": "{0} / {1}",
     "neg": "-{0}",
     "pow": "{0} ** {1}",
+    "square": "{0} ** 2",
     **{
         name: f"{name}({{0}})"
         for name in (

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from elision.errors import BadInput, UnsupportedModel
 from elision.frontend.anchors import AnchorFinder, close
+from elision.frontend.bias import Biases
 from elision.frontend.capture import Captured
 from elision.frontend.check import FAULT, check_program, check_template
-from elision.frontend.classify import classify_mask
 from elision.frontend.dense_experts import DenseExpertFinder
-from elision.frontend.evaluate import evaluate
+from elision.frontend.eager import fuse_attention
 from elision.frontend.experts import ExpertFinder
 from elision.frontend.lower import Lowering, Region
 from elision.frontend.names import short_name, unique_name
 from elision.frontend.normalise import normalise, operator_name
-from elision.frontend.operands import Frequencies, Operand, Operands
-from elision.frontend.padding import check_padding, check_sources
+from elision.frontend.operands import Frequencies, Operand, Operands, Slopes
+from elision.frontend.padding import check_sources
 from elision.frontend.patches import entry_inputs, find_patches, lower_patches
 from elision.frontend.position_number import PositionNumbers
+from elision.frontend.positions import offset_of, table_of
 from elision.frontend.routers import RouterFinder
-from elision.frontend.sites import attention_site
+from elision.frontend.sites import AttentionSite, attention_site
 from elision.frontend.streams import find_streams, told
 from elision.frontend.structure import Segment, Structure, attends, between, find_structure, is_attention
 from elision.frontend.taint import Taint
-from elision.frontend.token_major import Layouts, check_tokens
+from elision.frontend.token_major import Layouts
 from elision.ir.fuse import fuse_maps
 from elision.ir.mask import Mask
 from elision.ir.program import Program, vocabulary
@@ -56,7 +56,11 @@ def raise_model(captured: Captured, name: str, *, positions: int) -> Raised:
     """
     try:
         graph = normalise(captured.graph)
-        captured = Captured(graph, captured.params, captured.source, captured.kinds, captured.inputs, captured.outputs)
+        captured = replace(captured, graph=graph)
+        if fuse_attention(captured):
+            graph = normalise(graph)
+            captured = replace(captured, graph=graph)
+        positions = min(positions, captured.longest)
         taint = Taint(graph, captured.kinds)
         structure = find_structure(graph, taint)
         _need_attention(graph, structure)
@@ -77,8 +81,8 @@ def _need_attention(graph: fx.Graph, structure: Structure) -> None:
         return
     if any(attends(n) for n in graph.nodes):
         raise UnsupportedModel(
-            "its attention is written out (a softmax over the tokens); expected torch's scaled_dot_product_attention or a model "
-            "that uses the attention functions of transformers"
+            "its attention is written out (a softmax over the tokens) in an unknown way; expected the softmax of products of "
+            "queries and keys with a mask, torch's scaled_dot_product_attention or the attention functions of transformers"
         )
     raise UnsupportedModel("it has no attention; expected a transformer")
 
@@ -94,8 +98,8 @@ class _Raiser:
         self.numbers = PositionNumbers(captured, taint, positions)
         self.positions = min(positions, self.layouts.length(positions))
         self.raised = Raised(Program(name), {})
-        self.operands = Operands(captured, self.anchors, self.raised.weights, self.raised.program.params)
-        self.masks: dict[fx.Node | None, Mask] = {}
+        self.biases = Biases(captured, self.positions, self.layouts.length(0))
+        self.operands = Operands(captured, self.anchors, self.biases, self.raised.weights, self.raised.program.params)
 
     def run(self) -> Raised:
         program = self.raised.program
@@ -116,6 +120,7 @@ class _Raiser:
 
     def _template(self, name: str, segment: Segment) -> tuple[Graph, list[Operand]]:
         """The template of a segment: its operands are the stream and what `Operand` describes, in order of first use."""
+        mask = self._mask_of(segment)
         b = Builder(name)
         stream = b.input("h", self._token_type(segment.start, Axis("t")))
         formals: dict[Operand, Value] = {}
@@ -140,13 +145,24 @@ class _Raiser:
             slots = (segment.externals.index(cos), segment.externals.index(sin))
             return formal(Frequencies(*slots, float(table.scale)), "inv_freq")
 
-        low = Lowering(b, self.layouts, outside, frequencies, lambda n: Env("mask"), self._constant)
+        def slopes(site: AttentionSite) -> Value | None:
+            if site.mask is None or self.biases.of(site.mask).slopes is None:
+                return None
+            heads = site.q.meta["val"].shape[1]
+            return formal(Slopes(segment.externals.index(site.mask), heads), "slopes")
+
+        low = Lowering(b, self.layouts, outside, frequencies, lambda n: Env("mask"), slopes, self._constant)
         low.give(segment.start, stream)
         end = low.run(segment.nodes, self._regions(segment.nodes, segment.start), segment.end)
         graph = fuse_maps(b.build(b.named(end, "h")))
         weights = [self.operands.exact(o, segment) for o in formals]
         start = 0 if self.numbers.counted(segment) else 3
-        check_template(graph, segment, self.captured, self.layouts, weights, self._mask_of(segment), start)
+
+        def tables(positions: Tensor) -> dict[fx.Node, Tensor]:
+            used = [(segment.externals[f.cos], segment.externals[f.sin]) for f in formals if isinstance(f, Frequencies)]
+            return {n: t for pair in used for n, t in self.anchors.fitted(*pair, positions).items()}
+
+        check_template(graph, segment, self.captured, self.layouts, weights, mask, start, tables)
         return graph, list(formals)
 
     def _constant(self, node: fx.Node) -> Tensor | None:
@@ -181,13 +197,8 @@ class _Raiser:
         check_sources(self.captured, self.taint, mask)
         if mask is None:
             return Mask("window", site.window) if site.window else Mask("causal" if site.causal else "full")
-        if mask not in self.masks:
-            found = classify_mask(self.captured, mask, limit=self.positions, length=self.layouts.length(0))
-            if found is None:
-                raise UnsupportedModel("an attention mask is neither full, causal, a window nor chunks; a mask is never dropped")
-            check_padding(self.captured, mask, Mask(found.kind, found.size))
-            self.masks[mask] = Mask(found.kind, found.size)
-        return self.masks[mask]
+        found = self.biases.of(mask).mask
+        return Mask(found.kind, found.size)
 
     # --- the entry ---
 
@@ -204,9 +215,9 @@ class _Raiser:
                 source = self.operands.source(node)
                 name = self.operands.weight(source, None if node is source else node, transposed)
                 return b.param(name, program.params[name])
-            return self._learned_positions(b, tokens, node)
+            return self._by_position(b, tokens, node)
 
-        low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask, self._constant)
+        low = Lowering(b, self.layouts, outside, _no_rotation, _no_mask, _no_mask, self._constant)
         for node, value in given.items():
             low.give(node, value)
         if patches is not None:
@@ -231,19 +242,6 @@ class _Raiser:
             outputs.append(b.named(found, name.replace(".", "_")))
         return b.build(*outputs)
 
-    def _offset(self, index: fx.Node) -> int | None:
-        """What an index is more than the position, if it is a constant; without positions given, a model counts from 0."""
-        if not self.taint.position_only(index):
-            return None
-        counts = "position" not in self.captured.kinds.values()
-        offsets: set[int] = set()
-        for first in (0, 3):
-            positions, _ = check_tokens(2, 5, first)
-            start = 0 if counts else first
-            found = evaluate(self.captured, [index], positions)[0]
-            offsets.update((found - torch.arange(start, start + 5)).flatten().tolist())
-        return offsets.pop() if len(offsets) == 1 else None
-
     def _results(self) -> list[fx.Node]:
         """The captured graph's outputs, in order."""
         output = next(n for n in self.captured.graph.nodes if n.op == "output")
@@ -251,22 +249,25 @@ class _Raiser:
         assert isinstance(results, list | tuple)
         return [n for n in results if isinstance(n, fx.Node)]
 
-    def _learned_positions(self, b: Builder, ids: Value, node: fx.Node) -> Value:
-        """Rows of a table at position + offset (GPT-2; OPT with offset 2), the offset found by evaluation."""
+    def _by_position(self, b: Builder, ids: Value, node: fx.Node) -> Value:
+        """Rows of a table at position + offset (GPT-2; OPT with offset 2); of another function of the position, its values."""
         table, index = (*node.args, None, None)[:2]
-        found = operator_name(node) == "aten::embedding" and isinstance(table, fx.Node) and isinstance(index, fx.Node)
-        offset = self._offset(index) if found else None  # type: ignore[arg-type]
+        learned = operator_name(node) == "aten::embedding" and isinstance(index, fx.Node) and self.taint.position_only(index)
+        offset = offset_of(self.captured, index) if learned else None  # type: ignore[arg-type]
         if offset is not None:
-            place = b.add("positions", ids, name="pos")
-            if offset:
-                place = b.add("map", place, expr=f"x0 + {offset}" if offset > 0 else f"x0 - {-offset}", name="pos")
             name = self.operands.weight(table)  # type: ignore[arg-type]
-            type = self.raised.program.params[name]
             self.positions = min(self.positions, int(self.raised.weights[name].shape[0]) - offset)
-            rows = b.add("embed", place, b.param(name, type), name="positions")
-            assert isinstance(rows, Value)
-            return rows
-        raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor a table of positions")
+        else:
+            rows = table_of(self.captured, node, self.positions) if self.taint.position_only(node) else None
+            if rows is None:
+                raise UnsupportedModel(f"the model reads {node.format_node()}, which is neither a weight nor one of positions")
+            offset, name = 0, self.operands.shared("positions.table", rows)
+        place = b.add("positions", ids, name="pos")
+        if offset:
+            place = b.add("map", place, expr=f"x0 + {offset}" if offset > 0 else f"x0 - {-offset}", name="pos")
+        found = b.add("embed", place, b.param(name, self.raised.program.params[name]), name="positions")
+        assert isinstance(found, Value)
+        return found
 
     def _token_type(self, node: fx.Node, axis: Axis) -> TensorType:
         layout = self.layouts.of(node)
@@ -288,7 +289,7 @@ class _Raiser:
         }
 
 
-def _no_mask(node: fx.Node) -> Any:
+def _no_mask(site: Any) -> Any:
     raise UnsupportedModel("attention outside the blocks of the stream")
 
 

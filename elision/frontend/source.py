@@ -43,7 +43,7 @@ class Source:
     def positions(self) -> int:
         """The longest sequence that the model knows positions for."""
         config = getattr(self.model, "config", None)
-        for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
             if isinstance(found := getattr(config, name, None), int):
                 return found
         return 2048

@@ -103,6 +103,13 @@ class Layouts:
             return None
         return Layout(sizes.index(self._batch), sizes.index(self._length), features)
 
+    def is_scores(self, node: fx.Node | None) -> bool:
+        """The value has the shape ``[B, H, T, T]``."""
+        value = node.meta.get("val") if node is not None else None
+        if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(value.shape[1], int):
+            return False
+        return [_symbol(value.shape[d]) for d in (0, 2, 3)] == [self._batch, self._length, self._length]
+
 
 def _symbol(size: Any) -> Any:
     return size if isinstance(size, int) else size.node.expr

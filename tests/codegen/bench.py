@@ -23,7 +23,7 @@ from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Builder, Value
-from elision.llvm.processor import host_level
+from elision.llvm.processor import host_level, machine
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.weights import PackedWeights
 
@@ -90,8 +90,9 @@ class Bench:
         assert {op for op, _ in self.hosts} == (hosts or set()), self.hosts
         if self.program.states:
             schedules["commit"] = _commit(self.program, kernels)
-        code = NativeCode(to_object(kernels.text(), host_level()), schedules, {})
-        packed = PackedWeights(self.program, self.weights, packings)
+        level, text = host_level(), kernels.text()
+        code = NativeCode(to_object(text, level), schedules, {}, kernels.signatures, machine(), level, text)
+        packed = PackedWeights.pack(self.program, self.weights, packings)
         self.engines = {n: Engine(self.program, code, packed, n) for n in (1, 2, 3)}
         self.plain = Interpreter(self.program, self.weights)
 

@@ -188,7 +188,10 @@ def test_embedding_and_last_tokens() -> None:
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> Case:
-    count, k, width = draw(st.sampled_from([2, 4, 9])), draw(st.integers(1, 2)), draw(sizes)
+    count, k, width = draw(st.sampled_from([2, 4, 9, 12])), draw(st.integers(1, 2)), draw(sizes)
+    grouped = {"groups": 3, "top_groups": draw(st.integers(1, 2)), "group_best": draw(st.integers(1, 3))} if count > 4 else {}
+    grouped |= draw(st.sampled_from([{}, {"scale": 2.5, "eps": 1e-20}]))
+    corrected = draw(st.booleans())
     inner, kind, renormalise = draw(st.sampled_from([16, 32])), draw(st.sampled_from(["softmax", "sigmoid"])), draw(st.booleans())
     biased, halves, weighted = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["input", "output"]))
     out = draw(st.sampled_from([16, 48] if biased else [5, 16, 40]))
@@ -196,7 +199,8 @@ def mixtures(draw: st.DrawFn) -> Case:
 
     def make(m: Maker) -> tuple[Value, ...]:
         x, parts = m("map", m.x(width), expr="x0 * 1.5"), 2 if "x1" in expr else 1
-        weight, index = m("route", m.x(count), k=k, kind=kind, renormalise=renormalise)  # type: ignore[misc]
+        choosing = [m.weight("choose", count)] if corrected else []
+        weight, index = m("route", m.x(count), *choosing, k=k, kind=kind, renormalise=renormalise, **grouped)  # type: ignore[misc]
         biases = [m.weight("bu", count, parts * inner), m.weight("bd", count, out)] if biased else []
         up, down = m.weight("up", count, parts * inner, width), m.weight("down", count, out, inner)
         y = m("experts", x, weight, index, up, down, *biases, expr=expr, halves=halves, weighted=weighted)

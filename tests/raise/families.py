@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers as T
 from torch import nn
@@ -32,6 +33,8 @@ GROUPS = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 UNTIED = {"tie_word_embeddings": False}
 GPT2 = {**UNTIED, "vocab_size": 128, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
+# Scores are not scaled, so more and smaller heads keep rounding small.
+GPT_NEO = {**UNTIED, "vocab_size": 128, "hidden_size": 64, "max_position_embeddings": 128, "num_layers": 4, "num_heads": 16}
 #: Family to (configuration class, what differs from `BASE`; None instead of BASE's keys where the names are others).
 DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "llama": (T.LlamaConfig, {}, True),
@@ -94,7 +97,46 @@ DECODERS: dict[str, tuple[Any, dict[str, Any], bool]] = {
         True,
     ),
     "smollm3": (T.SmolLM3Config, {"no_rope_layers": [1, 0, 1, 0]}, True),
+    # attention written out, in the model or with ALiBi
+    "bloom": (T.BloomConfig, {**UNTIED, "vocab_size": 128, "hidden_size": 64, "n_layer": 4, "n_head": 4}, False),
+    "mpt": (T.MptConfig, {**UNTIED, "vocab_size": 128, "d_model": 64, "n_layers": 4, "n_heads": 16, "max_seq_len": 128}, False),
+    "falcon_alibi": (T.FalconConfig, {**UNTIED, "alibi": True}, True),
+    "gptj": (T.GPTJConfig, {**GPT2, "rotary_dim": 8}, False),
+    "codegen": (T.CodeGenConfig, {**GPT2, "rotary_dim": 8}, False),
+    "gpt_neo": (
+        T.GPTNeoConfig,
+        {**GPT_NEO, "window_size": 8, "attention_types": [[["global", "local"], 2]]},
+        False,
+    ),
+    # attention through the registry
+    "gpt_bigcode": (T.GPTBigCodeConfig, GPT2, False),
+    "stablelm": (T.StableLmConfig, {"partial_rotary_factor": 0.5}, True),
+    "starcoder2": (T.Starcoder2Config, {**UNTIED, "sliding_window": 8}, True),
+    "granite": (T.GraniteConfig, {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 3.0}, True),
+    "persimmon": (T.PersimmonConfig, {}, True),
+    "biogpt": (T.BioGptConfig, UNTIED, True),
+    "nemotron": (T.NemotronConfig, {}, True),
+    "olmo": (T.OlmoConfig, {}, True),
+    "olmo3": (T.Olmo3Config, {"sliding_window": 8, "layer_types": ALTERNATING}, True),
+    "ernie4_5": (T.Ernie4_5Config, {**UNTIED, "head_dim": 16}, True),
+    "helium": (T.HeliumConfig, {"head_dim": 16}, True),
+    "exaone4": (T.Exaone4Config, {"sliding_window": 8, "layer_types": ALTERNATING}, True),
+    "seed_oss": (T.SeedOssConfig, {"head_dim": 16}, True),
+    "hunyuan_dense": (
+        T.HunYuanDenseV1Config,
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
+        True,
+    ),
+    "arcee": (T.ArceeConfig, {}, True),
 }
+
+#: Families like others in every part: their tests are run by `make nightly`.
+NIGHTLY = {
+    "stablelm", "starcoder2", "granite", "biogpt", "nemotron", "olmo", "olmo3", "ernie4_5", "helium", "exaone4", "seed_oss",
+    "arcee",
+}  # fmt: skip
+#: All families, to parametrise tests with.
+FAMILIES = [pytest.param(f, marks=pytest.mark.nightly) if f in NIGHTLY else f for f in DECODERS]
 
 
 def decoder(family: str, **changes: Any) -> nn.Module:

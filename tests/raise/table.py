@@ -227,7 +227,7 @@ def read() -> dict[str, Row]:
     """The rows that are kept."""
     lines = [line for line in KEPT.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     rows = (tuple(cell.strip() for cell in line.strip().strip("|").split("|")) for line in lines)
-    return {cells[0]: cells for cells in rows if cells != COLUMNS}
+    return {cells[0]: cells for cells in rows if cells[0] not in (COLUMNS[0], "---")}
 
 
 def text(rows: Iterable[Row]) -> str:

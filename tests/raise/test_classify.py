@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from elision.frontend.bias import Bias, classify_bias
 from elision.frontend.capture import Captured, capture
 from elision.frontend.classify import Mask, RopeTable, classify_mask, classify_rope, rope_tables
 
@@ -71,6 +72,46 @@ def test_masks_of_models(of):
     assert masks[window] == [Mask("window", 8)] * 3
     assert masks[llama] == [Mask("causal")] * 3
     assert masks[gemma] == [Mask("window", 8), Mask("causal"), Mask("window", 8)]
+
+
+def bias(rule: Callable[[Tensor, Tensor], Tensor], limit: int = 300) -> Bias | None:
+    """Of a rule of ``i [B, 1, T, 1]`` and ``j [B, 1, 1, T]``."""
+    result, (node,) = captured(lambda p: (rule(p[:, None, :, None], p[:, None, None, :]),))
+    return classify_bias(result, node, limit=limit)
+
+
+SLOPES = torch.tensor([0.91, 0.3, -0.05, 2.0**-7])
+STEPS = SLOPES[:, None, None]
+ALIBI = {
+    "by key": lambda i, j: torch.where(j <= i, STEPS * j, LAST),
+    "by distance": lambda i, j: torch.where(j <= i, STEPS * (j - i), LAST),
+    "from the end": lambda i, j: torch.where(j <= i, STEPS * (j - j.amax()), LAST),
+    "window": lambda i, j: torch.where((j <= i) & (j > i - 6), STEPS * j, LAST),
+    "shifted rows": lambda i, j: torch.where(j <= i, STEPS * j + i * 0.5, -1e9),
+    "double": lambda i, j: torch.where(j <= i, STEPS.double() * j, -torch.inf),
+}
+OTHER = {
+    "bent": lambda i, j: torch.where(j <= i, STEPS * (j - i).clamp(min=-200), LAST),
+    "square": lambda i, j: torch.where(j <= i, STEPS * (j - i) ** 2, LAST),
+    "symmetric": lambda i, j: -STEPS.abs() * (j - i).abs(),
+    "rounded": lambda i, j: torch.where(j <= i, (STEPS.bfloat16() * j).float(), LAST),
+    "by head": lambda i, j: torch.where(j <= i - torch.arange(4)[:, None, None], STEPS * j, LAST),
+}
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_alibi(name):
+    found = bias(ALIBI[name])
+    assert found is not None and found.mask == (Mask("window", 6) if name == "window" else Mask("causal"))
+    torch.testing.assert_close(found.slopes, SLOPES.to(found.slopes.dtype), rtol=3e-7, atol=0)
+    if name != "shifted rows":  # there, every step is rounded
+        assert torch.equal(found.slopes.float(), SLOPES)
+    torch.testing.assert_close(found.exact, SLOPES.double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_bias_is_refused(name):
+    assert bias(OTHER[name]) is None
 
 
 @given(

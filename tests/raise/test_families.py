@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import IMAGES, TEXTS
-from families import DECODERS, decoder
+from families import DECODERS, FAMILIES, decoder
 from table import AGAIN, KEPT, read, row
 from torch import nn
 
@@ -55,7 +55,7 @@ def greedy(model: Model, family: str) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_logits_and_coverage(family: str) -> None:
     tokens = reference(family)
     model = compiled(family)
@@ -66,7 +66,7 @@ def test_tokens_logits_and_coverage(family: str) -> None:
     assert torch.equal(greedy(model, family), tokens)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_has_its_row(family: str) -> None:
     assert read().get(family) == row(family, compiled(family)), f"{KEPT} is not what is raised: run {AGAIN}"
 
@@ -75,7 +75,7 @@ def test_the_table_has_no_other_rows() -> None:
     assert list(read()) == [*DECODERS, *TEXTS, *IMAGES], f"{KEPT} is not what is raised: run {AGAIN}"
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_skipped_layer_equals_the_model_without_it(family: str) -> None:
     skipped = elision.compile(source(family), passes=["skip-layers:layers=1"], dtype="float64")
     without = elision.compile(without_layer(source(family), 1), dtype="float64")
@@ -91,7 +91,7 @@ def without_layer(model: nn.Module, index: int) -> nn.Module:
     model = copy.deepcopy(model)
     for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == 4 and name in ("layers", "h", "layer"):
+            if isinstance(child, nn.ModuleList) and len(child) == 4 and name in ("layers", "h", "layer", "blocks"):
                 del child[index]
     config: Any = model.config
     for name, value in list(vars(config).items()):
@@ -135,21 +135,48 @@ def without_softcap(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | No
     return b.add_with("attend", args, {k: a for k, a in v.attrs if k != "softcap"}, None)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+def other_slopes(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[str], Model]:
+    def of(family: str) -> Model:
+        good = compiled(family)
+        names = [n for n in good.weights if n.startswith("alibi.slopes")]
+        assert names
+        weights = {n: change(w) if n in names else w for n, w in good.weights.items()}
+        return Model(
+            good.program, weights, tokenizer=None, defaults={}, coverage=good.coverage, max_context=good.max_context
+        )
+
+    return of
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon_alibi"])
+@pytest.mark.parametrize(
+    "change",
+    [torch.zeros_like, torch.neg, lambda s: s.roll(1), lambda s: s * 1.1],
+    ids=["dropped", "turned", "of the next head", "steeper"],
+)
+def test_other_alibi_slopes_show(family: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    bad = other_slopes(change)(family)
+    tokens = reference(family)
+    with torch.no_grad():
+        want = source(family)(tokens).logits
+    assert float((bad(tokens).logits - want).abs().max()) > 1e-3 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_dropped_mask_shows(family: str) -> None:
     bad = mutant(family, other_mask(lambda m: Mask("full")))
     tokens = reference(family)
     assert not torch.allclose(bad(tokens).logits, compiled(family)(tokens).logits, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss", "gpt_neo"])
 @pytest.mark.parametrize("off", [-1, 1])
 def test_a_window_off_by_one_shows(family: str, off: int) -> None:
     bad = mutant(family, other_mask(lambda m: Mask(m.kind, m.size + off) if m.kind == "window" else m))
     assert not torch.equal(greedy(bad, family), reference(family))
 
 
-@pytest.mark.parametrize("family", [f for f in DECODERS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_position_off_by_one_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Session._run
 

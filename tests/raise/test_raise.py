@@ -14,7 +14,7 @@ from torch import nn
 
 import elision
 from elision.errors import UnsupportedModel
-from elision.frontend import anchors, check, huggingface, lower, operands, raising
+from elision.frontend import anchors, bias, check, huggingface, lower, operands, raising
 from elision.frontend.attention import ATTENTION
 from elision.frontend.capture import Captured, capture
 from elision.frontend.classify import classify_mask, classify_rope
@@ -188,14 +188,29 @@ def test_wrong_frequencies_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(mistral())
 
 
+@pytest.mark.parametrize("factor", [1.01, 1.0001])
+def test_wrong_frequencies_of_a_fitted_table_are_noticed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-J keeps its rotation as a table in float32: the templates are checked with an exact one in its place."""
+    gptj = capture(model(family="GPTJ", rotary_dim=8))
+    raise_model(gptj, "tiny", positions=64)
+
+    def mutant(*args: Any, **kwargs: Any) -> Any:
+        found = classify_rope(*args, **kwargs)
+        assert not found.exact
+        return replace(found, inv_freq=found.inv_freq * factor)
+
+    monkeypatch.setattr(anchors, "classify_rope", mutant)
+    refused(gptj)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [Mask("full"), Mask("causal"), Mask("window", WINDOW + 1), Mask("window", WINDOW - 1), Mask("chunk", WINDOW)],
     ids=str,
 )
 def test_a_wrong_mask_is_noticed(wrong: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert classify_mask is raising.classify_mask
-    monkeypatch.setattr(raising, "classify_mask", lambda *args, **kwargs: wrong)
+    assert classify_mask is bias.classify_mask
+    monkeypatch.setattr(bias, "classify_mask", lambda *args, **kwargs: wrong)
     refused(mistral(), "differs from the model")
 
 

@@ -27,15 +27,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "Youtu": {**BASE, **LATENT, "q_lora_rank": None, "num_hidden_layers": 3},
     "Glm4MoeLite": {**BASE, **LATENT, **GROUPS, "num_hidden_layers": 3},
     "AXK1": {**BASE, **LATENT, **GROUPS, "num_hidden_layers": 3},
+    "XGLM": {**IDS, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4},  # a sinusoid with an offset
     "Bart": {**IDS, **BART, "d_model": 64},  # its decoder: learned positions with an offset, counted by the model itself
     "DistilBert": {**IDS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
 }
 TOLD: dict[str, tuple[dict[str, Any], str]] = {
-    "Bloom": ({**IDS, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "bloom cannot be raised: its attention is written"),
-    "GPTJ": (
-        {**IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        "gptj cannot be raised: its attention",
-    ),
     "T5": (
         {**IDS, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
         "t5 cannot be raised: it has 2 streams: .* from decoder_input_ids, .* from input_ids",
@@ -81,6 +77,15 @@ def test_an_error_that_nobody_foresaw_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("elision.frontend.raising.check_program", broken)
     with pytest.raises(UnsupportedModel, match="llama cannot be raised: IndexError: out of range. This is a fault of the front"):
         elision.compile(model("Llama", BASE))
+
+
+def test_alibi_that_is_rounded_is_told() -> None:
+    """Falcon multiplies slopes and positions in bfloat16, which has not all integers above 256."""
+    values = {**BASE, "alibi": True, "max_position_embeddings": 300}
+    with pytest.raises(UnsupportedModel, match="a mask is never dropped"):
+        elision.compile(model("Falcon", values))
+    elision.compile(model("Falcon", values).bfloat16())
+    elision.compile(model("Falcon", {**values, "max_position_embeddings": 256}))
 
 
 def test_positions_that_depend_on_the_length_are_told() -> None:

@@ -75,7 +75,7 @@ def router(module: nn.Module) -> Router | None:
         ({"best": 1, "eps": 0.25}, {"group_best": 1, "eps": 0.25}),
         ({"groups": 4, "open_groups": 3, "factor": 1.5}, {"groups": 4, "top_groups": 3, "scale": 1.5}),
         ({"groups": 1, "eps": 0.0}, {"groups": None, "top_groups": None, "group_best": None, "eps": None}),
-        ({"score": lambda x: x.softmax(-1), "eps": 0.0}, {"kind": "softmax", "eps": None}),
+        ({"score": torch.nn.Softmax(-1), "eps": 0.0}, {"kind": "softmax", "eps": None}),
     ],
     ids=str,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from elision.codegen.cpu import experts as made
 from elision.codegen.cpu import expression
 from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.cpu.route import Route
+from elision.codegen.cpu.route import route as make_route
 from elision.codegen.planner import NotNative, Planner, Ref
 from elision.ir.expr import operands
 from elision.ir.packing import PANEL, panels
@@ -20,14 +22,14 @@ def route(kernels: Kernels, plan: Planner, value: Value) -> None:
     parts = {v.attr("index"): v for v in plan.graph.values if v.op == "item" and v.args[0] is value}
     if len(parts) != 2:
         raise NotNative("a part of the routing that nothing reads")
-    k, count = value.attr("k"), source.shape[0]
-    kind, renormalise = value.attr("kind", "softmax"), value.attr("renormalise", True)
+    site = Route(source.shape[0], biased=len(value.args) > 1, **dict(value.attrs))
     weight, index = plan.new(parts[0]), plan.new(parts[1])
-    left = plan.buffer(-1, count * 4, private=True)
-    name = kernels.add(("route", count, k, kind, renormalise), lambda n: made.route(n, count, k, kind, renormalise))
+    scratch = plan.buffer(-1, site.scratch_bytes, private=True)
+    name = kernels.add(("route", site), lambda n: make_route(n, site))
     plan.row(
-        name, ("axis", plan.axis(x)), plan.tensor(source), plan.tensor(weight), plan.tensor(index, 8), ("tensor", left, 0, 4),
-        ("int", plan.share), writes=[weight.buffer, index.buffer, left],
+        name, ("axis", plan.axis(x)), plan.tensor(source), plan.tensor(weight), plan.tensor(index, 8),
+        ("tensor", scratch, 0, 4), *(plan.packing(b, "plain") for b in value.args[1:]), ("int", plan.share),
+        writes=[weight.buffer, index.buffer, scratch],
     )  # fmt: skip
 
 

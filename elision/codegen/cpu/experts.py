@@ -1,4 +1,4 @@
-"""Kernels of a mixture of experts: routing, pairs of token and choice listed by expert, and the two products over such lists.
+"""Kernels of a mixture of experts: pairs of token and choice listed by expert, and the two products over such lists.
 
 Every expert's panels are read once, as one stream, for all tokens that were sent to it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.emit import LANES, VF, Fn, Val
 from elision.codegen.cpu.expression import evaluate
 from elision.codegen.cpu.kernel import Kernel, Rows
@@ -16,7 +15,6 @@ from elision.codegen.cpu.linear import VECTORS, dot
 from elision.ir.packing import PANEL, panel_bytes, panels
 
 TILES = (4, 2, 1)  # pairs of a register tile
-HIDDEN = -3.4e38
 
 
 @dataclass(frozen=True)
@@ -33,41 +31,6 @@ class Experts:
     halves: bool
     weighted: str
     biased: bool
-
-
-def route(name: str, experts: int, k: int, kind: str, renormalise: bool) -> Kernel:
-    """`route`: the k largest logits of every token one after the other, ties to the smaller index."""
-    kernel = Kernel(name)
-    fn = kernel.fn
-    axis, x, weight, index, left = (kernel.axis(), *(kernel.tensor(n) for n in ("x", "weight", "index", "left")))
-    scores = left.base
-    with kernel.tokens(axis) as t:
-        logits, gates, chosen = x.token(t), weight.token(t), index.token(t, "i64")
-        with fn.loop(0, experts, 1, [fn.const(HIDDEN, "f32")]) as loop:
-            value = fn.load(logits, "f32", loop.index)
-            fn.store(value, scores, loop.index)
-            loop.give(fn.maximum(loop.carried[0], value))
-        top = loop.results[0]
-        with fn.loop(0, experts, 1, [fn.const(0.0, "f32")]) as loop:
-            loop.give(loop.carried[0] + vm.exp(fn, fn.load(logits, "f32", loop.index) - top))
-        total = loop.results[0]
-        kept = fn.const(0.0, "f32")
-        for j in range(k):
-            start = [fn.const(-float("inf"), "f32"), fn.const(0, "i64")]
-            with fn.loop(0, experts, 1, start) as loop:
-                value = fn.load(scores, "f32", loop.index)
-                better = fn.compare(value, "ogt", loop.carried[0])
-                loop.give(fn.select(better, value, loop.carried[0]), fn.select(better, loop.index, loop.carried[1]))
-            best, place = loop.results
-            p = vm.exp(fn, best - top) / total if kind == "softmax" else vm.sigmoid(fn, best)
-            kept = kept + p
-            fn.store(p, gates, j)
-            fn.store(place, chosen, j)
-            fn.store(fn.const(-float("inf"), "f32"), scores, place)
-        if renormalise:
-            for j in range(k):
-                fn.store(fn.load(gates, "f32", j) / kept, gates, j)
-    return kernel
 
 
 def dispatch(name: str, experts: int, k: int) -> Kernel:
