@@ -1,10 +1,13 @@
-"""SmolLM2-135M on the CPU, side by side with the engines that people use: decoding, time to first token, and the floor.
+"""SmolLM2-135M on the CPU, side by side with the engines that people use: decoding, verification,
+time to first token, and the floor.
 
     python benchmarks/cpu.py [--engines "elision:fp32;llama.cpp:F32"] [--rounds 3] [--output benchmarks/results/NAME.md]
 
 Every engine has a process of its own that waits between its turns; the turns of all engines are interleaved, and the read
 bandwidth of our own native kernel is measured between them. The floor of a step is the bytes that must be read (weights, and the
-keys and values of the context) over that bandwidth. Prompts are the same random tokens for all, threads are as many.
+keys and values of the context) over that bandwidth; that of a prompt its FLOPs (body, half of full attention, one row of the
+head) over the best rate of torch's fp32 GEMM on the model's shapes, measured in between too. Prompts are the same random tokens
+for all, threads are as many.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 THREADS = 2
 WORK = {"decode 64": (64, 96), "decode 2048": (2048, 32), "first token 1024": (1024, 1)}
+VERIFY = {"step of 1": (64, 1), "step of 8": (64, 8)}  # context and drafted tokens
+PREFILL_FLOPS = 254e9  # of 1024 tokens
 KV = 30 * 2 * 3 * 64  # numbers that a token adds to the cache
 
 #: Engine to (bytes of weights read per token, bytes of a cached number); None: not ours, no floor of its own.
@@ -44,8 +50,8 @@ ENGINES: dict[str, tuple[list[str], str | None] | None] = {
 }
 
 
-def load(name: str, folder: Path) -> tuple[Callable[[list[int], int], list[float]], dict[str, Any]]:
-    """An engine, and facts about it."""
+def load(name: str, folder: Path) -> tuple[Callable[[list[int], int], list[float]], dict[str, Any], Any]:
+    """An engine, facts about it, and its model if it is ours."""
     import peers
 
     engine, _, kind = name.partition(":")
@@ -54,27 +60,33 @@ def load(name: str, folder: Path) -> tuple[Callable[[list[int], int], list[float
         assert found is not None
         run, model = peers.elision(found[0], THREADS, found[1])
         report = model.report
-        return run, {"weights": report["weight_bytes"], "kv": 2 if found[1] else 4}
+        return run, {"weights": report["weight_bytes"], "kv": 2 if found[1] else 4}, model
     if engine == "transformers":
-        return peers.transformers(kind, THREADS), {}
+        return peers.transformers(kind, THREADS), {}, None
     if engine == "llama.cpp":
-        return peers.llama_cpp(peers.gguf_file() if kind == "Q4_1" else peers.converted(folder, kind), THREADS), {}
+        return peers.llama_cpp(peers.gguf_file() if kind == "Q4_1" else peers.converted(folder, kind), THREADS), {}, None
     if engine == "onnxruntime-genai":
-        return peers.onnxruntime_genai(folder, THREADS), {}
-    return peers.openvino_genai(peers.gguf_file(), THREADS), {}
+        return peers.onnxruntime_genai(folder, THREADS), {}, None
+    return peers.openvino_genai(peers.gguf_file(), THREADS), {}, None
 
 
 def serve(name: str, folder: Path) -> None:
-    """The process of one engine: answers every line ``[prompt tokens, new tokens]`` with the times of the tokens."""
+    """The process of one engine: answers every line ``[prompt tokens, new tokens, 0]`` with the times of the tokens, and
+    ``[context, 0, drafted tokens]`` with those of steps."""
     import random
+
+    import peers
 
     out = sys.stdout
     sys.stdout = sys.stderr  # engines print
-    run, facts = load(name, folder)
+    run, facts, model = load(name, folder)
     run([1, 2, 3], 4)
     print(json.dumps(facts), file=out, flush=True)
     for line in sys.stdin:
-        prompt, new = json.loads(line)
+        prompt, new, nodes = json.loads(line)
+        if nodes:
+            print(json.dumps(peers.step_seconds(model, prompt, nodes)), file=out, flush=True)
+            continue
         ids = random.Random(prompt).choices(range(1000, 40000), k=prompt)
         print(json.dumps(run(ids, new)), file=out, flush=True)
 
@@ -87,9 +99,9 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self._answer()
 
-    def run(self, prompt: int, new: int) -> list[float]:
+    def run(self, prompt: int, new: int, nodes: int = 0) -> list[float]:
         assert self._process.stdin is not None
-        print(json.dumps([prompt, new]), file=self._process.stdin, flush=True)
+        print(json.dumps([prompt, new, nodes]), file=self._process.stdin, flush=True)
         return self._answer()  # type: ignore[no-any-return]
 
     def _answer(self) -> Any:
@@ -124,8 +136,24 @@ def main() -> None:
 Samples = dict[str, dict[str, list[float]]]
 
 
-def measure(names: list[str], rounds: int, folder: Path) -> tuple[dict[str, dict[str, Any]], Samples, list[float]]:
-    """Facts, samples (ms per token, or seconds to the first) by engine and work, and the bandwidths seen in between."""
+def gemm_rate() -> float:
+    """FLOP/s of torch's fp32 GEMM, the best of the model's shapes."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    best = 0.0
+    for n, k in ((1536, 576), (576, 1536), (576, 576), (192, 576)):
+        x, w = torch.randn(1024, k), torch.randn(k, n)
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ w
+            best = max(best, 2 * 1024 * k * n / (time.perf_counter() - start))
+    return best
+
+
+def measure(names: list[str], rounds: int, folder: Path) -> tuple[dict[str, dict[str, Any]], Samples, list[float], list[float]]:
+    """Facts, samples (ms per token or step, or seconds to the first token) by engine and work, and the bandwidths and GEMM rates
+    seen in between."""
     from rich.progress import Progress
 
     from elision.codegen.cpu.probe import Bandwidth
@@ -134,6 +162,7 @@ def measure(names: list[str], rounds: int, folder: Path) -> tuple[dict[str, dict
     facts: dict[str, dict[str, Any]] = {}
     samples: Samples = {}
     bandwidths: list[float] = []
+    rates: list[float] = []
     with Progress() as progress:
         task = progress.add_task("loading", total=len(names) + rounds * len(names))
         workers: dict[str, Worker] = {}
@@ -142,7 +171,8 @@ def measure(names: list[str], rounds: int, folder: Path) -> tuple[dict[str, dict
             try:
                 workers[name] = Worker(name, folder)
                 facts[name] = workers[name].facts
-                samples[name] = {work: [] for work in WORK}
+                ours = VERIFY if name.startswith("elision") else {}
+                samples[name] = {work: [] for work in (*WORK, *ours)}
             except RuntimeError as err:
                 progress.console.print(f"{name}: {err}")
             progress.advance(task)
@@ -150,29 +180,35 @@ def measure(names: list[str], rounds: int, folder: Path) -> tuple[dict[str, dict
             for name, worker in workers.items():
                 progress.update(task, description=name)
                 bandwidths.append(probe.measure())
+                rates.append(gemm_rate())
                 for work, (prompt, new) in WORK.items():
                     times = worker.run(prompt, new)
                     value = times[0] if new == 1 else (times[-1] - times[0]) / (len(times) - 1) * 1e3
                     samples[name][work].append(value)
+                for work, (context, nodes) in VERIFY.items():
+                    if work in samples[name]:
+                        samples[name][work].append(statistics.median(worker.run(context, 0, nodes)) * 1e3)
                 progress.advance(task)
         for worker in workers.values():
             worker.close()
-    return facts, samples, bandwidths
+    return facts, samples, bandwidths, rates
 
 
-def report(facts: dict[str, dict[str, Any]], samples: Samples, bandwidths: list[float]) -> str:
+def report(facts: dict[str, dict[str, Any]], samples: Samples, bandwidths: list[float], rates: list[float]) -> str:
     """The table as Markdown, raw samples below it."""
-    speed = statistics.median(bandwidths)
+    speed, rate = statistics.median(bandwidths), statistics.median(rates)
     lines = [
         "# SmolLM2-135M-Instruct on the CPU",
         "",
         f"{platform.processor() or platform.machine()}, {THREADS} threads; Python {platform.python_version()}; medians of "
         f"{max(len(x) for s in samples.values() for x in s.values())} interleaved rounds. Read bandwidth of our native kernel: "
-        f"{speed / 1e9:.1f} GB/s (from {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f}).",
+        f"{speed / 1e9:.1f} GB/s (from {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f}); best fp32 GEMM of torch: "
+        f"{rate / 1e9:.0f} GFLOP/s (from {min(rates) / 1e9:.0f} to "
+        f"{max(rates) / 1e9:.0f}).",
         "",
         "| engine | ms/token, context 64 | tokens/s | of the floor | ms/token, context 2048 | tokens/s | of the floor | "
-        "s to first of 1024 |",
-        "|---|---|---|---|---|---|---|---|",
+        "s to first of 1024 | of the GEMM rate | step of 8 tokens, ms | of a step of 1 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in samples.items():
         short, long, first = (statistics.median(found[w]) for w in WORK)
@@ -181,8 +217,11 @@ def report(facts: dict[str, dict[str, Any]], samples: Samples, bandwidths: list[
             nbytes = facts[name].get("weights", 0) + context * KV * facts[name].get("kv", 0)
             floors.append(f"{nbytes / speed * 1e3 / ms:.2f}" if nbytes else "")
         cells = [f"{short:.2f}", f"{1e3 / short:.1f}", floors[0], f"{long:.2f}", f"{1e3 / long:.1f}", floors[1], f"{first:.2f}"]
+        cells.append(f"{PREFILL_FLOPS / rate / first:.2f}")
+        one, eight = (statistics.median(found[w]) if w in found else 0.0 for w in VERIFY)
+        cells += [f"{eight:.2f}", f"{eight / one:.2f}"] if one else ["", ""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    raw = {"bandwidth": bandwidths, "samples": samples, "facts": facts}
+    raw = {"bandwidth": bandwidths, "gemm": rates, "samples": samples, "facts": facts}
     return "\n".join([*lines, "", "Raw samples:", "", "```json", json.dumps(raw), "```", ""])
 
 

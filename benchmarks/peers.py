@@ -84,6 +84,29 @@ def elision(passes: list[str], threads: int, kv: str | None = None) -> tuple[Run
     return run, model
 
 
+def step_seconds(model: Any, context: int, nodes: int, calls: int = 25) -> list[float]:
+    """What native steps of a chain of ``nodes`` drafted tokens take at a context; the first is committed each time."""
+    import torch
+
+    from elision.ir import tree
+    from elision.ir.tokens import Tokens
+    from elision.runtime.session import Session
+
+    session = Session(model._interpreter, 1, context + calls + nodes)
+    times = []
+    with torch.inference_mode():
+        session.prefill([torch.randint(1000, 40000, (context,)).tolist()])
+        stores, ids = list(session._stores.values()), torch.randint(1000, 40000, (nodes,))
+        for i in range(calls):
+            row, pos, parent, ancestors = tree.pack([tree.Tree(tuple(range(-1, nodes - 1)))], [context + i])
+            at = Tokens(row, pos, 1, parent, ancestors)
+            start = time.perf_counter()
+            model.engine.run("step", [ids, *stores], at)
+            times.append(time.perf_counter() - start)
+            model.engine.commit(stores, [[0]])
+    return times
+
+
 def transformers(dtype: str, threads: int) -> Run:
     import torch
     from transformers.generation.streamers import BaseStreamer

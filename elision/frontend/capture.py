@@ -53,9 +53,9 @@ class Captured:
 
     @property
     def longest(self) -> int:
-        """The longest sequence that the graph is valid for: a model may slice its mask from a table."""
+        """The longest text that the graph is valid for: a model may slice its mask from a table."""
         ids = next(n for n in self.graph.nodes if n.op == "placeholder" and n.name in self.inputs)
-        length: Any = ids.meta["val"].shape[1] if ids.meta["val"].dim() > 1 else sys.maxsize
+        length: Any = ids.meta["val"].shape[1] if ids.meta["val"].dim() == 2 else sys.maxsize
         if isinstance(length, int):
             return length
         known = length.node.shape_env.var_to_range.get(length.node.expr)

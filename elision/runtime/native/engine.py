@@ -63,10 +63,7 @@ class Engine:
         self._context[abi.COUNTER] = 0
 
     def run(self, entry: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
-        """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches).
-
-        Tensors are views of the engine's memory, good until its next call.
-        """
+        """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches)."""
         graph, schedule = self._graphs[entry], self.schedules[entry]
         states = {n: s for n, s in zip((graph.names[v] for v in graph.inputs), args, strict=True) if isinstance(s, KVStore)}
         with self._lock:
@@ -74,7 +71,7 @@ class Engine:
             for buffer, given in zip(schedule.inputs, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
                 run.give(buffer, given)
             run.all()
-            return tuple(run.tensor(place) if place else states[name] for place, name in self._outputs[entry])
+            return tuple(run.tensor(place).clone() if place else states[name] for place, name in self._outputs[entry])
 
     def commit(self, states: Sequence[KVStore], paths: Sequence[Sequence[int]]) -> None:
         """The accepted nodes of every row join all caches (`commit` of the IR); Scratch is empty afterwards."""
