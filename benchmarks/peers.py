@@ -92,6 +92,7 @@ def step_seconds(model: Any, context: int, nodes: int, calls: int = 25) -> list[
     from elision.ir.tokens import Tokens
     from elision.runtime.session import Session
 
+    torch.set_num_threads(1)  # as `generate` does: native code has threads of its own
     session = Session(model._interpreter, 1, context + calls + nodes)
     times = []
     with torch.inference_mode():

@@ -10,7 +10,6 @@ import torch
 
 from elision.codegen.cpu.compile import _advance_all, _commit
 from elision.codegen.cpu.emitters import Emitter
-from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
@@ -79,7 +78,7 @@ class Bench:
     def compile(self, hosts: set[str] | None = None) -> None:
         """Native code for all cases; ``hosts``: the ops that are expected to run on the host."""
         kernels = Kernels()
-        emitter, packings, schedules = Emitter(kernels, best_way(host_level())), {}, {}
+        emitter, packings, schedules = Emitter(kernels, host_level()), {}, {}
         self.hosts: set[tuple[str, str]] = set()
         for name in self.program.entries:
             graph = flatten(self.program, name)

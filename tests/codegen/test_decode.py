@@ -11,7 +11,7 @@ import torch
 
 from elision.codegen.cpu.kernel import Kernel
 from elision.codegen.cpu.kernels import Kernels
-from elision.codegen.cpu.linear import linear, scratch_bytes
+from elision.codegen.cpu.linear import linear, scratch_bytes, tiles
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.cpu.rows import embed
 from elision.ir import schedule as abi
@@ -46,11 +46,11 @@ def stored(format: str, n: int, k: int) -> torch.Tensor:
 
 
 def plain(format: str, k: int, name: str) -> Kernel:
-    return linear(name, [format], k, "x0 + x1", ["row"])
+    return linear(name, [format], k, "x0 + x1", ["row"], tiles(host_level()))
 
 
 def mixed(name: str) -> Kernel:
-    return linear(name, ["Q4_K", "f32", "Q6_K"], 256, "silu(x0) * x1 + x2 - x3", ["tokens"])
+    return linear(name, ["Q4_K", "f32", "Q6_K"], 256, "silu(x0) * x1 + x2 - x3", ["tokens"], tiles(host_level()))
 
 
 @cache
@@ -103,7 +103,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> N
 def test_linear(format: str, k: int, n: int) -> None:
     rows, bias = stored(format, n, k), torch.randn(n, generator=torch.Generator().manual_seed(1))
     weight = weight_encoding(format).decode(rows, k).double()
-    for t in (1, 2, 3, 5, 8, 17):
+    for t in (1, 2, 3, 5, 8, 17, 33, 45):
         x = torch.randn(t, k, generator=torch.Generator().manual_seed(t))
         found = product(code()[1]["linear", format], [format], [rows], x, n, bias)
         scale = x.double().norm(dim=1, keepdim=True) * weight.norm(dim=1)
@@ -121,7 +121,7 @@ def test_embed_gives_the_decoded_rows(format: str, k: int) -> None:
     assert torch.equal(out[:, :k], weight_encoding(format).decode(rows[ids], k)) and bool(out[:, k:].isnan().all())
 
 
-@pytest.mark.parametrize("t", [1, 2, 9])
+@pytest.mark.parametrize("t", [1, 2, 9, 40])
 def test_weights_of_several_formats_in_one_region(t: int) -> None:
     n, k, formats = 24, 256, ["Q4_K", "f32", "Q6_K"]
     seed = torch.Generator().manual_seed(t)

@@ -6,7 +6,6 @@ from functools import partial
 
 from elision.codegen.cpu import cache
 from elision.codegen.cpu.emitters import Emitter
-from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
@@ -24,7 +23,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     Raises BadInput without the MLIR bindings.
     """
     kernels, level = Kernels(), host_level()
-    emitter = Emitter(kernels, best_way(level))
+    emitter = Emitter(kernels, level)
     schedules: dict[str, abi.Schedule] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}

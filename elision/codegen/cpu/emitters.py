@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, linear_a8, quantise, rows
-from elision.codegen.cpu.integer_dot import Way
+from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
@@ -33,10 +33,10 @@ def _floats(*values: Value) -> None:
 
 
 class Emitter:
-    """Adds the rows of regions to a plan, with kernels from a shared collection; ``way``: how integers are multiplied."""
+    """Adds the rows of regions to a plan, with kernels from a shared collection, for processors of a feature level."""
 
-    def __init__(self, kernels: Kernels, way: Way) -> None:
-        self.kernels, self.way = kernels, way
+    def __init__(self, kernels: Kernels, level: str) -> None:
+        self.kernels, self.way, self.tiles = kernels, best_way(level), linear.tiles(level)
 
     def __call__(self, plan: Planner, region: Region) -> None:
         if isinstance(region, Products):
@@ -79,7 +79,7 @@ class Emitter:
         else:
             formats = [p.partition(":")[2] for p in packings]
             key = ("linear", *formats, k, region.expr, *kinds)
-            name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds))
+            name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds, self.tiles))
             if bytes := linear.scratch_bytes(formats, k):
                 scratch = [plan.buffer(-1, bytes, private=True)]
                 extras.append(("tensor", scratch[0], 0, 4))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from elision.codegen.cpu.emit import LANES, VF, Fn, Val
+from elision.codegen.cpu.decode import VP
+from elision.codegen.cpu.emit import Fn, Val, vector
 from elision.codegen.cpu.expression import evaluate
 from elision.codegen.cpu.kernel import Kernel, Rows
-from elision.codegen.cpu.linear import VECTORS, dot
+from elision.codegen.cpu.linear import dot
 from elision.ir.packing import PANEL, panel_bytes, panels
 
 TILES = (4, 2, 1)  # pairs of a register tile
@@ -99,12 +100,12 @@ def up(name: str, site: Experts) -> Kernel:
     weight, bias = kernel.weight("up"), kernel.weight("bias") if site.biased else None
     wide = site.inner * site.parts
     size, per_expert = panel_bytes("panel:f32", site.width), panels(wide)
-    own = VECTORS if site.halves else VECTORS // site.parts  # vectors of results that one panel gives
+    own = PANEL if site.halves else PANEL // site.parts  # results that one panel gives
     step = site.inner // PANEL  # panels from one part to the next
-    low, high = kernel.part(fn.const(site.inner // (own * LANES), "i64"))
+    low, high = kernel.part(fn.const(site.inner // own, "i64"))
     rows = _Listed(x, order.base, site.choices, 0)
     with fn.loop(low, high) as loop, fn.loop(0, site.count) as experts:
-        columns = loop.index * (own * LANES)
+        columns = loop.index * own
         here = [
             fn.at(weight, (experts.index * per_expert + loop.index + i * step) * size)
             for i in range(site.parts if site.halves else 1)
@@ -115,32 +116,25 @@ def up(name: str, site: Experts) -> Kernel:
             found = [dot(fn, "f32", panel, rows, at, tile, site.width) for panel in here]
             for t in range(tile):
                 token, choice = rows.pair(at + t)
-                values = [list(part[t]) for part in found]
+                values = [part[t] for part in found]
                 if site.weighted == "input":
-                    gate = fn.splat(fn.load(gates.token(token), "f32", choice))
-                    values = [[v * gate for v in part] for part in values]
+                    gate = fn.splat(fn.load(gates.token(token), "f32", choice), PANEL)
+                    values = [v * gate for v in values]
                 if bias is not None:
-                    values = [
-                        [v + fn.load(bias, VF, shift + i * LANES, "f32") for i, v in enumerate(part)]
-                        for part, shift in zip(values, shifts, strict=True)
-                    ]
-                operands = list(zip(*values, strict=True)) if site.halves else [_apart(fn, values[0], site.parts)]
-                place = fn.at(h.token(token), choice * site.inner, "f32")
-                for i, parts in enumerate(operands):
-                    fn.store(evaluate(fn, site.expr, parts), place, columns + i * LANES, "f32")
+                    values = [v + fn.load(bias, VP, shift, "f32") for v, shift in zip(values, shifts, strict=True)]
+                result = evaluate(fn, site.expr, values if site.halves else _apart(fn, values[0]))
+                fn.store(result, fn.at(h.token(token), choice * site.inner, "f32"), columns, "f32")
 
         begin = fn.load(starts.base, "i64", experts.index)
         _tiles(fn, begin, fn.load(starts.base, "i64", experts.index + 1), tile_of)
     return kernel
 
 
-def _apart(fn: Fn, vectors: list[Val], parts: int) -> tuple[Val, ...]:
-    """The channels of a panel whose parts are interleaved."""
-    if parts == 1:
-        return tuple(vectors)
-    a, b = vectors
-    orders = (", ".join(str(2 * i + part) for i in range(LANES)) for part in range(2))
-    return tuple(fn.emit(f"vector.shuffle {a.name}, {b.name} [{order}] : {VF}, {VF}", VF) for order in orders)
+def _apart(fn: Fn, panel: Val) -> list[Val]:
+    """The channels of a panel whose two parts are interleaved."""
+    orders = (", ".join(str(2 * i + part) for i in range(PANEL // 2)) for part in range(2))
+    half = vector("f32", PANEL // 2)
+    return [fn.emit(f"vector.shuffle {panel.name}, {panel.name} [{order}] : {VP}, {VP}", half) for order in orders]
 
 
 def down(name: str, site: Experts) -> Kernel:
@@ -156,8 +150,7 @@ def down(name: str, site: Experts) -> Kernel:
     with fn.loop(low, high) as loop:
         columns = loop.index * PANEL
         with fn.loop(0, axis.count) as tokens:
-            for i in range(VECTORS):
-                fn.store(fn.const(0.0, VF), out.token(tokens.index), columns + i * LANES, "f32")
+            fn.store(fn.const(0.0, VP), out.token(tokens.index), columns, "f32")
         with fn.loop(0, site.count) as experts:
             panel = fn.at(weight, (experts.index * per_expert + loop.index) * size)
 
@@ -166,14 +159,12 @@ def down(name: str, site: Experts) -> Kernel:
                 for t in range(tile):
                     token, choice = rows.pair(at + t)
                     place = out.token(token)
-                    gate = fn.splat(fn.load(gates.token(token), "f32", choice))
-                    for i, value in enumerate(found[t]):
-                        if bias is not None:
-                            value = value + fn.load(bias, VF, experts.index * site.out + columns + i * LANES, "f32")
-                        if site.weighted == "output":
-                            value = value * gate
-                        before = fn.load(place, VF, columns + i * LANES, "f32")
-                        fn.store(before + value, place, columns + i * LANES, "f32")
+                    value = found[t]
+                    if bias is not None:
+                        value = value + fn.load(bias, VP, experts.index * site.out + columns, "f32")
+                    if site.weighted == "output":
+                        value = value * fn.splat(fn.load(gates.token(token), "f32", choice), PANEL)
+                    fn.store(fn.load(place, VP, columns, "f32") + value, place, columns, "f32")
 
             begin = fn.load(starts.base, "i64", experts.index)
             _tiles(fn, begin, fn.load(starts.base, "i64", experts.index + 1), tile_of)
