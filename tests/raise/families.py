@@ -135,8 +135,15 @@ NIGHTLY = {
     "stablelm", "starcoder2", "granite", "biogpt", "nemotron", "olmo", "olmo3", "ernie4_5", "helium", "exaone4", "seed_oss",
     "arcee",
 }  # fmt: skip
+#: Families that are unlike each other in native code: the long tests of the others are run by `make nightly`.
+UNLIKE = {
+    "llama", "gemma3", "gpt2", "phi", "falcon", "mixtral", "gpt_oss", "cohere", "llama4", "deepseek_v3", "smollm3", "bloom", "gptj",
+    "gpt_neo", "gpt_bigcode", "persimmon",
+}  # fmt: skip
+
 #: All families, to parametrise tests with.
 FAMILIES = [pytest.param(f, marks=pytest.mark.nightly) if f in NIGHTLY else f for f in DECODERS]
+LONG = [f if f in UNLIKE else pytest.param(f, marks=pytest.mark.nightly) for f in DECODERS]
 
 
 def decoder(family: str, **changes: Any) -> nn.Module:
