@@ -137,8 +137,8 @@ NIGHTLY = {
 }  # fmt: skip
 #: Families that are unlike each other in native code: the long tests of the others are run by `make nightly`.
 UNLIKE = {
-    "llama", "gemma3", "gpt2", "phi", "falcon", "mixtral", "gpt_oss", "cohere", "llama4", "deepseek_v3", "smollm3", "bloom", "gptj",
-    "gpt_neo", "gpt_bigcode", "persimmon",
+    "llama", "gemma3", "gpt2", "phi", "falcon", "mixtral", "gpt_oss", "cohere", "llama4", "deepseek_v3", "smollm3", "bloom",
+    "gptj", "gpt_neo", "gpt_bigcode", "persimmon",
 }  # fmt: skip
 
 #: All families, to parametrise tests with.
