@@ -19,6 +19,9 @@ from elision.frontend.source import load_source
 
 console = Console(highlight=False)
 
+#: What is compared with plain Elision: the file's own weights with rounded activations, and three layers less.
+DEFAULT = ("stored a8", "skip-layers:layers=5+17-18")
+
 
 class Stages(logging.Handler):
     """Shows what the compiler logs, with the seconds since the start."""
@@ -79,35 +82,32 @@ def run_transformers(model: PreTrainedModel, ids: torch.Tensor, n: int, seen: Me
     seen.state = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
 
 
-def weight_bytes(tensors: Any) -> int:
-    """Bytes of distinct weights: a tied embedding and head count once."""
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2", help="a packaged name, a GGUF file or a Hugging Face directory")
-    parser.add_argument("--skip", default="skip-layers:layers=5+17-18", help="the pass to compare with (default: %(default)s)")
+    parser.add_argument("-p", "--passes", action="append", help="passes to compare with, separated by spaces; may be repeated")
     parser.add_argument("--prompt", default="What is the capital of France, and what is it known for?")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of every timed run (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each engine, in turns (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=90, help="start no more runs after this long (default: %(default)s)")
     args = parser.parse_args()
+    variants = [text.split() for text in args.passes or DEFAULT]
 
     log = logging.getLogger("elision")
     log.setLevel(logging.INFO)
     log.addHandler(Stages())
     transformers.utils.logging.set_verbosity_error()
 
-    console.print(f"[bold]Compiling {args.model}[/]")
-    model = elision.compile(args.model)
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
     console.print(f"[bold]Loading {args.model} into transformers[/]")
     peer = load_source(args.model).model
     assert isinstance(peer, PreTrainedModel)
-    console.print(f"[bold]Compiling it with {args.skip}[/]")
-    skipped = elision.compile(peer, passes=[args.skip])
+    models = []
+    for passes in ([], *variants):
+        console.print(f"[bold]Compiling {args.model}{' with ' if passes else ''}{' '.join(passes)}[/]")
+        models.append(elision.compile(args.model, passes=passes))
+    model = models[0]
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
 
     prompt = tokenizer.chat(args.prompt) if tokenizer.chat_template else args.prompt
     ids = torch.tensor([tokenizer.encode(prompt, add_special=tokenizer.chat_template is None)])
@@ -117,19 +117,20 @@ def main() -> None:
     )
     print("\n")
 
-    engines = [Measured("transformers"), Measured("elision"), Measured(f"elision + {args.skip.partition(':')[0]}")]
+    base, ours = Measured("transformers"), [Measured("\n".join(["elision", *passes])) for passes in ([], *variants)]
     with console.status("measuring, in turns"):
         run_transformers(peer, ids, 2, Measured("warm-up"))
-        run_elision(skipped, ids, 2, Measured("warm-up"))
+        for m in models:
+            run_elision(m, ids, 2, Measured("warm-up"))
         begun = time.perf_counter()
-        while len(engines[0].speed) < args.runs and time.perf_counter() - begun < args.seconds:
-            run_transformers(peer, ids, args.tokens, engines[0])
-            run_elision(model, ids, args.tokens, engines[1])
-            run_elision(skipped, ids, args.tokens, engines[2])
+        while len(base.speed) < args.runs and time.perf_counter() - begun < args.seconds:
+            run_transformers(peer, ids, args.tokens, base)
+            for m, seen in zip(models, ours, strict=True):
+                run_elision(m, ids, args.tokens, seen)
 
-    base, full, less = engines
-    weights = [weight_bytes(peer.parameters()), weight_bytes(model.weights.values()), weight_bytes(skipped.weights.values())]
-    layers = [getattr(peer.config, "num_hidden_layers", 0), len(model.program.layers), len(skipped.program.layers)]
+    engines = [base, *ours]
+    weights = [sum({p.data_ptr(): p.nbytes for p in peer.parameters()}.values()), *(m.report["weight_bytes"] for m in models)]
+    layers = [getattr(peer.config, "num_hidden_layers", 0), *(len(m.program.layers) for m in models)]
     table = Table(
         title=f"{ids.shape[1]} prompt tokens, {args.tokens} new, batch 1, {model.program.meta['dtype']}, "
         f"{torch.get_num_threads()} threads, best of {len(base.speed)}"
@@ -142,15 +143,10 @@ def main() -> None:
     table.add_row("layers", *map(str, layers))
     table.add_row("weights", *(f"{size / 1e6:.1f} MB" for size in weights))
     table.add_row("state", *(f"{e.state / 1e6:.2f} MB" for e in engines))
-    table.add_row("operators raised", "", *(coverage(m) for m in (model, skipped)))
-    table.add_row("quality", "", model.program.quality, skipped.program.quality)
-    table.add_row("tokens as transformers", "", *(agreement(base.tokens, e.tokens) for e in engines[1:]))
+    table.add_row("operators raised", "", *(coverage(m) for m in models))
+    table.add_row("quality", "", *(m.program.quality for m in models))
+    table.add_row("tokens as transformers", "", *(agreement(base.tokens, e.tokens) for e in ours))
     console.print(table)
-    console.print(
-        f"{args.skip} leaves out {layers[1] - layers[2]} of {layers[1]} layers: {(weights[1] - weights[2]) / 1e6:.1f} MB of "
-        f"weights, {(full.state - less.state) / 1e3:.0f} kB of state, and "
-        f"{1 - max(full.speed) / max(less.speed):.0%} of the time of a token."
-    )
 
 
 def coverage(model: elision.Model) -> str:

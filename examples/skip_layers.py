@@ -27,11 +27,6 @@ def perplexity(model: elision.Model, text: str) -> float:
     return math.exp(cross_entropy(logits[:-1].float(), ids[0, 1:]).item())
 
 
-def weight_bytes(model: elision.Model) -> int:
-    """Bytes of distinct weights: a tied embedding and head count once."""
-    return sum({w.data_ptr(): w.nbytes for w in model.weights.values()}.values())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2", help="a packaged name, a GGUF file or a Hugging Face directory")
@@ -55,7 +50,7 @@ def main() -> None:
             f"{name}: {len(model.program.layers)} layers, perplexity {perplexity(model, TEXT):.1f}, {speeds[name]:.1f} tokens/s"
         )
         print(f"    {args.prompt}{texts[name]!r}")
-    (weights, fewer), (state, smaller), (slow, fast) = map(weight_bytes, models.values()), states.values(), speeds.values()
+    (weights, fewer), (state, smaller), (slow, fast) = (m.report["weight_bytes"] for m in models.values()), states.values(), speeds.values()
     print(
         f"saved: {(weights - fewer) / 1e6:.1f} of {weights / 1e6:.1f} MB of weights, {(state - smaller) / 1e3:.0f} of "
         f"{state / 1e3:.0f} kB of state, {1 - slow / fast:.0%} of the time of a token"

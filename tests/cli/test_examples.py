@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -53,7 +53,7 @@ def test_compile_and_run(tiny: Path, run: Callable[..., str]) -> None:
 
 def test_skip_layers(tiny: Path, run: Callable[..., str]) -> None:
     out = run("skip_layers.py", tiny, "--layers", "1", "--half", "mlp")
-    width = 3 * 16 * 24 + 16  # three projections and a norm
+    width = 3 * 64 * 96 + 64  # three projections and a norm
     assert f"saved: {4 * width / 1e6:.1f} of " in out and "0 of " in out
 
 
@@ -63,8 +63,10 @@ def test_skipping_a_layer_frees_its_share_of_the_state(tiny: Path, run: Callable
 
 
 def test_demo(tiny: Path, run: Callable[..., str]) -> None:
-    out = run("demo.py", tiny, "--skip", "skip-layers:layers=1", "--tokens", "8", "--runs", "1")
-    assert "tokens/s" in out and "leaves out 1 of 3 layers" in out
+    out = run("demo.py", tiny, "-p", "skip-layers:layers=1", "-p", "int8 a8", "--tokens", "8", "--runs", "1")
+    assert "tokens/s" in out and "int8" in out
+    layers = next(line for line in out.splitlines() if line.startswith("│ layers"))
+    assert [cell.strip() for cell in layers.split("│")[2:-1]] == ["3", "3", "2", "3"]
     assert next(line for line in out.splitlines() if "tokens as transformers" in line).count("all") >= 1
 
 
