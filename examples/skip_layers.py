@@ -50,7 +50,8 @@ def main() -> None:
             f"{name}: {len(model.program.layers)} layers, perplexity {perplexity(model, TEXT):.1f}, {speeds[name]:.1f} tokens/s"
         )
         print(f"    {args.prompt}{texts[name]!r}")
-    (weights, fewer), (state, smaller), (slow, fast) = (m.report["weight_bytes"] for m in models.values()), states.values(), speeds.values()
+    weights, fewer = (model.report["weight_bytes"] for model in models.values())
+    (state, smaller), (slow, fast) = states.values(), speeds.values()
     print(
         f"saved: {(weights - fewer) / 1e6:.1f} of {weights / 1e6:.1f} MB of weights, {(state - smaller) / 1e3:.0f} of "
         f"{state / 1e3:.0f} kB of state, {1 - slow / fast:.0%} of the time of a token"
