@@ -60,6 +60,9 @@ def compile(
     if max_batch < 1 or (max_context is not None and max_context < 2):
         raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
     chosen: list[Any] = resolve(passes)
+    given = [p.text() for p in chosen if isinstance(p, InsertCache)]
+    if given and kv_dtype is not None:
+        raise BadInput(f"kv_dtype={kv_dtype!r} and the pass {given[0]}: give one of the two")
     source = load_source(model, dtype)
     captured = capture(source.model)
     log.info("captured %s: %d operators", source.name, len(captured.graph.nodes))
@@ -71,12 +74,8 @@ def compile(
     longest = raised.program.meta["positions"]
     if max_context is not None and max_context > longest:
         raise BadInput(f"max_context={max_context}, but {source.name} has {longest} positions")
-    if raised.program.meta["causal"]:
-        given = [p for p in chosen if isinstance(p, InsertCache)]
-        if given and kv_dtype is not None:
-            raise BadInput(f"kv_dtype={kv_dtype!r} and the pass {given[0].text()}: give one of the two")
-        if not given:
-            chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
+    if raised.program.meta["causal"] and not given:
+        chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     program = run(raised.program, chosen)
     report = coverage(raised.program, program)
     native = None

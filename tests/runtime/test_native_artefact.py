@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import elision
-from elision.errors import ArtefactError
+from elision.errors import ArtefactError, BadInput
 from elision.ir.states import Int
 from elision.llvm.processor import LEVELS, host_level, needs
 from elision.runtime import artefact
@@ -55,6 +55,8 @@ def tokens(model: elision.Model) -> list[list[int]]:
 def test_a_cache_of_bytes(model: elision.Model, tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = elision.compile(LlamaForCausalLM(CONFIG), passes=["insert-cache:dtype=int8"])
+    with pytest.raises(BadInput, match="give one of the two"):
+        elision.compile(LlamaForCausalLM(CONFIG), passes=["insert-cache:dtype=int8"], kv_dtype="bfloat16")
     made.save(tmp_path / "bytes.elision")
     again = elision.load(tmp_path / "bytes.elision")
     assert again.native is not None and not any(again.native.hosts.values())
