@@ -27,7 +27,6 @@ from elision.runtime.native.weights import PackedWeights
 
 IDS = torch.tensor([[3, 5, 7, 11]])
 
-
 CONFIG = LlamaConfig(
     vocab_size=24, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
     max_position_embeddings=32, tie_word_embeddings=True, initializer_range=1.0,
