@@ -36,7 +36,7 @@ def compile(
 
     ``model``: an `nn.Module`, a Hugging Face directory, a GGUF file, or ``"smollm2"``. ``passes``: text or Pass objects, such as
     ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
-    model's own).
+    model's own); ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
     ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
 
     Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
@@ -60,6 +60,9 @@ def compile(
     if max_batch < 1 or (max_context is not None and max_context < 2):
         raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
     chosen: list[Any] = resolve(passes)
+    given = [p.text() for p in chosen if isinstance(p, InsertCache)]
+    if given and kv_dtype is not None:
+        raise BadInput(f"kv_dtype={kv_dtype!r} and the pass {given[0]}: give one of the two")
     source = load_source(model, dtype)
     captured = capture(source.model)
     log.info("captured %s: %d operators", source.name, len(captured.graph.nodes))
@@ -71,7 +74,7 @@ def compile(
     longest = raised.program.meta["positions"]
     if max_context is not None and max_context > longest:
         raise BadInput(f"max_context={max_context}, but {source.name} has {longest} positions")
-    if raised.program.meta["causal"]:
+    if raised.program.meta["causal"] and not given:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     program = run(raised.program, chosen)
     report = coverage(raised.program, program)

@@ -30,7 +30,7 @@ def compile_(
     passes: Passes = [],  # noqa: B006 - typer's way to say repeatable
     target: Target = [],  # noqa: B006
     dtype: Annotated[str | None, typer.Option(help="Of weights and activations, as float32.")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the key/value cache.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the key/value cache, as bfloat16 or int8.")] = None,
     max_context: Annotated[int | None, typer.Option(help="The most positions of a sequence.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="The most sequences of a call.")] = None,
 ) -> None:

@@ -4,8 +4,8 @@ memory.
 A `Plane` holds the keys or the values of one segment. Rows lie in blocks of ``LANES`` = 8 slots. Keys have
 the slot as the innermost lane, ``codes [B, H, C/8, W, 8]``, so that one query times eight keys is one vector
 operation per channel; values have the channel innermost, ``codes [B, H, C/8, 8, W]``. ``W`` is the code
-width: D, or D/2 bytes for four bits. Scales and minima lie beside them in slot order: ``[B, H, C, D/group]``
-grouped by channel, ``[B, H, C//group, D]`` by token.
+width: D, or D/2 bytes for four bits. Scales and minima lie beside them in slot order: ``[B, H, C', D/group]``
+grouped by channel (C' slots, C rounded up to whole blocks), ``[B, H, C//group, D]`` by token.
 
 The bytes follow from the type: `nbytes` sums the same shapes that `allocate` allocates.
 """
@@ -56,7 +56,7 @@ def plane_spec(enc: Encoding, rows: int, heads: int, capacity: int, dim: int, ke
     inner = (width, LANES) if keys else (LANES, width)
     spec: Spec = {"codes": ((rows, heads, blocks, *inner), code_dtype(enc))}
     if not isinstance(enc, Float):
-        per = (capacity, dim // enc.group) if enc.axis == "channel" else (capacity // enc.group, dim)
+        per = (blocks * LANES, dim // enc.group) if enc.axis == "channel" else (capacity // enc.group, dim)
         spec["scale"] = ((rows, heads, *per), torch.float32)
         if enc.zero:
             spec["low"] = spec["scale"]

@@ -33,8 +33,8 @@ AXIS = {"count": 0, "row": 1, "pos": 2, "anc": 3, "node": 4, "start": 5, "index"
 AXIS_WORDS, MAX_AXES = 8, 4
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
 
-#: Words of a cache's descriptor: addresses of the arrays of `elision.ir.layout`, blocks of 8 slots per head in the main segment
-#: and in Scratch, positions per sequence.
+#: Words of a cache's descriptor: addresses of the arrays of `elision.ir.layout` (scales: 0 where there are none, else one per
+#: slot of every block), blocks of 8 slots per head in the main segment and in Scratch, positions per sequence.
 STATE = {
     name: i
     for i, name in enumerate(

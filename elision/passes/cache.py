@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from elision.errors import BadInput
 from elision.ir.program import Program, round_of
-from elision.ir.states import KV, Dense, Float, Scratch, Segment
-from elision.ir.types import Axis, parse_dtype
+from elision.ir.states import KV, Dense, Encoding, Float, Int, Scratch, Segment
+from elision.ir.types import FLOATS, Axis, parse_dtype
 from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.passes.base import Pass, register
 
@@ -22,7 +22,8 @@ SCRATCH = 64  # nodes of a token tree: one word of ancestor bits
 @register
 @dataclass(frozen=True)
 class InsertCache(Pass):
-    """Give every causal attention site a key/value cache. ``dtype``: of the stored rows (default: that of the keys)."""
+    """Give every causal attention site a key/value cache. ``dtype``: of the stored rows (default: that of the keys). ``int8``
+    stores a key or value of a head as bytes with one float32 scale (`elision.ir.encoding`), which is approximate."""
 
     dtype: str = ""
 
@@ -48,12 +49,25 @@ class InsertCache(Pass):
             program.entries[entry] = found
             program.states = dict(states)
         program.round = round_of(program)
+        if self._dtype == "i8":
+            program.quality = "approximate"
+
+    @property
+    def _dtype(self) -> str:
+        return parse_dtype(self.dtype) if self.dtype else ""
 
     def stored(self, fresh: KV) -> KV:
         """The type of the cache for a site whose keys and values have the type ``fresh``."""
-        encoding = Float(parse_dtype(self.dtype)) if self.dtype else fresh.segments[0].k
-        body = Segment(Dense(), encoding, encoding)
-        return replace(fresh, segments=(body, Segment(Scratch(SCRATCH), encoding, encoding)))
+        k, v = self._encoding(fresh, fresh.dim), self._encoding(fresh, fresh.vdim)
+        return replace(fresh, segments=(Segment(Dense(), k, v), Segment(Scratch(SCRATCH), k, v)))
+
+    def _encoding(self, fresh: KV, dim: int) -> Encoding:
+        """Of rows of ``dim`` channels."""
+        if self._dtype == "i8":
+            return Int(8, "channel", dim)
+        if self._dtype and self._dtype not in FLOATS:
+            raise BadInput(f"insert-cache: dtype={self.dtype!r}; expected a float dtype ({', '.join(FLOATS)}) or int8")
+        return Float(self._dtype) if self._dtype else fresh.segments[0].k
 
     def _stateful(self, plain: Graph, entry: str, program: Program, caches: dict[str, list[KV]]) -> tuple[Graph, dict[str, KV]]:
         states: dict[str, KV] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from elision.codegen.cpu.compile import _advance_all, _commit
+from elision.codegen.cpu.compile import _advance_all, _commit, _plain
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
@@ -87,7 +87,7 @@ class Bench:
             schedules[name] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
             self.hosts |= set(plan.hosts)
         assert {op for op, _ in self.hosts} == (hosts or set()), self.hosts
-        if self.program.states:
+        if self.program.states and all(_plain(s) for s in self.program.states.values()):
             schedules["commit"] = _commit(self.program, kernels)
         level, text = host_level(), kernels.text()
         code = NativeCode(to_object(text, level), schedules, {}, kernels.signatures, machine(), level, text)

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 
 from elision.ir import tree
 from elision.ir.mask import Mask
-from elision.ir.states import KV, Dense, Float, Scratch, Segment
+from elision.ir.states import KV, Dense, Encoding, Float, Int, Scratch, Segment
+from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
 
 FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
 ROWS, CAPACITY = 4, 200
+PLAIN = {"heads": 2, "group": 2, "dim": 16, "vdim": 24, "mask": Mask(), "softcap": None, "extras": ()}
+INT8 = {**PLAIN, "k": "i8", "v": "i8"}
 masks = st.one_of(
     st.just(Mask()), st.just(Mask("full")), st.builds(Mask, st.just("window"), st.integers(1, 40)),
     st.builds(Mask, st.just("chunk"), st.integers(1, 40)),
@@ -31,18 +34,22 @@ def sites(draw: st.DrawFn) -> dict[str, Any]:
         "group": draw(st.integers(1, 9)),
         "dim": draw(st.sampled_from([1, 6, 16, 20])),
         "vdim": draw(st.sampled_from([8, 16, 40])),
-        "k": draw(st.sampled_from(["f32", "bf16", "f16"])),
-        "v": draw(st.sampled_from(["f32", "bf16", "f16"])),
+        "k": draw(st.sampled_from(["f32", "bf16", "f16", "i8", "i8"])),
+        "v": draw(st.sampled_from(["f32", "bf16", "f16", "i8", "i8"])),
         "mask": draw(masks),
         "softcap": draw(st.sampled_from([None, None, 1.5])),
         "extras": draw(st.sampled_from([(), ("sinks",), ("slopes",)])),
     }
 
 
+def encoding(form: str, dim: int) -> Encoding:
+    return Int(8, "channel", dim) if form == "i8" else Float(form)
+
+
 def attention(site: dict[str, Any]) -> Any:
     def make(m: Maker) -> tuple[Value, ...]:
         heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
-        k, v = Float(site["k"]), Float(site["v"])
+        k, v = encoding(site["k"], dim), encoding(site["v"], vdim)
         type = KV(heads, dim, vdim, (Segment(Dense(), k, v), Segment(Scratch(64), k, v)))
         queries, keys, values = m.x(heads * site["group"], dim), m.x(heads, dim), m.x(heads, vdim)
         state = m("append", m.state(type), keys, values)
@@ -90,6 +97,15 @@ def scenario(bench: Bench, lengths: list[list[int]], trees: list[dict[int, tree.
         same(fast, slow)
 
 
+def stored(store: KVStore, what: str, n: int) -> dict[str, torch.Tensor]:
+    """Codes, and scales if there are some, of the first ``n`` slots: ``[B, H, n, width]``."""
+    type = store.type
+    b, h = torch.arange(store.rows)[:, None, None], torch.arange(type.heads)[:, None]
+    found = store.segments[0].planes[what]._get(b, h, torch.arange(n))
+    assert (found.scale is not None) == isinstance(getattr(type.main[0], what), Int)
+    return {"codes": found.codes} | ({} if found.scale is None else {"scale": found.scale})
+
+
 def same(fast: Any, slow: Any) -> None:
     """What is stored is equal, code by code."""
     for name, a in fast.items():
@@ -99,7 +115,12 @@ def same(fast: Any, slow: Any) -> None:
         assert torch.equal(a.positions(), b.positions()), name
         there = (torch.arange(n) < a.lengths()[..., None])[..., None]
         for what in "kv":
-            assert torch.equal(a.entries(what, n) * there, b.entries(what, n) * there), f"{name} {what}"
+            have, want = stored(a, what, n), stored(b, what, n)
+            assert have.keys() == want.keys()
+            for array in have:
+                zero = torch.zeros((), dtype=have[array].dtype)
+                pair = [torch.where(there, x[array], zero) for x in (have, want)]
+                assert torch.equal(*pair), f"{name}: {array} of {what}"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -129,10 +150,65 @@ def test_attention(threads: int) -> None:
 
 def test_a_tree_of_64_nodes() -> None:
     bench = Bench()
-    plain = {"heads": 2, "group": 2, "dim": 8, "vdim": 8, "k": "f32", "v": "f32", "softcap": None, "extras": ()}
     for mask in (Mask(), Mask("window", 5), Mask("chunk", 4)):
-        bench.add(attention({**plain, "mask": mask}))
+        for form in ("f32", "i8"):
+            bench.add(attention({**PLAIN, "dim": 8, "k": form, "v": form, "mask": mask}))
     bench.compile()
     wide = tree.Tree((-1, *(i // 2 for i in range(63))))
     for threads in (1, 2):
         scenario(bench, [[9, 0, 3, 1]], [{0: wide, 3: chain(64)}, {1: chain(3)}], threads)
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["prefill", "step"])
+@pytest.mark.parametrize("dim", [1, 13, 24])
+def test_bytes_are_rounded_as_the_reference_does(drafted: bool, dim: int) -> None:
+    """Ties, zeros, the ends of float32's range, and what is not finite: codes and scales to the bit."""
+    bench = Bench()
+    bench.add(attention({**INT8, "heads": 1, "dim": dim}))
+    bench.compile()
+    generator = torch.Generator().manual_seed(dim)
+    n = 24
+    ties = torch.randint(-127, 127, (n, 1, 24), generator=generator) + 0.5
+    ties[:, :, 0] = 127.0  # a scale of one
+    rows = [ties, ties * 3.7e-44, ties * 1e-40, ties * 2.6e36, ties * 0, ties * 1e-45]
+    rows += [torch.randn(n, 1, 24, generator=generator) * 10.0**e for e in (-38, -3, 0, 30)]
+    rows += [torch.full((n, 1, 24), x) for x in (float("inf"), -float("inf"), float("nan"))]
+    mixed = torch.randn(n, 1, 24, generator=generator)
+    mixed[::2, :, -1], mixed[1::2, :, dim // 2] = float("inf"), float("nan")
+    for x in (*rows, mixed):
+        (fast,), (slow,) = (s.values() for s in bench.stores(ROWS, CAPACITY))
+        inputs = {"x1": torch.zeros(n, 2, dim), "x2": x[..., :dim].contiguous(), "x3": x}
+        at = nodes({0: chain(n)}, [0] * ROWS) if drafted else Tokens.chunk([n, 0, 0, 0], [0] * ROWS)
+        bench.run("step.0" if drafted else "prefill.0", at, 2, inputs, ({"kv_0": fast}, {"kv_0": slow}))
+        if drafted:
+            bench.engines[2].commit([fast], [list(range(n)), [], [], []])
+            slow.commit([list(range(n)), [], [], []])
+        for what in "kv":
+            have, want = stored(fast, what, n), stored(slow, what, n)
+            assert torch.equal(have["scale"].nan_to_num(-1), want["scale"].nan_to_num(-1)), f"scales of {what}: {x[0, 0]}"
+            assert torch.equal(have["codes"], want["codes"]), f"codes of {what}: {x[0, 0]}"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "why"),
+    [
+        (Int(8, "channel", 8), "bytes with a scale per row"),
+        (Int(4, "channel", 16), "4-bit codes in groups of 16 channels"),
+        (Int(8, "channel", 16, zero=True), "with a minimum"),
+        (Float("f64"), "a cache of f64"),
+    ],
+    ids=str,
+)
+def test_other_encodings_run_on_the_host(encoding: Encoding, why: str) -> None:
+    def make(m: Maker) -> tuple[Value, ...]:
+        state = m.state(KV(1, 16, 16, (Segment(Dense(), encoding, encoding), Segment(Scratch(64), encoding, encoding))))
+        state = m("append", state, m.x(1, 16), m.x(1, 16))
+        return m("attend", m.x(2, 16), state, mask=Mask(), scale=0.3), state
+
+    bench = Bench()
+    bench.add(make)
+    bench.compile({"append", "attend"})
+    assert all(why in reason for _, reason in bench.hosts) and "commit" not in bench.engines[1].schedules
+    at = Tokens.chunk([5, 0, 2, 1], [0] * ROWS)
+    for found, want in bench.run("prefill.0", at, 2, bench.inputs("prefill.0", len(at)), bench.stores(ROWS, CAPACITY)):
+        close(found, want, 1e-6, "on the host")

@@ -74,6 +74,32 @@ def test_greedy_tokens_of_a_ragged_batch(family: str) -> None:
     assert torch.equal(alone, found[:1])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+@torch.inference_mode()
+def test_a_cache_of_bytes(family: str) -> None:
+    """Codes and logits; a sum in another order may round a few numbers to the next code."""
+    native, plain = both(family, kv_dtype="int8")
+    exact, _ = both(family)
+    assert native.native is not None and not any(native.native.hosts.values())
+    assert native.program.quality == "approximate" and native.report["passes"] == ["insert-cache:dtype=i8"]
+    fast, slow, floats = (Session(m._interpreter, 3, 64) for m in (native, plain, exact))
+    assert fast.bytes() < floats.bytes()
+    logits = fast.prefill(prompts(), 7)
+    close(logits, slow.prefill(prompts(), 7), 1e-2)
+    error = (logits - floats.prefill(prompts(), 7)).abs().max()
+    assert 0 < float(error) < 0.05 * float(logits.abs().max())
+    close(step(fast, native, dict(enumerate(TREES))), step(slow, plain, dict(enumerate(TREES))), 1e-2)
+    for name in native.program.states:
+        for segment in (0, 1):
+            for what in "kv":
+                found, want = (s._stores[name].segments[segment].planes[what].arrays for s in (fast, slow))
+                apart = (found["codes"].int() - want["codes"].int()).abs()
+                assert int(apart.max()) <= 1 and float(apart.float().mean()) < 2e-3
+                assert int((want["codes"] != 0).sum()) > 100
+                assert torch.allclose(found["scale"], want["scale"], rtol=1e-2)
+    assert native.generate(torch.tensor([prompts()[0]]), max_new_tokens=8, eos_token_id=[]).shape == (1, LENGTHS[0] + 8)
+
+
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"kv_dtype": "bfloat16"}], ids=str)
 @torch.inference_mode()
 def test_other_dtypes(options: dict[str, str]) -> None:

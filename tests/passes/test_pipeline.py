@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import tiny_llama
+from programs import tiny_llama, tiny_scorer
 
 from elision.errors import BadInput, IllegalProgram
 from elision.ir.expr import compiled
 from elision.ir.fuse import fuse_maps
+from elision.ir.layout import row_bytes
 from elision.ir.program import Program
+from elision.ir.states import KV, Int
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, rewrite
 from elision.passes import InsertCache, Pass, SkipLayers, from_text
@@ -138,3 +140,18 @@ def test_fused_maps_compute_the_same(data: st.DataObject) -> None:
     assert torch.equal(evaluate(fused), evaluate(plain))
     live = rewrite(plain, lambda b, v, args: None)
     assert len(fused.values) <= len(live.values)
+
+
+def test_a_cache_of_bytes() -> None:
+    program, _ = tiny_scorer(dtype="f32")
+    done = run(program, ["insert-cache:dtype=int8"])
+    plain = run(program, ["insert-cache"])
+    assert (done.quality, plain.quality) == ("approximate", "exact")
+    for name, state in done.states.items():
+        before = plain.states[name]
+        assert isinstance(state, KV) and isinstance(before, KV)
+        assert {s.k for s in state.segments} == {Int(8, "channel", state.dim)}
+        assert {s.v for s in state.segments} == {Int(8, "channel", state.vdim)}
+        assert row_bytes(state) == state.heads * (state.dim + state.vdim + 8) < row_bytes(before)
+    with pytest.raises(BadInput, match="expected a float dtype .* or int8"):
+        run(program, ["insert-cache:dtype=int32"])

@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import elision
-from elision.errors import ArtefactError
+from elision.errors import ArtefactError, BadInput
+from elision.ir.states import Int
 from elision.llvm.processor import LEVELS, host_level, needs
 from elision.runtime import artefact
 from elision.runtime.archive import Archive, write_archive
@@ -26,15 +27,16 @@ from elision.runtime.native.weights import PackedWeights
 
 IDS = torch.tensor([[3, 5, 7, 11]])
 
+CONFIG = LlamaConfig(
+    vocab_size=24, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    max_position_embeddings=32, tie_word_embeddings=True, initializer_range=1.0,
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def model() -> elision.Model:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=24, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=32, tie_word_embeddings=True, initializer_range=1.0,
-    )  # fmt: skip
-    return elision.compile(LlamaForCausalLM(config))
+    return elision.compile(LlamaForCausalLM(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,22 @@ def path(model: elision.Model, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def tokens(model: elision.Model) -> list[list[int]]:
     return model.generate(IDS, max_new_tokens=12).tolist()  # type: ignore[no-any-return]
+
+
+def test_a_cache_of_bytes(model: elision.Model, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = elision.compile(LlamaForCausalLM(CONFIG), passes=["insert-cache:dtype=int8"])
+    with pytest.raises(BadInput, match="give one of the two"):
+        elision.compile(LlamaForCausalLM(CONFIG), passes=["insert-cache:dtype=int8"], kv_dtype="bfloat16")
+    made.save(tmp_path / "bytes.elision")
+    again = elision.load(tmp_path / "bytes.elision")
+    assert again.native is not None and not any(again.native.hosts.values())
+    assert again.program.states == made.program.states != model.program.states and again.program.quality == "approximate"
+    kinds = {type(e) for s in again.program.states["kv_0"].segments for e in (s.k, s.v)}  # type: ignore[union-attr]
+    assert kinds == {Int} and again.report["state_bytes"] < model.report["state_bytes"]
+    tokens = made.generate(IDS, max_new_tokens=12)
+    assert torch.equal(again.generate(IDS, max_new_tokens=12), tokens)
+    assert elision.load(tmp_path / "bytes.elision", target="reference").generate(IDS, max_new_tokens=12).shape == tokens.shape
 
 
 def manifest(path: Path) -> dict[str, Any]:

@@ -1,158 +1,36 @@
 """Attention over a cache: flash attention (Dao et al. 2022) with the positions of a sequence split among threads, or the queries.
 
-Eight entries are the lanes of one vector when scores are computed, channels are when values are summed. A thread leaves,
-for every query and head, the sum of values, the largest score and the sum of weights; `combine` joins those of all threads.
+A thread leaves, for every query and head, the sum of values, the largest score and the sum of weights; `combine` joins those
+of all threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from elision.codegen.cpu import vector_math as vm
-from elision.codegen.cpu.cache import BYTES, unit
-from elision.codegen.cpu.emit import LANES, PTR, VF, VI, Fn, Val, vector
+from elision.codegen.cpu.cache_rows import BYTES
+from elision.codegen.cpu.emit import LANES, Fn, Val
+from elision.codegen.cpu.flash import (
+    BITS,
+    CHUNK,
+    HIDDEN,
+    HIGH,
+    LOW,
+    PAD,
+    POS,
+    QUERY,
+    SLOPE,
+    SUM,
+    TILE,
+    TILE_WORDS,
+    Site,
+    both,
+    flash,
+)
 from elision.codegen.cpu.kernel import Kernel
 from elision.codegen.cpu.rows import channels
 from elision.ir.schedule import SEQUENCES
 
-CHUNK = 16  # blocks of 8 entries that are scored before their values are summed
-TILE = 4  # queries that share one pass over the entries
-PAD = 8  # floats after a partial sum: the largest score, the sum of weights
-QUERY, LOW, HIGH, BITS, SLOPE, POS, SUM, TILE_WORDS = 0, 1, 2, 3, 4, 5, 6, 8  # words of a query in a tile
-HIDDEN = -1e30
 _FAR = 1 << 30
-
-
-@dataclass(frozen=True)
-class Site:
-    """What is fixed in the code of an attention site."""
-
-    heads: int  # of the cache
-    group: int  # query heads of each
-    dim: int
-    vdim: int
-    dtypes: tuple[str, str]
-    drafted: bool
-    ordered: bool  # entry i holds position i
-    softcap: float = 0.0
-    slopes: bool = False
-    sinks: bool = False
-
-    @property
-    def queries(self) -> int:
-        return self.heads * self.group
-
-
-def _row_vectors(fn: Fn, base: Val, index: Val | int, dtype: str) -> Val:
-    """Eight stored values as float32."""
-    if dtype == "f32":
-        return fn.load(base, VF, index, "f32")
-    codes = fn.load(base, vector(unit(dtype)), index, unit(dtype))
-    if dtype == "f16":
-        return fn.cast(codes, "arith.extf", VF)
-    return fn.cast(fn.cast(codes, "arith.extui", VI) << 16, "arith.bitcast", VF)
-
-
-def flash(name: str, site: Site, tile: int) -> Fn:
-    """``flash(tile, scores, k, v, pos, first, last, limit, sinks, scale)``: entries of blocks ``first .. last - 1``, at most
-    `CHUNK`, added to the partial sums of ``tile`` queries. ``limit``: entries that there are; ``sinks``: positions always in
-    sight."""
-    args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR)]
-    fn = Fn(name, [*args, ("first", "i64"), ("last", "i64"), ("limit", "i64"), ("sinks", "i64"), ("scale", "f32")])
-    words, scores, keys, values, positions, first, last, limit, sinks, scale = fn.args
-    dim, vdim = site.dim, site.vdim
-
-    def word(j: int, i: int, type: str = "i64") -> Val:
-        return fn.load(words, type, j * TILE_WORDS + i, "i64")
-
-    queries = [word(j, QUERY, PTR) for j in range(tile)]
-    low = [fn.splat(fn.i32(word(j, LOW))) for j in range(tile)]
-    high = [fn.splat(fn.i32(word(j, HIGH))) for j in range(tile)]
-    sinks_v, wide_scale = fn.splat(fn.i32(sinks)), fn.splat(scale)
-    stop = fn.emit(f"arith.minsi {limit.name}, {(last * LANES).name} : i64", "i64")
-    iota, hidden = fn.const(list(range(LANES)), VI), fn.const(HIDDEN, VF)
-    lane_bits, stop_v = fn.const([1 << i for i in range(LANES)], VI), fn.splat(fn.i32(stop))
-    zero = fn.const(0.0, VF)
-    width = CHUNK * LANES
-
-    with fn.loop(first, last, 2, [hidden] * tile) as loop:
-        pair = [loop.index, fn.emit(f"arith.minsi {(loop.index + 1).name}, {(last - 1).name} : i64", "i64")]
-        bases = [fn.at(keys, block * (dim * LANES), unit(site.dtypes[0])) for block in pair]
-        step = next(s for s in (4, 2, 1) if dim % s == 0)
-        with fn.loop(0, dim, step, [zero] * (2 * tile)) as inner:
-            sums = list(inner.carried)
-            for s in range(step):
-                k = [_row_vectors(fn, base, (inner.index + s) * LANES, site.dtypes[0]) for base in bases]
-                for j in range(tile):
-                    q = fn.splat(fn.load(queries[j], "f32", inner.index + s))
-                    for half in range(2):
-                        sums[2 * j + half] = fn.fma(k[half], q, sums[2 * j + half])
-            inner.give(*sums)
-        tops = list(loop.carried)
-        for half in range(2):
-            entry = fn.splat(fn.i32((loop.index + half) * LANES)) + iota
-            there = fn.compare(entry, "slt", stop_v)
-            pos = fn.load(positions, VI, pair[half] * LANES, "i32")
-            for j in range(tile):
-                score = inner.results[2 * j + half] * wide_scale
-                if site.softcap:
-                    score = vm.tanh(fn, score * (1 / site.softcap)) * site.softcap
-                if site.slopes:
-                    distance = fn.cast(pos - fn.splat(fn.i32(word(j, POS))), "arith.sitofp", VF)
-                    slope = fn.splat(fn.cast(fn.i32(word(j, SLOPE)), "arith.bitcast", "f32"))
-                    score = fn.fma(distance, slope, score)
-                seen = _both(fn, there, fn.compare(pos, "sle", high[j]))
-                near = _either(fn, fn.compare(pos, "sge", low[j]), fn.compare(pos, "slt", sinks_v))
-                seen = _both(fn, seen, near)
-                if site.drafted:
-                    bits = fn.splat(fn.i32((word(j, BITS) >> (pair[half] * LANES)) & 255))
-                    bits = fn.select(fn.compare(word(j, BITS), "eq", 0), fn.const(255, VI), bits)
-                    seen = _both(fn, seen, fn.compare(bits & lane_bits, "ne", 0))
-                score = fn.select(seen, score, hidden)
-                fn.store(score, scores, (loop.index - first + half) * LANES + j * width, "f32")
-                tops[j] = fn.maximum(tops[j], score)
-        loop.give(*tops)
-    sums = [word(j, SUM, PTR) for j in range(tile)]
-    scales = []
-    for j in range(tile):
-        before = fn.load(sums[j], "f32", vdim)
-        top = fn.maximum(before, fn.top(loop.results[j]))
-        scales.append(vm.exp(fn, before - top))
-        wide_top = fn.splat(top)
-        with fn.loop(0, last - first, 1, [zero]) as weights:
-            at = weights.index * LANES + j * width
-            scored = fn.load(scores, VF, at, "f32")
-            p = fn.select(fn.compare(scored, "ogt", HIDDEN / 2), vm.exp(fn, scored - wide_top), zero)
-            fn.store(p, scores, at, "f32")
-            weights.give(weights.carried[0] + p)
-        total = fn.load(sums[j], "f32", vdim + 1) * scales[j] + fn.sum(weights.results[0])
-        fn.store(top, sums[j], vdim)
-        fn.store(total, sums[j], vdim + 1)
-    begin = first * LANES
-    for start in range(0, vdim, 4 * LANES):
-        lanes = [c for c in range(start, min(vdim, start + 4 * LANES), LANES)]
-        old = [fn.load(sums[j], VF, c, "f32") * fn.splat(scales[j]) for j in range(tile) for c in lanes]
-        with fn.loop(begin, stop, 1, old) as entries:
-            rows = [_row_vectors(fn, values, entries.index * vdim + c, site.dtypes[1]) for c in lanes]
-            found = []
-            for j in range(tile):
-                p = fn.splat(fn.load(scores, "f32", entries.index - begin + j * width))
-                found += [fn.fma(rows[i], p, entries.carried[j * len(lanes) + i]) for i in range(len(lanes))]
-            entries.give(*found)
-        for j in range(tile):
-            for i, c in enumerate(lanes):
-                fn.store(entries.results[j * len(lanes) + i], sums[j], c, "f32")
-    fn.returns()
-    return fn
-
-
-def _both(fn: Fn, a: Val, b: Val) -> Val:
-    return fn.emit(f"arith.andi {a.name}, {b.name} : {a.type}", a.type)
-
-
-def _either(fn: Fn, a: Val, b: Val) -> Val:
-    return fn.emit(f"arith.ori {a.name}, {b.name} : {a.type}", a.type)
 
 
 def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
@@ -202,7 +80,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     fn.store(fn.const(HIDDEN, "f32"), target, site.vdim)
                     fn.store(fn.const(0.0, "f32"), target, site.vdim + 1)
 
-            def visit(keys: Val, values: Val, pos: Val, low: Val, high: Val, limit: Val, drafted: bool) -> None:
+            def visit(k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, scales: list[Val], drafted: bool) -> None:
                 """All tiles of this thread over blocks ``low .. high - 1``, a chunk at a time."""
                 with fn.loop(low, high, CHUNK) as chunks, fn.loop(first_tile, tiles, tile_step) as loop:
                     last = fn.emit(f"arith.minsi {(chunks.index + CHUNK).name}, {high.name} : i64", "i64")
@@ -230,10 +108,10 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                         inside = fn.compare(chunks.index * LANES, "sle", top)
                     for tile in range(1, TILE + 1):
                         fits = fn.compare(left, "sge" if tile == TILE else "eq", tile)
-                        with fn.when(fits if inside is None else _both(fn, fits, inside)):
+                        with fn.when(fits if inside is None else both(fn, fits, inside)):
                             fn.call(
-                                f"{name}_flash{tile}", tile_memory.base, scores.base, keys, values, pos,
-                                chunks.index, last, limit, sinks, scale,
+                                f"{name}_flash{tile}", tile_memory.base, scores.base, k, v, pos,
+                                chunks.index, last, limit, sinks, scale, *scales,
                             )  # fmt: skip
 
             low, high = zero64, blocks
@@ -244,22 +122,24 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                 low = fn.emit(f"arith.minsi {low.name}, {high.name} : i64", "i64")
             a, b = kernel.part(high - low)
             mine = fn.select(split, low + a, low), fn.select(split, low + b, high)
-            k_size, v_size = BYTES[site.dtypes[0]], BYTES[site.dtypes[1]]
+            k_size, v_size = BYTES[site.forms[0]], BYTES[site.forms[1]]
             at = head * state.number("blocks") * LANES
             visit(
                 fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size)),
-                fn.at(state.address("pos"), row * state.number("entries"), "i32"), *mine, length, False,
+                fn.at(state.address("pos"), row * state.number("entries"), "i32"), *mine, length,
+                [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled], False,
             )  # fmt: skip
             if site.drafted:
                 nodes = fn.load(axis.array("node"), "i64", end - 1) + 1
                 idle = fn.compare(kernel.tid, "ne", kernel.threads - 1)
-                idle = _both(fn, idle, split)
+                idle = both(fn, idle, split)
                 high = fn.select(idle, zero64, (nodes + (LANES - 1)) // LANES)
                 at = head * state.number("draft_blocks") * LANES
                 visit(
                     fn.at(state.address("draft_k"), at * (site.dim * k_size)),
                     fn.at(state.address("draft_v"), at * (site.vdim * v_size)),
-                    fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero64, high, nodes, True,
+                    fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero64, high, nodes,
+                    [fn.at(state.address(f"draft_{what}_scale"), at, "f32") for what in site.scaled], True,
                 )  # fmt: skip
     return kernel, list(helpers.values())
 
@@ -313,7 +193,3 @@ def combine(name: str, site: Site) -> Kernel:
 
             channels(fn, site.vdim, write)
     return kernel
-
-
-def supported(dim: int, vdim: int, dtypes: Sequence[str]) -> bool:
-    return vdim % LANES == 0 and all(d in BYTES for d in dtypes) and dim >= 1

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from elision.codegen.cpu.emit import LANES, Fn, Val
+from elision.codegen.cpu.cache_rows import encode, scaled, unit
+from elision.codegen.cpu.emit import LANES, Val, lanes
 from elision.codegen.cpu.kernel import Kernel
-from elision.ir.states import Encoding, Float
-
-BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
-def supported(encoding: Encoding) -> bool:
-    return isinstance(encoding, Float) and encoding.dtype in BYTES
-
-
-def narrow(fn: Fn, x: Val, dtype: str) -> Val:
-    """A float32 scalar as it is stored, rounded to the nearest even."""
-    if dtype == "f32":
-        return x
-    if dtype == "f16":
-        return fn.cast(x, "arith.truncf", "f16")
-    bits = fn.cast(x, "arith.bitcast", "i32")
-    rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
-    return fn.cast(rounded, "arith.trunci", "i16")
-
-
-def unit(dtype: str) -> str:
-    return {"f32": "f32", "bf16": "i16", "f16": "f16"}[dtype]
-
-
-def append(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, Float], drafted: bool) -> Kernel:
+def append(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], drafted: bool) -> Kernel:
     """`append`: committed tokens after the entries of their sequence, drafted ones to Scratch at their node."""
     kernel = Kernel(name)
     fn = kernel.fn
@@ -36,6 +15,7 @@ def append(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, F
     prefix = "draft_" if drafted else ""
     blocks = state.number(f"{prefix}blocks")
     keys, values = state.address(f"{prefix}k"), state.address(f"{prefix}v")
+    scales = [state.address(f"{prefix}{what}_scale") if scaled(form) else None for what, form in zip("kv", forms, strict=True)]
     rows = axis.array("row")
     with kernel.tokens(axis) as t:
         row, place = fn.load(rows, "i64", t), fn.load(axis.array("pos"), "i64", t)
@@ -50,27 +30,37 @@ def append(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, F
         block, lane = slot // LANES, slot % LANES
         with fn.loop(0, heads) as loop:
             first = (row * heads + loop.index) * blocks + block
-            source = k.place(t, loop.index)
-            with fn.loop(0, dim) as d:
-                code = narrow(fn, fn.load(source, "f32", d.index), encodings[0].dtype)
-                fn.store(code, keys, (first * dim + d.index) * LANES + lane)
-            source = v.place(t, loop.index)
-            with fn.loop(0, vdim) as d:
-                code = narrow(fn, fn.load(source, "f32", d.index), encodings[1].dtype)
-                fn.store(code, values, (first * LANES + lane) * vdim + d.index)
+
+            def key(c: Val | int, codes: Val, first: Val = first) -> None:
+                at = (first * dim + c) * LANES + lane
+                for i in range(lanes(codes.type)):
+                    fn.store(fn.extract(codes, i) if codes.type.startswith("vector") else codes, keys, at + i * LANES)
+
+            def value(c: Val | int, codes: Val, first: Val = first) -> None:
+                fn.store(codes, values, (first * LANES + lane) * vdim + c, unit(forms[1]))
+
+            found = (
+                encode(fn, k.place(t, loop.index), dim, forms[0], key),
+                encode(fn, v.place(t, loop.index), vdim, forms[1], value),
+            )
+            for scale, base in zip(found, scales, strict=True):
+                if scale is not None and base is not None:
+                    fn.store(scale, base, first * LANES + lane)
     return kernel
 
 
-def commit(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, Float]) -> Kernel:
+def commit(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str]) -> Kernel:
     """The accepted nodes join the cache: codes move unchanged. The axis is that of the accepted tokens; threads share heads."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, state = kernel.axis(), kernel.state("S")
     low, high = kernel.part(fn.const(heads, "i64"))
-    planes = (
-        (state.address("draft_k"), state.address("k"), unit(encodings[0].dtype)),
-        (state.address("draft_v"), state.address("v"), unit(encodings[1].dtype)),
-    )
+    planes = [(state.address(f"draft_{what}"), state.address(what), unit(form)) for what, form in zip("kv", forms, strict=True)]
+    scales = [
+        (state.address(f"draft_{what}_scale"), state.address(f"{what}_scale"))
+        for what, form in zip("kv", forms, strict=True)
+        if scaled(form)
+    ]
     with fn.loop(0, axis.count) as loop:
         t = loop.index
         row, node = fn.load(axis.array("row"), "i64", t), fn.load(axis.array("node"), "i64", t)
@@ -87,6 +77,8 @@ def commit(name: str, heads: int, dim: int, vdim: int, encodings: tuple[Float, F
             with fn.loop(0, vdim) as d:
                 code = fn.load(planes[1][0], planes[1][2], (source * LANES + node % LANES) * vdim + d.index)
                 fn.store(code, planes[1][1], (target * LANES + slot % LANES) * vdim + d.index)
+            for drafted, kept in scales:
+                fn.store(fn.load(drafted, "f32", source * LANES + node % LANES), kept, target * LANES + slot % LANES)
     return kernel
 
 

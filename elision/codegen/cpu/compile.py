@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import partial
 
 from elision.codegen.cpu import cache
+from elision.codegen.cpu.attention_rules import forms
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
-from elision.codegen.planner import Planner
+from elision.codegen.planner import NotNative, Planner
 from elision.codegen.regions import regions
 from elision.ir import schedule as abi
 from elision.ir.flatten import flatten
 from elision.ir.program import Program
-from elision.ir.states import KV, Dense, Float
+from elision.ir.states import KV
 from elision.llvm.processor import host_level, machine
 
 
@@ -44,11 +45,13 @@ _ON_HOST = ("positions", "last")  # they follow from the call's positions and ar
 
 def _plain(state: object) -> bool:
     """Whether kernels append to and commit this state."""
-    if not isinstance(state, KV) or len(state.main) != 1 or state.scratch is None:
+    if not isinstance(state, KV) or state.scratch is None:
         return False
-    main = state.main[0]
-    floats = isinstance(main.k, Float) and isinstance(main.v, Float) and all(cache.supported(e) for e in (main.k, main.v))
-    return floats and isinstance(main.slots, Dense) and state.keep != "per_head" and not main.shared
+    try:
+        forms(state)
+    except NotNative:
+        return False
+    return True
 
 
 def _advance_all(plan: Planner, kernels: Kernels) -> None:
@@ -67,10 +70,8 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     rows: list[abi.Row] = []
     for name, state in program.states.items():
         assert isinstance(state, KV)
-        k, v = state.main[0].k, state.main[0].v
-        assert isinstance(k, Float) and isinstance(v, Float)
-        key = ("commit", state.heads, state.dim, state.vdim, (k, v))
-        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, encodings=(k, v))
+        key = ("commit", state.heads, state.dim, state.vdim, forms(state))
+        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=key[-1])
         kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)

@@ -7,16 +7,13 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attend, cache, expert_rules, expression, linear, linear_a8, quantise, rows
+from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows
 from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
-from elision.ir import schedule as abi
 from elision.ir.code_panels import Codes, codes_of
-from elision.ir.mask import Mask
 from elision.ir.packing import packing_of
-from elision.ir.states import KV, Dense, Float, Ring
 from elision.ir.types import Tensor
 from elision.ir.value import Value
 
@@ -266,74 +263,6 @@ def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
         offset += width
 
 
-def _site(value: Value) -> tuple[KV, tuple[Float, Float]]:
-    """The cache of an attention or an append, if kernels can read it."""
-    state = next(a.type for a in value.args if a.is_state)
-    assert isinstance(state, KV)
-    _need(len(state.main) == 1 and not state.main[0].shared, "a cache of several segments")
-    k, v = state.main[0].k, state.main[0].v
-    _need(isinstance(k, Float) and isinstance(v, Float), "a quantised cache")
-    assert isinstance(k, Float) and isinstance(v, Float)
-    _need(attend.supported(state.dim, state.vdim, (k.dtype, v.dtype)), f"heads of {state.dim} and {state.vdim} channels")
-    _need(isinstance(state.main[0].slots, Dense) and state.keep != "per_head", "slots that are not dense")
-    return state, (k, v)
-
-
-def _append(emitter: Emitter, plan: Planner, value: Value) -> None:
-    before, k, v = value.args
-    _floats(k, v)
-    state, encodings = _site(value)
-    axis = k.tensor.tokens
-    assert axis is not None
-    _need(axis.parent is None, "an append of some of the tokens")
-    (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
-    key = ("append", state.heads, state.dim, state.vdim, encodings, axis.drafted)
-    name = emitter.kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
-    plan.follow(value, before)
-    share = abi.LAST if axis.drafted else plan.share
-    # Drafted rows are written and read by the last thread alone, so nobody waits for them.
-    touched = [] if axis.drafted and not plan.many else [plan.state(value)]
-    operands = [("axis", plan.axis(k)), *keys, *values, ("state", plan.state(value)), ("int", share)]
-    plan.row(name, *operands, writes=touched)
-
-
-def _attend(emitter: Emitter, plan: Planner, value: Value) -> None:
-    q, cached, *extra = value.args
-    _floats(q, *extra)
-    state, encodings = _site(value)
-    _need(not value.attr("results"), "results beside the output")
-    mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
-    assert isinstance(mask, Mask)
-    queries, outer, _ = plan.view(plan.ref(q))
-    drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
-    site = attend.Site(
-        state.heads, outer // state.heads, state.dim, state.vdim, (encodings[0].dtype, encodings[1].dtype), drafted,
-        state.keyed_by == "position", float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
-    )  # fmt: skip
-    name = emitter.kernels.add(("attend", site), lambda n: attend.attend(n, site))
-    joined = emitter.kernels.add(("combine", site), lambda n: attend.combine(n, site))
-    axis = plan.axis(value)
-    part = plan.buffer(axis, outer * (state.vdim + attend.PAD) * 4, private=not plan.many, across=True)
-    scratch = plan.buffer(-1, attend.TILE * attend.CHUNK * 8 * 4, private=True)
-    tile = plan.buffer(-1, attend.TILE * attend.TILE_WORDS * 8, private=True)
-    tail = state.main[-1].slots
-    ring = tail.sinks if isinstance(tail, Ring) else 0
-    sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
-    more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
-    plan.row(
-        name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
-        ("tensor", tile, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
-        ("int", int(mask.kind == "full")), ("int", ring), *more,
-        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tile],
-    )  # fmt: skip
-    out = plan.new(value)
-    more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []
-    plan.row(
-        joined, ("axis", axis), plan.tensor(out), ("tensor", part, 0, 4), ("int", int(plan.many)), *more, ("int", plan.share),
-        writes=[out.buffer],
-    )  # fmt: skip
-
-
 _RULES: dict[str, Rule] = {
     "embed": _embed,
     "restrict": _restrict,
@@ -344,8 +273,8 @@ _RULES: dict[str, Rule] = {
     "view": _view,
     "slice": _slice,
     "concat": _concat,
-    "append": _append,
-    "attend": _attend,
+    "append": lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),
+    "attend": lambda emitter, plan, value: attention_rules.attend(emitter.kernels, plan, value),
     "route": lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
     "experts": lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value),
 }

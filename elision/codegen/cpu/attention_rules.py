@@ -1,0 +1,92 @@
+"""The rows of attention: `append` and `attend` on a cache whose memory kernels can read."""
+
+from __future__ import annotations
+
+from elision.codegen.cpu import attend as made
+from elision.codegen.cpu import cache
+from elision.codegen.cpu.cache_rows import form
+from elision.codegen.cpu.emit import LANES
+from elision.codegen.cpu.flash import CHUNK, PAD, TILE, TILE_WORDS, Site
+from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.planner import NotNative, Planner
+from elision.ir import schedule as abi
+from elision.ir.mask import Mask
+from elision.ir.states import KV, Dense, Ring
+from elision.ir.value import Value
+
+
+def forms(state: KV) -> tuple[str, str]:
+    """The forms of a cache's keys and values. Raises NotNative for a cache that kernels cannot read."""
+    main = state.main[0]
+    _need(len(state.main) == 1 and not main.shared, "a cache of several segments")
+    _need(isinstance(main.slots, Dense) and state.keep != "per_head", "slots that are not dense")
+    _need(state.vdim % LANES == 0, f"values of {state.vdim} channels")
+    return form(main.k, state.dim), form(main.v, state.vdim)
+
+
+def _need(condition: bool, why: str) -> None:
+    if not condition:
+        raise NotNative(why)
+
+
+def _floats(*values: Value) -> None:
+    _need(all(v.tensor.dtype == "f32" and v.tensor.encoding is None for v in values), "operands that are not float32")
+
+
+def append(kernels: Kernels, plan: Planner, value: Value) -> None:
+    before, k, v = value.args
+    _floats(k, v)
+    state = before.type
+    assert isinstance(state, KV)
+    kinds = forms(state)
+    axis = k.tensor.tokens
+    assert axis is not None
+    _need(axis.parent is None, "an append of some of the tokens")
+    (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
+    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted)
+    name = kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
+    plan.follow(value, before)
+    share = abi.LAST if axis.drafted else plan.share
+    # Drafted rows are written and read by the last thread alone, so nobody waits for them.
+    touched = [] if axis.drafted and not plan.many else [plan.state(value)]
+    operands = [("axis", plan.axis(k)), *keys, *values, ("state", plan.state(value)), ("int", share)]
+    plan.row(name, *operands, writes=touched)
+
+
+def attend(kernels: Kernels, plan: Planner, value: Value) -> None:
+    q, cached, *extra = value.args
+    _floats(q, *extra)
+    state = cached.type
+    assert isinstance(state, KV)
+    kinds = forms(state)
+    _need(not value.attr("results"), "results beside the output")
+    mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
+    assert isinstance(mask, Mask)
+    queries, outer, _ = plan.view(plan.ref(q))
+    drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
+    site = Site(
+        state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
+        state.keyed_by == "position", float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
+    )  # fmt: skip
+    name = kernels.add(("attend", site), lambda n: made.attend(n, site))
+    joined = kernels.add(("combine", site), lambda n: made.combine(n, site))
+    axis = plan.axis(value)
+    part = plan.buffer(axis, outer * (state.vdim + PAD) * 4, private=not plan.many, across=True)
+    scratch = plan.buffer(-1, TILE * CHUNK * 8 * 4, private=True)
+    tile = plan.buffer(-1, TILE * TILE_WORDS * 8, private=True)
+    tail = state.main[-1].slots
+    ring = tail.sinks if isinstance(tail, Ring) else 0
+    sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
+    more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
+    plan.row(
+        name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
+        ("tensor", tile, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
+        ("int", int(mask.kind == "full")), ("int", ring), *more,
+        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tile],
+    )  # fmt: skip
+    out = plan.new(value)
+    more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []
+    plan.row(
+        joined, ("axis", axis), plan.tensor(out), ("tensor", part, 0, 4), ("int", int(plan.many)), *more, ("int", plan.share),
+        writes=[out.buffer],
+    )  # fmt: skip

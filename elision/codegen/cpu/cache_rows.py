@@ -1,0 +1,95 @@
+"""Rows of a cache in registers: how the codes of a key or of a value are read and written (`elision.ir.encoding` is the meaning).
+
+A form is a dtype of floats, or ``i8``: signed bytes with one float32 scale for the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+from elision.codegen.cpu.emit import LANES, VF, VI, Fn, Val, like, vector
+from elision.codegen.cpu.rows import channels
+from elision.codegen.planner import NotNative
+from elision.ir.states import Encoding, Float, Int
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}
+_LIMIT = 127.0  # of a code
+
+
+def form(encoding: Encoding, dim: int) -> str:
+    """The form of rows of ``dim`` channels. Raises NotNative if kernels have none for this encoding."""
+    if encoding == Int(8, "channel", dim):
+        return "i8"
+    if isinstance(encoding, Float) and encoding.dtype in BYTES:
+        return encoding.dtype
+    if isinstance(encoding, Float):
+        raise NotNative(f"a cache of {encoding.dtype}")
+    kind = f"{encoding.bits}-bit codes" + (" with a minimum" if encoding.zero else "")
+    raise NotNative(f"a cache of {kind} in groups of {encoding.group} {encoding.axis}s; kernels read bytes with a scale per row")
+
+
+def scaled(form: str) -> bool:
+    """Whether rows have a scale."""
+    return form == "i8"
+
+
+def unit(form: str) -> str:
+    """The type of a code in memory."""
+    return {"f32": "f32", "bf16": "i16", "f16": "f16", "i8": "i8"}[form]
+
+
+def load(fn: Fn, base: Val, index: Val | int, form: str) -> Val:
+    """Eight codes as float32, without their scale."""
+    codes = fn.load(base, vector(unit(form)), index, unit(form))
+    if form == "f32":
+        return codes
+    if form == "f16":
+        return fn.cast(codes, "arith.extf", VF)
+    if form == "i8":
+        return fn.cast(fn.cast(codes, "arith.extsi", VI), "arith.sitofp", VF)
+    return fn.cast(fn.cast(codes, "arith.extui", VI) << 16, "arith.bitcast", VF)
+
+
+def encode(fn: Fn, source: Val, dim: int, form: str, put: Callable[[Val | int, Val], None]) -> Val | None:
+    """Store the float32 row at ``source``: ``put(first channel, codes)`` for eight channels at a time and the rest one by one.
+    Returns the scale of the row, if it has one."""
+    if not scaled(form):
+        channels(fn, dim, lambda c, type: put(c, _narrow(fn, fn.load(source, type, c, "f32"), form)))
+        return None
+    scale = _largest(fn, source, dim) / _LIMIT
+    low, high = fn.compare(scale, "ogt", 0.0), fn.compare(scale, "olt", inf)
+    legal = fn.emit(f"arith.andi {low.name}, {high.name} : i1", "i1")
+    divisor = fn.select(legal, scale, fn.const(1.0, "f32"))
+    wide = fn.splat(divisor)
+
+    def code(c: Val | int, type: str) -> None:
+        quotient = fn.load(source, type, c, "f32") / (divisor if type == "f32" else wide)
+        rounded = fn.minimum(fn.maximum(fn.math("roundeven", quotient), -_LIMIT), _LIMIT)
+        whole = fn.cast(rounded, "arith.fptosi", like(type, "i32"))
+        put(c, fn.cast(fn.select(legal, whole, fn.const(0, whole.type)), "arith.trunci", like(type, "i8")))
+
+    channels(fn, dim, code)
+    return scale
+
+
+def _narrow(fn: Fn, x: Val, dtype: str) -> Val:
+    """Float32 as it is stored, rounded to the nearest even."""
+    if dtype == "f32":
+        return x
+    if dtype == "f16":
+        return fn.cast(x, "arith.truncf", like(x.type, "f16"))
+    bits = fn.cast(x, "arith.bitcast", like(x.type, "i32"))
+    rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+    return fn.cast(rounded, "arith.trunci", like(x.type, "i16"))
+
+
+def _largest(fn: Fn, source: Val, dim: int) -> Val:
+    """The largest size in a row; not a number if one of them is."""
+    whole, zero = dim // LANES * LANES, fn.const(0.0, VF)
+    with fn.loop(0, whole, LANES, [zero]) as loop:
+        loop.give(fn.maximum(loop.carried[0], fn.math("absf", fn.load(source, VF, loop.index, "f32"))))
+    found = fn.top(loop.results[0])
+    for i in range(whole, dim):
+        found = fn.maximum(found, fn.math("absf", fn.load(source, "f32", i)))
+    return found
