@@ -31,6 +31,7 @@ def compile(
     threads: int | None = None,
     max_context: int | None = None,
     max_batch: int = 8,
+    calibration: torch.Tensor | Sequence[str] | None = None,
 ) -> Model:
     """Compile a model.
 
@@ -38,6 +39,8 @@ def compile(
     ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
     model's own); ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
     ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
+    ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or ``i64[sequences, n]`` (default: half
+    of Python's own documentation, through the model's tokenizer).
 
     Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
@@ -48,10 +51,10 @@ def compile(
     from elision.frontend.source import load_source
     from elision.frontend.stored import blocks_of
     from elision.ir.coverage import coverage
-    from elision.ir.retype import convert
     from elision.ir.weights import Blocks
     from elision.passes import InsertCache
-    from elision.passes.pipeline import resolve, run
+    from elision.passes.calibration import Text
+    from elision.passes.pipeline import resolve, transform
     from elision.runtime.model import Model
     from elision.runtime.text import Tokenizer
 
@@ -76,7 +79,9 @@ def compile(
         raise BadInput(f"max_context={max_context}, but {source.name} has {longest} positions")
     if raised.program.meta["causal"] and not given:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
-    program = run(raised.program, chosen)
+    tokenizer = Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None
+    text = Text(calibration, tokenizer.encode if tokenizer else None)
+    program, weights = transform(raised.program, raised.weights, chosen, text, stored)
     report = coverage(raised.program, program)
     native = None
     if target == "cpu" and "step" in program.entries and not any(report["entries"].values()):  # what is padded has no native form
@@ -86,8 +91,8 @@ def compile(
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
     return Model(
         program,
-        convert(raised.weights, raised.program.params, program.params, stored),
-        tokenizer=Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None,
+        weights,
+        tokenizer=tokenizer,
         defaults=source.defaults,
         coverage=report,
         max_context=max_context or longest,

@@ -45,13 +45,14 @@ def is_artefact(source: str) -> bool:
 def with_passes(model: Model, passes: Sequence[str]) -> Model:
     """The same model with more passes applied to its program."""
     from elision.ir.coverage import left
-    from elision.ir.retype import convert
-    from elision.passes.pipeline import run
+    from elision.passes.calibration import Text
+    from elision.passes.pipeline import transform
 
-    program = run(model.program, passes)
+    text = Text(encode=model.tokenizer.encode if model.tokenizer else None)
+    program, weights = transform(model.program, model.weights, passes, text)
     return Model(
         program,
-        convert(model.weights, model.program.params, program.params),
+        weights,
         tokenizer=model.tokenizer,
         defaults=model.defaults,
         coverage={**model.coverage, **left(program)},

@@ -31,8 +31,12 @@ def finite(weight: torch.Tensor, name: str) -> torch.Tensor:
 def encode_int8(w: torch.Tensor) -> torch.Tensor:
     """Groups ``f32[n, size]`` to blocks ``u8[n, 2 + size]``."""
     scale = half_at_least(w.abs().amax(1, keepdim=True) / 127)
-    codes = _codes(w, scale).clamp_(-127, 127).to(torch.int8)
-    return torch.cat((_bytes(scale), codes.view(torch.uint8)), 1)
+    return pack_int8(scale, nearest(w, scale).clamp_(-127, 127))
+
+
+def pack_int8(scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Blocks ``u8[n, 2 + size]`` of fp16 numbers ``scale [n, 1]`` and codes ``[n, size]``."""
+    return torch.cat((_bytes(scale), codes.to(torch.int8).view(torch.uint8)), 1)
 
 
 def encode_int4(w: torch.Tensor) -> torch.Tensor:
@@ -40,11 +44,16 @@ def encode_int4(w: torch.Tensor) -> torch.Tensor:
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     minimum = -half_at_least(-low)
     scale = half_at_least((high - minimum) / 15)
-    codes = _codes(w - minimum, scale).clamp_(0, 15)
+    codes = nearest(w - minimum, scale).clamp_(0, 15)
     inexact = (codes * scale + minimum != w).any(1)
     if bool(inexact.any()):
         _find_exact(w, inexact, scale, minimum, codes)
-    nibbles = codes.to(torch.uint8).view(len(w), 2, -1)
+    return pack_int4(scale, minimum, codes)
+
+
+def pack_int4(scale: torch.Tensor, minimum: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Blocks ``u8[n, 4 + size / 2]`` of fp16 numbers ``scale`` and ``minimum [n, 1]`` and codes ``[n, size]``."""
+    nibbles = codes.to(torch.uint8).view(len(codes), 2, -1)
     return torch.cat((_bytes(scale), _bytes(minimum), nibbles[:, 0] | nibbles[:, 1] << 4), 1)
 
 
@@ -63,7 +72,7 @@ def _find_exact(w: torch.Tensor, open: torch.Tensor, scale: torch.Tensor, minimu
             low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
             d = ((high - low) / span).half().float()
             m = (low - d * a).half().float()
-            q = _codes(group - m, d).clamp_(0, 15)
+            q = nearest(group - m, d).clamp_(0, 15)
             found = (q * d + m == group).all(1)
             done = left[found]
             scale[done], minimum[done], codes[done] = d[found], m[found], q[found]
@@ -91,8 +100,8 @@ def half_at_least(x: torch.Tensor) -> torch.Tensor:
     return found.float()
 
 
-def _codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """round(x / scale), 0 where the scale is 0."""
+def nearest(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """round(x / scale), ties to even; 0 where the scale is 0."""
     return torch.where(scale > 0, torch.round(x / torch.where(scale > 0, scale, 1)), 0)
 
 

@@ -26,6 +26,8 @@ Axes = dict[Axis, Tokens]
 Native = Callable[[Sequence[Any], Tokens], tuple[Any, ...]]
 #: A faster form of all commits of a round: takes the states and the paths.
 NativeCommit = Callable[[Sequence[Any], Any], None]
+#: Is shown every op before it runs: its value in its graph, and its operands.
+Observe = Callable[[Value, Sequence[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class _Target:
 class _Step:
     """One op of a plan: which slots it reads, where its result goes, and what the body needs besides."""
 
+    value: Value
     body: Any
     args: tuple[int, ...]
     out: tuple[int, ...]
@@ -62,7 +65,8 @@ class _Plan:
 class Interpreter:
     """Runs the graphs of one program with its weights. Holds no state of a run: safe to use from several threads.
 
-    ``natives``: by name of a graph, what runs in its place; ``commit``: what commits the caches of a round.
+    ``natives``: by name of a graph, what runs in its place; ``commit``: what commits the caches of a round; ``observe``: is shown
+    every op of what the interpreter runs itself, in order, a call before what it calls.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class Interpreter:
         weights: Weights,
         natives: Mapping[str, Native] | None = None,
         commit: NativeCommit | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self.program, self.weights, self.natives, self._commit = program, weights, natives or {}, commit
+        self._observe = observe
         self._targets = program.targets
         self._plans: dict[tuple[int, str], _Plan] = {}
         self._graphs: list[Graph] = []  # keeps graphs alive while their id is a key
@@ -97,6 +103,8 @@ class Interpreter:
             slots[slot] = operand(self.weights[name], type)
         for step in plan.steps:
             args = [slots[i] for i in step.args]
+            if self._observe is not None:
+                self._observe(step.value, args)
             if step.target is not None:
                 result = step.body(*args, run=partial(self._run_target, step.target, axes), **step.kwargs)
             elif step.at is not None:
@@ -178,9 +186,9 @@ def _make_plan(
             if before is not None and before.body is _commit and before.args[-1] == args[-1]:  # all states in one call
                 args, out, dead = (*before.args[:-1], *args), (*before.out, *out), (*before.dead, *dead)
                 steps.pop()
-            steps.append(_Step(_commit, args, out, {"native": commit}, None, None, None, dead))
+            steps.append(_Step(v, _commit, args, out, {"native": commit}, None, None, None, dead))
             continue
-        steps.append(_Step(op.body, args, out, kwargs, at, made, inner, dead))
+        steps.append(_Step(v, op.body, args, out, kwargs, at, made, inner, dead))
     return _Plan(len(slot), weights, tuple(steps), tuple(slot[v] for v in graph.outputs))
 
 

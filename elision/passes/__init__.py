@@ -6,11 +6,13 @@ from elision.passes.clean import Clean
 from elision.passes.layers.skip_layers import SkipLayers
 from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
+from elision.passes.weights.gptq import GPTQ
 from elision.passes.weights.int4 import Int4Weights
 from elision.passes.weights.int8 import Int8Weights
 from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
+    "GPTQ",
     "REGISTRY",
     "BFloat16Weights",
     "Clean",

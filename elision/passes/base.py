@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints
 
@@ -87,6 +88,9 @@ def from_text(text: str) -> Pass:
     return cls(**given)
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
 def _closest(given: str, known: Any) -> str:
     found = difflib.get_close_matches(given, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
@@ -104,6 +108,8 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
             return hint(value)
         if hint == int | str:
             return int(value) if value.removeprefix("-").isdecimal() else value
+        if hint == float | str:
+            return float(value) if _NUMBER.fullmatch(value) else value
         return tuple(n for part in value.split("+") for n in _span(part))
     except (ValueError, KeyError):
         raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({_kind(hint)})") from None
@@ -112,8 +118,8 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
 def _is(value: Any, hint: Any) -> bool:
     if hint in (bool, str):
         return isinstance(value, hint)
-    if hint == int | str:
-        return isinstance(value, int | str) and not isinstance(value, bool)
+    if hint in (int | str, float | str):
+        return isinstance(value, hint | int) and not isinstance(value, bool)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, tuple) and all(_is(v, int) for v in value)

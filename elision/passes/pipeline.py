@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
 
 from elision.errors import BadInput
-from elision.ir.program import QUALITIES, Program
+from elision.ir.blocks import Stored
+from elision.ir.program import QUALITIES, Program, Weights
+from elision.ir.retype import convert
 from elision.ir.verifier import verify
-from elision.passes.base import CHANGES, Pass, from_text
+from elision.passes.base import CHANGES, REGISTRY, Pass, from_text
+from elision.passes.calibration import Calibrated, Text
 
 log = logging.getLogger("elision")
 
@@ -27,14 +32,48 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
 
 def run(program: Program, passes: Iterable[str | Pass]) -> Program:
     """The program with the passes applied. Raises IllegalProgram at the first pass that breaks a rule."""
+    done = program
+    for _, done in _steps(program, passes):
+        pass
+    return done
+
+
+def transform(
+    program: Program,
+    weights: Weights,
+    passes: Iterable[str | Pass],
+    text: Text,
+    stored: Mapping[str, Stored] | None = None,
+) -> tuple[Program, dict[str, torch.Tensor]]:
+    """As `run`, with the tensors of the program's weights. ``text``: for passes that calibrate; ``stored``: the blocks that the
+    weights have in the model's file. Raises BadInput for weights that cannot be stored as asked for, and for text given to
+    passes of which none calibrates."""
+    chosen = resolve(passes)
+    if text.given is not None and not any(isinstance(step, Calibrated) for step in chosen):
+        able = ", ".join(sorted(name for name, cls in REGISTRY.items() if issubclass(cls, Calibrated)))
+        raise BadInput(f"calibration is given, but no pass calibrates; those that do are {able}")
+    params, before = program.params, program  # the types of the tensors at hand, and the program before each step
+    for step, after in _steps(program, chosen):
+        if isinstance(step, Calibrated):
+            weights = convert(weights, params, before.params, stored)
+            log.info("calibrating %s", step.text())
+            changed = step.calibrate(before, weights, text)
+            params, weights = after.params, {name: changed.get(name, weights[name]) for name in after.params}
+        before = after
+    return before, convert(weights, params, before.params, stored)
+
+
+def _steps(program: Program, passes: Iterable[str | Pass]) -> Iterator[tuple[Pass, Program]]:
+    """Each pass with the program after it, cleaned last."""
     from elision.passes.clean import Clean
 
-    done = program.copy()
+    done = program
     for step in [*resolve(passes), Clean()]:
+        done = done.copy()
         step.apply(done)
         if not isinstance(step, Clean):
             log.info("pass %s", step.text())
             done.applied = (*done.applied, step.text())
             done.quality = max(done.quality, step.quality, key=QUALITIES.index)
         verify(done, by=step.text())
-    return done
+        yield step, done
