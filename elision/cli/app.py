@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elision.cli.opening import errors, is_artefact, open_model, progress, violations
+from elision.cli.opening import errors, is_artefact, open_model, progress, read_text, violations
 from elision.errors import BadInput, ElisionError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Elision: a compiler for transformer inference.")
@@ -33,11 +33,13 @@ def compile_(
     kv_dtype: Annotated[str | None, typer.Option(help="Of the key/value cache, as bfloat16 or int8.")] = None,
     max_context: Annotated[int | None, typer.Option(help="The most positions of a sequence.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="The most sequences of a call.")] = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="TEXT", help="A text file for passes that calibrate.")] = None,
 ) -> None:
     """Compile a model ahead of time into one file."""
     if len(target) > 1:
         raise BadInput(f"--target {' '.join(target)}: expected one target; there is one so far, cpu")
     with progress():
+        text = [read_text(calibration)] if calibration is not None else None
         found = open_model(
             model,
             passes,
@@ -46,6 +48,7 @@ def compile_(
             kv_dtype=kv_dtype,
             max_context=max_context,
             max_batch=max_batch,
+            calibration=text,
         )
         found.save(output)
     size = output.stat().st_size / 1e6

@@ -42,6 +42,14 @@ def is_artefact(source: str) -> bool:
     return path.suffix == ".elision" or (path.is_file() and path.suffix != ".gguf")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8. Raises BadInput for one that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise BadInput(f"{path} could not be read as text in UTF-8: {getattr(err, 'strerror', None) or err}") from err
+
+
 def with_passes(model: Model, passes: Sequence[str]) -> Model:
     """The same model with more passes applied to its program."""
     from elision.ir.coverage import left

@@ -9,6 +9,7 @@ from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.gptq import GPTQ
 from elision.passes.weights.int4 import Int4Weights
 from elision.passes.weights.int8 import Int8Weights
+from elision.passes.weights.smoothquant_plus import SmoothQuantPlus
 from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Int8Weights",
     "Pass",
     "SkipLayers",
+    "SmoothQuantPlus",
     "StoredWeights",
     "from_text",
 ]

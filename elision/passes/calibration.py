@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +32,7 @@ class Text:
         if tokens < 1:
             raise BadInput(f"tokens={tokens}: expected at least 1 to calibrate on")
         length = min(LENGTH, int(program.meta["positions"]), tokens)
-        found = [part for ids in self._ids(program) for part in ids.split(length)]
+        found = [part for ids in self._ids(program) for part in torch.split(ids, length)]
         full = [part for part in found if len(part) == length] or found
         count = min(len(full), -(-tokens // length))
         return [full[i * len(full) // count] for i in range(count)]
@@ -52,7 +51,9 @@ class Text:
 
 def _checked(given: torch.Tensor | list[torch.Tensor], program: Program) -> list[torch.Tensor]:
     """The sequences of token ids, if they are ones that the program knows."""
-    rows = list(given.reshape(-1, given.shape[-1])) if isinstance(given, torch.Tensor) and given.dim() in (1, 2) else given
+    rows = given
+    if isinstance(given, torch.Tensor) and given.dim() in (1, 2):
+        rows = list(given) if given.dim() == 2 else [given]
     graph = program.entries["score"]
     most = vocabulary(graph, graph.inputs[0])
     if not most:
@@ -68,6 +69,8 @@ def _checked(given: torch.Tensor | list[torch.Tensor], program: Program) -> list
 def topics(part: int) -> str:
     """Every second topic of Python's documentation, in order of their names: those of number 0, 2, .. (``part`` 0), on which
     passes calibrate, or the others (``part`` 1), which are left to measure with. The text is the running Python's."""
+    import pydoc_data.topics  # large, hence not at import
+
     known: Mapping[str, str] = pydoc_data.topics.topics
     return "\n".join(known[name] for name in sorted(known)[part::2])
 

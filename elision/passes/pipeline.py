@@ -32,10 +32,7 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
 
 def run(program: Program, passes: Iterable[str | Pass]) -> Program:
     """The program with the passes applied. Raises IllegalProgram at the first pass that breaks a rule."""
-    done = program
-    for _, done in _steps(program, passes):
-        pass
-    return done
+    return list(_steps(program, passes))[-1][1]
 
 
 def transform(

@@ -246,6 +246,21 @@ def test_the_report_adds_up(artefact: Path) -> None:
     json.dumps(report)
 
 
+def test_compile_calibrates_on_a_file_or_by_default(folder: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The harbour was quiet in the early morning. " * 9, encoding="utf-8")
+    compile = ["compile", folder, "-o", tmp_path / "m.elision", "-p", "gptq:group=16,tokens=128"]
+    sizes = []
+    for more in ([], ["--calibration", tmp_path / "text"]):
+        code, out, err = run(*compile, *more)
+        assert code == 0 and "passes insert-cache, gptq:group=16,tokens=128" in out and "calibrating gptq" in err
+        sizes.append((tmp_path / "m.elision").read_bytes())
+    assert sizes[0] != sizes[1]
+    code, _, err = run(*compile, "--calibration", tmp_path / "none")
+    assert code == 2 and "none could not be read as text in UTF-8: No such file" in err
+    code, _, err = run(*compile[:4], "--calibration", tmp_path / "text")
+    assert code == 2 and "no pass calibrates; those that do are gptq, smoothquant-plus" in err
+
+
 def test_passes(run: Run) -> None:
     assert "skip-layers" in run("passes")[1]
     assert "skip-layers" in run("passes", "layers")[1]

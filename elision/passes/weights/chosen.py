@@ -20,7 +20,7 @@ def chosen(program: Program, encoding: WeightEncoding, by: str) -> dict[str, Ten
     found = {name: type for name, type in floats.items() if name in once and _whole(type, encoding)}
     if not found:
         some = f"{len(floats)} float weights, as {next(iter(floats.values()))}" if floats else "no float weights"
-        raise BadInput(f"{by}: nothing to store in {encoding}: no linear of a block reads one of its own; {program.name} has {some}")
+        raise BadInput(f"{by}: nothing to store in {encoding}: {program.name} has {some}, none of one linear of a block alone")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Rounding with error compensation: what rounding one input's weights does to the output, the inputs not yet rounded make good."""
+"""Rounding with error compensation: what rounding an input's weights does to the output, the inputs after it make good."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ BLOCK = 128
 def hessian(x: torch.Tensor) -> torch.Tensor:
     """``2 X^T X f32[k, k]`` of inputs ``x [.., k]``: the second derivative of ``|x (w - q)|^2`` by a row's weights."""
     rows = x.reshape(-1, x.shape[-1]).float()
-    return 2 * (rows.T @ rows)
+    found: torch.Tensor = 2 * (rows.T @ rows)
+    return found
 
 
 def factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -28,9 +29,10 @@ def factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     # H = R R^T with R upper is the Cholesky of H in reverse order, and (R R^T)^-1 = (R^-1)^T R^-1.
     lower, failed = torch.linalg.cholesky_ex(wide.flip(0, 1))
     if int(failed) or not bool(lower.isfinite().all()):
-        raise BadInput(f"gptq: the calibration inputs are not finite, or too few for damp={damp}; expected a larger damp or more text")
+        raise BadInput(f"gptq: inputs are not finite, or too few for damp={damp}; expected a larger damp or more text")
     unit = torch.eye(len(wide), dtype=wide.dtype)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True).float()
+    found: torch.Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+    return found.float()
 
 
 def compensated(weight: torch.Tensor, upper: torch.Tensor, encoding: Int4 | Int8) -> torch.Tensor:

@@ -35,7 +35,7 @@ class GPTQ(Calibrated):
     bits: int = 4
     group: int = 32
     damp: float = 0.01
-    tokens: int = 8192
+    tokens: int = 4096
 
     name: ClassVar[str] = "gptq"
     family: ClassVar[str] = "weights"
