@@ -10,6 +10,7 @@ passes calibrate on the other topics. Each row is one program on native code for
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import platform
 import time
@@ -89,7 +90,9 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("elision").setLevel(logging.INFO)  # what the passes chose
     base = elision.compile(args.model, target="reference", threads=args.threads)
     assert base.tokenizer is not None
     sequences = Text([topics(1)], base.tokenizer.encode).sequences(base.program, args.tokens)

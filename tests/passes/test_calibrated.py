@@ -333,6 +333,39 @@ def test_native_code_and_artefacts_take_the_weights(tmp_path: Path) -> None:
     assert torch.equal(more(prompt).logits, plain(prompt).logits)
 
 
+SIZES = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+    initializer_range=0.2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "per_layer"),
+    [
+        (transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16), [3, 2]),  # gain + 1
+        (transformers.PhiConfig(**SIZES), [4]),  # a bias; attention and feed-forward read one norm
+        (transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4), [3]),  # a router reads the other
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_norms_of_other_families(config: Any, per_layer: list[int]) -> None:
+    torch.manual_seed(0)
+    source = transformers.AutoModelForCausalLM.from_config(config).eval().double()
+    for parameter in source.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    base = elision.compile(source, target="reference")
+    linears, rows = chosen(base.program, Int4(32), "test"), list(ids(4, 40, 96))
+    assert not any("expert" in name for name in linears)
+    norms, folded = smoothable(base.program, linears), dict(base.weights)
+    assert [len(n.linears) for n in norms] == 2 * per_layer
+    most = maxima(base.program, base.weights, rows, [n.linears[0] for n in norms])
+    for norm in norms:
+        folded |= norm.folded(base.weights, scales(most[norm.linears[0]], [base.weights[n] for n in norm.linears], 0.5))
+    found, want = (run_score(base.program, w, rows)[0] for w in (folded, base.weights))
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+
+
 def test_an_untied_head_is_left_to_the_plain_encodings() -> None:
     found = elision.compile(model(tied=False), ["smoothquant-plus:alpha=0.5"], target="reference", calibration=ids(2, 40, 96))
     assert {n for n, t in found.program.params.items() if t.encoding is None and len(t.axes) > 1} == {
