@@ -59,7 +59,9 @@ def _checked(given: torch.Tensor | list[torch.Tensor], program: Program) -> list
     if not most:
         raise BadInput(f"calibration: {program.name} does not read token ids, so it cannot be calibrated on text")
     if isinstance(rows, torch.Tensor) or not any(r.numel() for r in rows) or any(r.dtype != torch.int64 for r in rows):
-        raise BadInput(f"calibration: expected a LongTensor [n] or [sequences, n] with at least one token, got {given!r:.80}")
+        raise BadInput(
+            f"calibration: expected texts, or a LongTensor [n] or [sequences, n], with at least one token, got {given!r:.80}"
+        )
     low, high = min(int(r.min()) for r in rows), max(int(r.max()) for r in rows)
     if low < 0 or high >= most:
         raise BadInput(f"calibration: token ids from {low} to {high}; expected 0 to {most - 1}")
