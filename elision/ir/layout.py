@@ -38,8 +38,23 @@ LANES = 8
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
 
 
+#: Bytes after every array that a vector which begins inside it may read.
+SLACK = 64
+
+
 def allocate(spec: Spec) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
+    """Zeros, with `SLACK` behind each array."""
+    return {name: _zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
+
+
+def copied(array: torch.Tensor) -> torch.Tensor:
+    """A copy with `SLACK` behind it."""
+    return _zeros(tuple(array.shape), array.dtype).copy_(array)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    count = prod(shape)
+    return torch.zeros(count + SLACK // dtype.itemsize, dtype=dtype)[:count].view(shape)
 
 
 def spec_bytes(spec: Spec) -> int:

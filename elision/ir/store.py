@@ -15,7 +15,7 @@ import torch
 from elision.errors import BadInput
 from elision.ir import evict
 from elision.ir.array_store import ArrayStore
-from elision.ir.layout import allocate, index_spec
+from elision.ir.layout import allocate, copied, index_spec
 from elision.ir.nodes import counts_of, nodes_of, path_tokens
 from elision.ir.segment import SegmentRows
 from elision.ir.states import KV, Encoding, Ring
@@ -266,7 +266,7 @@ class KVStore:
         """An independent copy, with the same memory for shared segments."""
         new = object.__new__(KVStore)
         new.__dict__.update(self.__dict__)
-        new.index = {name: a.clone() for name, a in self.index.items()}
+        new.index = {name: copied(a) for name, a in self.index.items()}
         new.pos, new.len = new.index["pos"], {"k": new.index["len_k"], "v": new.index["len_v"]}
         new.segments = [s.clone() for s in self.segments]
         return new
