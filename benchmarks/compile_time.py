@@ -40,7 +40,7 @@ def timed(call: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     return found, time.process_time() - start
 
 
-def measure(name: str, model: Any, positions: Any = None) -> None:
+def measure(name: str, model: Any, positions: int) -> None:
     captured, capturing = timed(capture, model)
     raised, raising = timed(lambda: raise_model(captured, name, positions=positions))
     program = run(raised.program, [InsertCache("")])
@@ -58,7 +58,7 @@ def main() -> None:
     source = load_source("smollm2", None)
     measure("SmolLM2", source.model, source.positions)
     for layers in DEPTHS:
-        measure(f"8B heads, {layers} layers", llama(layers))
+        measure(f"8B heads, {layers} layers", llama(layers), 8192)
 
 
 if __name__ == "__main__":
