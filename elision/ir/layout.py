@@ -162,7 +162,7 @@ class Plane:
     def clone(self) -> Plane:
         new = object.__new__(Plane)
         new.__dict__.update(self.__dict__)
-        new.arrays = {name: a.clone() for name, a in self.arrays.items()}
+        new.arrays = {name: copied(a) for name, a in self.arrays.items()}
         new.written = None if self.written is None else self.written.clone()
         return new
 

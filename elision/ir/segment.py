@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from elision.errors import BadInput
-from elision.ir.layout import Plane, allocate, copied, segment_specs, slot_count
+from elision.ir.layout import Plane, allocate, segment_specs, slot_count
 from elision.ir.states import KV, Encoding, Paged, Segment
 
 
@@ -126,7 +126,7 @@ class SegmentRows:
         new = object.__new__(SegmentRows)
         new.__dict__.update(self.__dict__)
         if not self.segment.shared:
-            new.planes = {name: copied(plane) for name, plane in self.planes.items()}
+            new.planes = {name: plane.clone() for name, plane in self.planes.items()}
         new.table = None if self.table is None else self.table.clone()
         new.held, new.free = list(self.held), list(self.free)
         return new
