@@ -10,7 +10,7 @@ import torch
 from elision.errors import BadInput
 from elision.ir.tokens import Tokens
 
-BITS = torch.arange(64)
+_ALL = (1 << 64) - 1  # an ancestor set as an unsigned number
 
 
 def counts_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +26,7 @@ def nodes_of(tokens: Tokens) -> torch.Tensor:
     """The node index ``[n]`` of drafted tokens: their highest ancestor bit, because a node comes after its
     ancestors."""
     assert tokens.anc is not None
-    return (((tokens.anc[:, None] >> BITS) & 1) * BITS).amax(1)
+    return torch.tensor([(bits & _ALL).bit_length() - 1 for bits in tokens.anc.tolist()], dtype=torch.int64)
 
 
 def path_tokens(

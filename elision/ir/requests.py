@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,14 @@ class Requests:
         assert at.parent is not None
         paths: list[list[int]] = [[] for _ in self.items]
         drawn: list[int] = []
-        for r in sorted(set(at.row.tolist())):
-            mine = at.of_row(r)
-            root = int(at.pos[mine[0]])
-            parent = at.parent[mine].tolist()
-            paths[r], token = rules.verify(ids[mine], parent, root, logits[mine], self.histories[r], self.items[r])
+        rows, parents, positions = at.row.tolist(), at.parent.tolist(), at.pos.tolist()
+        stop = 0
+        while stop < len(rows):  # the tokens of a row are side by side: views, no copies of logits
+            start, r = stop, rows[stop]
+            stop = bisect_right(rows, r)
+            paths[r], token = rules.verify(
+                ids[start:stop], parents[start:stop], positions[start], logits[start:stop], self.histories[r], self.items[r]
+            )
             drawn.append(token)
         return paths, torch.tensor(drawn, dtype=torch.int64)
 

@@ -168,4 +168,5 @@ def _emit_type(ids: Tensor, paths: Host, nxt: Tensor) -> Host:
 def emit(ids: torch.Tensor, paths: list[list[int]], nxt: torch.Tensor, *, at: Tokens) -> list[list[int]]:
     """The tokens that the round produced, per sequence: the accepted drafts (without the root) and the drawn one."""
     drawn = iter(nxt.tolist())
-    return [[*ids[at.of_row(r)[p[1:]]].tolist(), next(drawn)] if p else [] for r, p in enumerate(paths)]
+    drafts = [ids[at.of_row(r)[p[1:]]].tolist() if len(p) > 1 else [] for r, p in enumerate(paths)]
+    return [[*tokens, next(drawn)] if p else [] for tokens, p in zip(drafts, paths, strict=True)]

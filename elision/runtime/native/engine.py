@@ -76,7 +76,7 @@ class Engine:
     def commit(self, states: Sequence[KVStore], paths: Sequence[Sequence[int]]) -> None:
         """The accepted nodes of every row join all caches (`commit` of the IR); Scratch is empty afterwards."""
         stores = dict(zip(self.schedules["commit"].states, states, strict=True))
-        row = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(p) for p in paths]))
+        row = torch.tensor([r for r, p in enumerate(paths) for _ in p], dtype=torch.int64)
         node = torch.tensor([i for p in paths for i in p], dtype=torch.int64)
         with self._lock:
             run = _Run(self, self.schedules["commit"], (), stores, Tokens(row, node, len(paths)))
@@ -142,10 +142,7 @@ class _Run:
                 arrays |= {"anc": at.anc, "node": nodes_of(at)}
         if node is not None:
             arrays["node"] = node
-        counts = torch.bincount(row, minlength=self._axes[0].rows)
-        start = torch.zeros(len(counts) + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=start[1:])
-        arrays["start"] = start
+        arrays["start"] = torch.searchsorted(row, torch.arange(self._axes[0].rows + 1))
         base = abi.AXES + abi.AXIS_WORDS * index
         self._engine.context[base] = self._counts[index] = len(row)
         for name, array in arrays.items():
