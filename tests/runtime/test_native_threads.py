@@ -103,15 +103,21 @@ def test_the_child_of_a_fork_generates(path: Path, tokens: torch.Tensor) -> None
 def test_an_interrupt_leaves_the_model_usable(path: Path, tokens: torch.Tensor) -> None:
     model = elision.load(path, threads=2)
     before = torch.get_num_threads()
+    model.generate(IDS, max_new_tokens=2)
+    interrupted = 0
     for delay in (0.001, 0.003, 0.006, 0.01):
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
+        end = time.monotonic() + 3
+        try:
             timer.start()
-            while True:
+            while time.monotonic() < end:  # Python drops an interrupt that comes in a callback, such as a weak reference's
                 model.generate(IDS, max_new_tokens=50)
+        except KeyboardInterrupt:
+            interrupted += 1
         timer.join()
         assert torch.get_num_threads() == before
         assert torch.equal(model.generate(IDS, max_new_tokens=20), tokens)
+    assert interrupted
 
 
 def test_a_prefill_call_has_bounded_tokens(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
