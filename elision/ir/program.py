@@ -99,7 +99,7 @@ class Program:
         for name, graph in self.entries.items():
             self.entries[name] = without_states(graph, gone, self.targets)
         if self.round is not None:
-            self.round = round_of(self)
+            self.round = round_of(self, *drafting(self.round))
 
 
 @dataclass(frozen=True)
@@ -162,23 +162,35 @@ def state_inputs(graph: Graph) -> dict[str, Value]:
     return {graph.names[v]: v for v in graph.inputs if v.is_state}
 
 
-def round_of(program: Program, depth: int = 1) -> Graph:
-    """The generation program with an empty draft: checkpoint, step over the root, verify, commit, emit."""
+def drafting(round: Graph) -> tuple[int, tuple[str, ...]]:
+    """The most nodes of a round's trees, and its drafters as text."""
+    draft = next((v for v in round.values if v.op == "draft"), None)
+    depth = max((v.attr("depth") for v in round.values if v.op == "checkpoint"), default=1)
+    return (depth, draft.attr("methods")) if draft is not None else (1, ())
+
+
+def round_of(program: Program, depth: int = 1, methods: tuple[str, ...] = ()) -> Graph:
+    """The generation program: checkpoint, draft, step over the tree, verify, commit, learn, emit. Without ``methods`` the draft
+    is empty: the tree is its root. ``methods``: the drafters as text; ``depth``: the most nodes of a tree."""
     step = program.entries["step"]
     b = Builder("round", program.targets)
     last = b.input("last", Tensor((Axis("b"),), "i64"))
     requests = b.input("requests", Host("requests"))
+    drafts = b.input("drafts", Host("drafts")) if methods else None
     states = [b.input(n, program.states[n]) for n in state_inputs(step)]
     marked = [b.add("checkpoint", s, depth=depth, name="mark") for s in states]
-    ids = b.add("root", last, axis="d", name="ids")
-    found = b.add("call", ids, *marked, target="step")
-    logits, *written = found if isinstance(found, tuple) else (found,)
-    paths, nxt = b.add("verify", ids, b.named(logits, "logits"), requests, last)
+    if drafts is None:
+        ids = b.add("root", last, axis="d", name="ids")
+    else:
+        ids = b.add("draft", last, requests, drafts, axis="d", methods=methods, name="ids")
+    logits, best, *written = b.add("call", ids, *marked, target="step")
+    paths, nxt = b.add("verify", ids, b.named(logits, "logits"), b.named(best, "best"), requests, last)
     b.named(paths, "paths")
     b.named(nxt, "next")
     done = [b.add("commit", s, paths, name="done") for s in written]
     tokens = b.add("emit", ids, paths, nxt, name="tokens")
-    return b.build(tokens, nxt, *done)
+    learnt = [] if drafts is None else [b.add("learn", drafts, ids, best, paths, name="learnt")]
+    return b.build(tokens, nxt, *done, *learnt)
 
 
 Weights = Mapping[str, torch.Tensor]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from elision.ir import verify as rules
@@ -14,10 +15,15 @@ from elision.ir.warp import warp
 
 @dataclass
 class Requests:
-    """``items[r]``: the request of sequence r; ``histories[r]``: its committed tokens, int64, the root of its tree last."""
+    """``items[r]``: the request of sequence r; ``histories[r]``: its committed tokens, int64, the root of its tree last.
+
+    For drafters: ``prompts[r]``, how many of these tokens were given; ``room[r]``, the most levels its next tree may have.
+    """
 
     items: list[rules.Request]
     histories: list[torch.Tensor]
+    prompts: list[int] = field(default_factory=list)
+    room: list[int] = field(default_factory=list)
 
     def first(self, logits: torch.Tensor) -> list[int]:
         """The first token of every sequence after its prompt, from ``logits [rows, V]``."""
@@ -26,19 +32,25 @@ class Requests:
             for item, history, row in zip(self.items, self.histories, logits, strict=True)
         ]
 
-    def verify(self, ids: torch.Tensor, logits: torch.Tensor, at: Tokens) -> tuple[list[list[int]], torch.Tensor]:
+    def verify(
+        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens
+    ) -> tuple[list[list[int]], torch.Tensor]:
         """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is."""
         assert at.parent is not None
         paths: list[list[int]] = [[] for _ in self.items]
         drawn: list[int] = []
-        rows, parents, positions = at.row.tolist(), at.parent.tolist(), at.pos.tolist()
+        rows, parents = at.row.tolist(), at.parent.numpy()
         stop = 0
         while stop < len(rows):  # the tokens of a row are side by side: views, no copies of logits
             start, r = stop, rows[stop]
             stop = bisect_right(rows, r)
-            paths[r], token = rules.verify(
-                ids[start:stop], parents[start:stop], positions[start], logits[start:stop], self.histories[r], self.items[r]
-            )
+            item = self.items[r]
+            if item.plain:
+                paths[r], token = follow(ids[start:stop].numpy(), parents[start:stop], best[start:stop, 0].numpy())
+            else:
+                paths[r], token = rules.verify(
+                    ids[start:stop], parents[start:stop].tolist(), int(at.pos[start]), logits[start:stop], self.histories[r], item
+                )
             drawn.append(token)
         return paths, torch.tensor(drawn, dtype=torch.int64)
 
@@ -61,3 +73,15 @@ class Requests:
             found.append(int(ids[mine[place]]))
             place = int(at.parent[mine[place]])
         return ids.new_tensor(found[::-1])
+
+
+def follow(ids: np.ndarray, parent: np.ndarray, best: np.ndarray) -> tuple[list[int], int]:
+    """Rule V1 where the likeliest token after each node is known: from the root on to the child that holds it."""
+    path, token = [0], int(best[0])
+    while len(path) < len(ids):
+        children = ((parent == path[-1]) & (ids == token)).nonzero()[0]
+        if not len(children):
+            break
+        path.append(int(children[0]))
+        token = int(best[path[-1]])
+    return path, token

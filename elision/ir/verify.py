@@ -30,6 +30,11 @@ class Request:
     row: int = 0
 
     @property
+    def plain(self) -> bool:
+        """Greedy, and by the logits as they are."""
+        return self.greedy and self.warp.repetition_penalty == 1.0 and not self.warp.suppress
+
+    @property
     def rule(self) -> str:
         """The rule's name in `RULES`."""
         return "greedy" if self.greedy else "match"

@@ -4,6 +4,10 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.speculate.aded import Aded
+from elision.passes.speculate.pain_trie import PainTrie
+from elision.passes.speculate.prompt_lookup import PromptLookup
+from elision.passes.speculate.token_recycling import TokenRecycling
 from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.gptq import GPTQ
@@ -15,15 +19,19 @@ from elision.passes.weights.stored import StoredWeights
 __all__ = [
     "GPTQ",
     "REGISTRY",
+    "Aded",
     "BFloat16Weights",
     "Clean",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
     "Int8Weights",
+    "PainTrie",
     "Pass",
+    "PromptLookup",
     "SkipLayers",
     "SmoothQuantPlus",
     "StoredWeights",
+    "TokenRecycling",
     "from_text",
 ]

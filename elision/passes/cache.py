@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from elision.errors import BadInput
+from elision.ir.op import infer_type
 from elision.ir.program import Program, round_of
 from elision.ir.states import KV, Dense, Encoding, Float, Int, Scratch, Segment
 from elision.ir.types import FLOATS, Axis, parse_dtype
@@ -98,7 +99,19 @@ class InsertCache(Pass):
 
         first = replace(plain, name=entry, outputs=plain.outputs[:1])  # generation reads the logits only
         graph = rewrite(first, rule, program.targets, more=lambda: written)
-        return graph, states
+        return (with_best(graph, 1, program) if entry == "step" else graph), states
+
+
+def with_best(step: Graph, k: int, program: Program) -> Graph:
+    """The entry ``step`` with the ``k`` most likely tokens of every node, ``best i64[t, k]``, as its second output."""
+    logits, *states = [v for v in step.outputs if v.is_state or v is step.outputs[0]]
+    types = infer_type("topk", (logits,), {"k": k}, program.targets)
+    assert isinstance(types, tuple)
+    top = Value("topk", (logits,), (("k", k),), types)
+    best = Value("item", (top,), (("index", 1),), types[1])
+    outputs, names = (logits, best, *states), {v: n for v, n in step.names.items() if n != "best"} | {best: "best"}
+    graph = Graph(step.name, step.inputs, (*step.values, top, best), outputs, names)
+    return rewrite(graph, lambda b, v, args: None, program.targets)
 
 
 def _refuse_mixing(program: Program) -> None:

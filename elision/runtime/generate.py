@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from elision.ir.drafting.run import Counts, Drafting, DraftRun
 from elision.ir.interp import Interpreter
 from elision.ir.requests import Requests
 from elision.ir.verify import Request
@@ -31,7 +32,11 @@ class Row:
 
 @dataclass
 class Stats:
-    """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated."""
+    """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated.
+
+    ``drafted``, ``accepted``: nodes beside the roots that were run, and those that became tokens; ``drafters`` has the same by
+    drafter. ``draft_time``, ``verify_time``, ``commit_time`` are parts of ``decode_time`` (of native rounds that draft).
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -41,6 +46,10 @@ class Stats:
     time_to_first_token: float = 0.0
     decode_time: float = 0.0
     state_bytes: int = 0
+    draft_time: float = 0.0
+    verify_time: float = 0.0
+    commit_time: float = 0.0
+    drafters: dict[str, Counts] = field(default_factory=dict)
     finish: list[str] = field(default_factory=list)
 
     @property
@@ -48,6 +57,12 @@ class Stats:
         """New tokens after each row's first, over the time of the rounds."""
         after = self.new_tokens - len(self.finish)
         return after / self.decode_time if self.decode_time else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """New tokens of a row per round that it took part in (1 without speculation)."""
+        after = self.new_tokens - len(self.finish)
+        return after / (after - self.accepted) if after > self.accepted else 0.0
 
 
 def generate(
@@ -57,22 +72,28 @@ def generate(
     tokenizer: Tokenizer | None,
     limit: int,
     on_tokens: OnTokens | None = None,
+    drafting: Drafting | None = None,
 ) -> tuple[list[Row], Stats]:
     """Continue every prompt by ``options``, up to ``limit`` positions; stops a row at EOS, a stop string or its length."""
     start = time.perf_counter()
     longest = max(map(len, prompts))
     new = min(options.max_new_tokens, limit - longest)
-    session = Session(interpreter, len(prompts), longest + new)
+    drafts = DraftRun(drafting, len(prompts)) if drafting is not None else None
+    session = Session(interpreter, len(prompts), longest + new, drafts)
     rows = [Row(list(p)) for p in prompts]
     readers = [_Reader(tokenizer, options.stop) if tokenizer is not None else None for _ in rows]
     items = _items(prompts, options)
     known = torch.zeros(len(rows), session.capacity, dtype=torch.int64)  # every row's tokens so far, for the penalties
     for line, prompt in zip(known, prompts, strict=True):
         line[: len(prompt)] = torch.tensor(prompt)
-    stats = Stats(prompt_tokens=sum(map(len, prompts)), state_bytes=session.bytes())
+    lengths = [len(p) for p in prompts]
+    stats = Stats(prompt_tokens=sum(lengths), state_bytes=session.bytes())
 
     def requests() -> Requests:
-        return Requests(items, [line[: len(row.prompt) + len(row.tokens)] for line, row in zip(known, rows, strict=True)])
+        return Requests(items, [history(r) for r in range(len(rows))], lengths)
+
+    def history(r: int) -> torch.Tensor:
+        return known[r, : lengths[r] + len(rows[r].tokens)]
 
     def take(r: int, tokens: list[int]) -> None:
         """Give row r its new tokens, up to where it ends."""
@@ -96,6 +117,8 @@ def generate(
         stats.new_tokens += len(taken)
         if on_tokens is not None and on_tokens(r, taken, text) is False:
             row.finish = "cancelled"
+        if row.finish and drafts is not None:
+            drafts.finish(r, history(r).numpy(), lengths[r])
 
     logits = session.prefill(prompts)
     first = requests().first(logits)
@@ -111,6 +134,9 @@ def generate(
             take(r, produced[r])
     stats.decode_time = time.perf_counter() - begun
     stats.finish = [row.finish or "" for row in rows]
+    if drafts is not None:
+        stats.drafters, stats.drafted = drafts.counts, drafts.drafted
+        stats.draft_time, stats.verify_time, stats.commit_time = drafts.seconds, drafts.verify_seconds, drafts.commit_seconds
     return rows, stats
 
 

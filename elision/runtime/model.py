@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
 from elision.runtime.native.weights import PackedWeights
 from elision.runtime.options import resolve
+from elision.runtime.speculation import drafting_of
 from elision.runtime.text import Tokenizer
 
 
@@ -62,12 +64,14 @@ class Model:
         self._beside = threads if native is None or any(native.hosts.values()) else 1
         if native is None:
             self._interpreter = Interpreter(program, weights)
+            self.drafting = drafting_of(self._interpreter, repr((program.name, program.applied, threads)))
             return
         packed = weights if isinstance(weights, PackedWeights) else PackedWeights.pack(program, weights, native.packings)
         self.engine = Engine(program, native, packed, threads or physical_cores())
         self.weights = packed
         commit = self.engine.commit if "commit" in native.schedules else None
         self._interpreter = Interpreter(program, packed, self.engine.natives(), commit)
+        self.drafting = drafting_of(self._interpreter, f"{zlib.crc32(native.code)} {program.applied} {self.engine.threads}")
 
     @property
     def report(self) -> dict[str, Any]:
@@ -138,7 +142,9 @@ class Model:
             raise BadInput(f"{len(prompts)} sequences, but the model was compiled for max_batch={self.max_batch}")
         on_tokens = _callback(streamer, prompts)
         with self._threads(self._beside), torch.inference_mode():
-            rows, stats = loop.generate(self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens)
+            if self.drafting is not None:
+                self.drafting.policy.ready()
+            rows, stats = loop.generate(self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens, self.drafting)
         if hasattr(streamer, "end"):
             streamer.end()
         self.stats = stats

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from elision.errors import BadInput
+from elision.ir.drafting.run import DraftRun
 from elision.ir.interp import Interpreter
 from elision.ir.requests import Requests
 from elision.ir.states import KV
@@ -24,7 +25,7 @@ class Session:
     Every run has its own, so concurrent runs of one model do not meet.
     """
 
-    def __init__(self, interpreter: Interpreter, rows: int, capacity: int) -> None:
+    def __init__(self, interpreter: Interpreter, rows: int, capacity: int, drafts: DraftRun | None = None) -> None:
         self._interpreter, self.rows, self.capacity = interpreter, rows, capacity
         program = interpreter.program
         wide = DTYPES[program.meta["dtype"]]
@@ -32,7 +33,7 @@ class Session:
             name: KVStore(type, rows, capacity, wide) if isinstance(type, KV) else ArrayStore(type, rows)
             for name, type in program.states.items()
         }
-        self.committed = [0] * rows
+        self.committed, self.drafts = [0] * rows, drafts
 
     def bytes(self) -> int:
         """Bytes allocated for states."""
@@ -66,11 +67,18 @@ class Session:
         rows = sorted(last)
         at = Tokens(torch.tensor(rows), torch.tensor([self.committed[r] for r in rows]), self.rows)
         ids = torch.tensor([last[r] for r in rows], dtype=torch.int64)
-        tokens, *_ = self._run(program.round, {"last": ids, "requests": requests}, at)
+        requests.room = [self._room(position) for position in self.committed]
+        tokens, *_ = self._run(program.round, {"last": ids, "requests": requests, "drafts": self.drafts}, at)
         for r in rows:
             self.committed[r] += len(tokens[r])
         self._tick(rows)
         return tokens  # type: ignore[no-any-return]
+
+    def _room(self, position: int) -> int:
+        """How many levels of drafts a sequence with so many committed tokens may have: a round commits the root and the accepted
+        drafts, which must neither pass the capacity nor cross a tick of the clock."""
+        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks]
+        return min([self.capacity - position, *every]) - 1
 
     def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:
         if int(at.pos.max()) >= self.capacity:

@@ -7,11 +7,12 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows
+from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows, topk
 from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import NotNative, Planner, Ref, contiguous
 from elision.codegen.regions import Products, Region
+from elision.ir import schedule as abi
 from elision.ir.code_panels import Codes, codes_of
 from elision.ir.packing import packing_of
 from elision.ir.types import Tensor
@@ -230,6 +231,26 @@ def _broadcast(plan: Planner, arg: Value, shape: tuple[int, ...]) -> tuple[Ref, 
     return Ref(ref.buffer, ref.offset, (0,) * missing + ref.strides, (1,) * missing + ref.shape), operand
 
 
+def _topk(emitter: Emitter, plan: Planner, value: Value) -> None:
+    x, k = value.args[0], value.attr("k")
+    _floats(x)
+    source = plan.ref(x)
+    _need(source.contiguous and len(source.shape) == 1, "the largest of several rows")
+    _need(k <= topk.MOST, f"the {k} largest")
+    width = source.shape[0]
+    parts = {v.attr("index"): v for v in plan.graph.values if v.op == "item" and v.args[0] is value}
+    axis = plan.axis(x)
+    if 0 in parts:
+        values = plan.new(parts[0], private=False)
+    else:  # nobody reads the values
+        values = Ref(plan.buffer(axis, k * 4, private=False), 0, (1,), (k,))
+    _need(1 in parts, "the largest without their indices")
+    index = plan.new(parts[1], private=False)
+    name = emitter.kernels.add(("topk", width, k), lambda n: topk.topk(n, width, k))
+    operands = [plan.tensor(source), plan.tensor(values), plan.tensor(index, 8), ("int", abi.SPLIT)]
+    plan.row(name, ("axis", axis), *operands, writes=[values.buffer, index.buffer])
+
+
 def _view(emitter: Emitter, plan: Planner, value: Value) -> None:
     ref, shape = plan.ref(value.args[0]), tuple(value.attr("shape"))
     if ref.contiguous:
@@ -272,6 +293,7 @@ _RULES: dict[str, Rule] = {
     "map": _map,
     "view": _view,
     "slice": _slice,
+    "topk": _topk,
     "concat": _concat,
     "append": lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),
     "attend": lambda emitter, plan, value: attention_rules.attend(emitter.kernels, plan, value),

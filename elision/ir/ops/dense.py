@@ -291,5 +291,8 @@ def topk_type(x: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
 @op(topk_type)
 def topk(x: torch.Tensor, *, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of the last axis and their indices, in descending order; ties go to the smaller index."""
+    if k == 1:
+        best = x.argmax(-1, keepdim=True)
+        return x.gather(-1, best), best
     order = torch.sort(x, dim=-1, descending=True, stable=True)
     return order.values[..., :k], order.indices[..., :k]

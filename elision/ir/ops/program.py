@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from elision.ir import tree
+from elision.ir.drafting.run import DraftRun
 from elision.ir.layout import row_bytes
 from elision.ir.op import Cost, Sizes, bind_axes, need, op, substitute_type, token_axis
 from elision.ir.requests import Requests
@@ -115,6 +116,32 @@ def root(last: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, To
     return last, Tokens(at.row[row], pos, at.rows, parent, anc)
 
 
+def _draft_type(last: Tensor, requests: Host, drafts: Host, *, axis: str, methods: tuple[str, ...]) -> Tensor:
+    need(drafts == Host("drafts") and len(methods) > 0, f"expected drafts and at least one method, got {drafts} and {methods}")
+    return _root_type(last, axis=axis)
+
+
+@op(_draft_type, makes_axis=True)
+def draft(
+    last: torch.Tensor, requests: Requests, drafts: DraftRun, *, axis: str, methods: tuple[str, ...], at: Tokens
+) -> tuple[torch.Tensor, Tokens]:
+    """Token trees under the last committed tokens ``[b]``: what the ``methods`` propose, merged and cut by the length policy
+    (`elision.ir.drafting`). A tree may be its root alone."""
+    return drafts.propose(last, requests, at)
+
+
+def _learn_type(drafts: Host, ids: Tensor, best: Tensor, paths: Host) -> Host:
+    need(best.tokens == ids.tokens and best.dtype == "i64", f"expected the best tokens of the draft's nodes, got {best}")
+    return drafts
+
+
+@op(_learn_type)
+def learn(drafts: DraftRun, ids: torch.Tensor, best: torch.Tensor, paths: list[list[int]]) -> DraftRun:
+    """Show the drafters a round's nodes, the likeliest successors of each, and the paths that were accepted."""
+    drafts.learn(ids, best, paths)
+    return drafts
+
+
 def _warp_type(ids: Tensor, logits: Tensor, requests: Host) -> Tensor:
     token_axis(ids, logits)
     need(len(logits.axes) == 2, f"expected logits [t, vocab], got {logits}")
@@ -128,19 +155,22 @@ def warp(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, *, at: Tok
     return requests.warp(logits, at, ids)
 
 
-def _verify_type(ids: Tensor, logits: Tensor, requests: Host, last: Tensor) -> tuple[Host, Tensor]:
-    axis = token_axis(ids, logits)
+def _verify_type(ids: Tensor, logits: Tensor, best: Tensor, requests: Host, last: Tensor) -> tuple[Host, Tensor]:
+    axis = token_axis(ids, logits, best)
     need(axis == axis.root, "the tokens that verify reads cannot be restricted (rule axis)")
     return Host("paths"), last
 
 
 @op(_verify_type)
-def verify(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, last: torch.Tensor, *, at: Tokens) -> Any:
+def verify(
+    ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, requests: Requests, last: torch.Tensor, *, at: Tokens
+) -> Any:
     """Accept a path of each row's tree by its request's rule and draw the token after it: ``(paths, next [b])``.
 
+    ``best [t, k]``: the likeliest tokens of each node, the first of which is what greedy rows without penalties need.
     ``paths``: for each sequence, the accepted node indices, the root first (`elision.ir.verify`); empty for one not in the call.
     """
-    return requests.verify(ids, logits, at)
+    return requests.verify(ids, logits, best, at)
 
 
 def _commit_type(S: KV | Array, paths: Host) -> KV | Array:

@@ -25,6 +25,7 @@ from elision.ir.types import NAMES, Tensor
 from elision.ir.value import Graph, Value
 from elision.runtime.native.orc import load
 from elision.runtime.native.pool import pool
+from elision.runtime.native.rounds import Round, has_form
 from elision.runtime.native.table import Table
 from elision.runtime.native.weights import PackedWeights
 
@@ -54,19 +55,19 @@ class Engine:
         self._described: dict[str, tuple[list[weakref.ref[KVStore]], np.ndarray[Any, np.dtype[np.int64]]]] = {}
         self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
         self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         _engines.add(self)
 
     def after_fork(self) -> None:
         """In the child nobody holds the lock, and nobody is on the way out of a run."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._context[abi.COUNTER] = 0
 
     def run(self, entry: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches)."""
         graph, schedule = self._graphs[entry], self.schedules[entry]
         states = {n: s for n, s in zip((graph.names[v] for v in graph.inputs), args, strict=True) if isinstance(s, KVStore)}
-        with self._lock:
+        with self.lock:
             run = _Run(self, schedule, graph.values, states, at)
             for buffer, given in zip(schedule.inputs, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
                 run.give(buffer, given)
@@ -78,14 +79,18 @@ class Engine:
         stores = dict(zip(self.schedules["commit"].states, states, strict=True))
         row = torch.tensor([r for r, p in enumerate(paths) for _ in p], dtype=torch.int64)
         node = torch.tensor([i for p in paths for i in p], dtype=torch.int64)
-        with self._lock:
+        with self.lock:
             run = _Run(self, self.schedules["commit"], (), stores, Tokens(row, node, len(paths)))
             run.set_axis(0, row, node=node)
             run.all()
 
     def natives(self) -> dict[str, Native]:
         """What the interpreter runs in the place of entries."""
-        return {name: partial(self.run, name) for name in self._graphs}
+        found: dict[str, Native] = {name: partial(self.run, name) for name in self._graphs}
+        graph = self.program.round
+        if graph is not None and "step" in self._graphs and has_form(graph, self.schedules):
+            found[graph.name] = Round(self, graph)
+        return found
 
     def describe(self, schedule: abi.Schedule, states: Mapping[str, KVStore]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The descriptors of a schedule's states. Those of the last call are kept: a cache stays where it is."""

@@ -1,0 +1,60 @@
+"""How many drafted tokens pay: what a call costs by its number of nodes, against what their chances promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from elision.ir.drafting.proposal import Array
+
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)  # nodes for which a call is measured
+_LEAST = 1.02  # an expected gain below this is not worth its risk
+
+
+class Policy:
+    """``measure``: gives the seconds of calls over `SIZES` nodes; it is called once, by `ready` or when they are first needed."""
+
+    def __init__(self, measure: Callable[[], Array]) -> None:
+        self._measure, self._times = measure, np.zeros(0)
+        self.overhead = 0.0  # seconds that drafting and learning add to a round
+
+    def seconds(self, n: int) -> float:
+        """A call over n nodes, by the line between the sizes that were measured and on beyond them."""
+        return float(self._of(np.array([n]))[0])
+
+    def ready(self) -> None:
+        """Measure, if that has not been done."""
+        if not len(self._times):
+            self._times = np.maximum.accumulate(self._measure())  # a larger call never costs less: noise does
+
+    def _of(self, n: Array) -> Array:
+        self.ready()
+        slope = (self._times[-1] - self._times[-5]) / (SIZES[-1] - SIZES[-5])
+        found: Array = np.interp(n, SIZES, self._times) + np.maximum(n - SIZES[-1], 0) * slope
+        return found
+
+    def nodes(self, chances: Array, rows: int) -> int:
+        """How many of the drafted nodes of a round over ``rows`` sequences to run, given the chance of each, largest first: the
+        number with the most tokens per second, or 0 if that is not clearly more than without them."""
+        if not len(chances):
+            return 0
+        times = self._of(np.arange(rows, rows + len(chances) + 1))
+        rate = (rows + np.cumsum(chances)) / (times[1:] + self.overhead)
+        best = int(rate.argmax())
+        return best + 1 if rate[best] > _LEAST * rows / times[0] else 0
+
+    def took(self, seconds: float) -> None:
+        """A round spent so long on drafting and learning."""
+        self.overhead += 0.1 * (min(seconds, 10 * self.overhead + 1e-3) - self.overhead)  # a pause is not what a round costs
+
+
+class Always(Policy):
+    """Run the best ``most`` nodes of every row, whatever they cost: for tests and for machines whose cost is known."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(lambda: np.ones(len(SIZES)))
+        self._most = most
+
+    def nodes(self, chances: Array, rows: int) -> int:
+        return min(len(chances), self._most * rows)

@@ -1,0 +1,166 @@
+"""The drafts of one run: trees from all drafters, merged and cut, and what became of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from elision.ir.drafting.drafter import Drafter
+from elision.ir.drafting.policy import Policy
+from elision.ir.drafting.proposal import Array, Proposal, merge
+from elision.ir.requests import Requests
+from elision.ir.tokens import Tokens
+from elision.ir.tree import MAX_NODES
+
+_LOOK = 8  # a proposal is compared with so many tokens, once they are there
+_REST = 8  # while nothing pays, one round in so many is drafted, to see whether that has changed
+
+
+@dataclass
+class Counts:
+    """What a drafter did in a run: nodes that were run, and those accepted (a node that several propose counts for each)."""
+
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+
+
+@dataclass
+class Drafting:
+    """The drafters of a model, whose memory all its runs share, and the policy of its machine."""
+
+    drafters: list[Drafter]
+    policy: Policy
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def best(self) -> int:
+        return max(d.best for d in self.drafters)
+
+    def nbytes(self) -> int:
+        """Bytes of the drafters' tables."""
+        return sum(d.nbytes() for d in self.drafters)
+
+
+class DraftRun:
+    """The trees of a run over some rows. ``drafted``: nodes that were run beside the roots; ``seconds``: time spent on drafting and learning; in running the trees and in committing
+    what was accepted where the round is native."""
+
+    def __init__(self, drafting: Drafting, rows: int) -> None:
+        self._all, self.drafted = drafting, 0
+        self.seconds = self.verify_seconds = self.commit_seconds = 0.0
+        self.counts = {d.name: Counts() for d in drafting.drafters}
+        self._open: list[deque[tuple[int, list[Proposal | None]]]] = [deque() for _ in range(rows)]
+        self._sources: dict[int, Array] = {}  # by row, which drafters proposed each node of this round's tree
+        self._seen = [0] * rows  # tokens of each row that the drafters have read
+        self._round = 0.0  # seconds of this round
+        self._idle = 0  # rounds since drafting paid
+
+    def propose(self, last: torch.Tensor, requests: Requests, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+        """The round's trees: ids ``[n]`` and their tokens, row by row, roots first."""
+        start = time.perf_counter()
+        rows, pos = at.row.tolist(), at.pos.tolist()
+        self._sources = {}
+        trees: dict[int, tuple[Proposal, Array, Array]] = {}
+        if self._idle % _REST == 0:
+            with self._all.lock:
+                for r in rows:
+                    if (found := self._tree(r, requests)) is not None:
+                        trees[r] = found
+        chances = np.concatenate([c[1:] for _, c, _ in trees.values()]) if trees else np.zeros(0)
+        order = np.argsort(-chances, kind="stable")
+        count = self._all.policy.nodes(chances[order], len(rows)) if trees else 0
+        self._idle = 0 if count or (not trees and not self._idle) else self._idle + 1
+        if not count:
+            out = _roots(last, at)
+        else:
+            chosen = np.zeros(len(chances), bool)
+            chosen[order[:count]] = True
+            out = self._cut(last, rows, pos, trees, chosen, at.rows)
+        self._round = time.perf_counter() - start
+        return out
+
+    def learn(self, ids: torch.Tensor, best: torch.Tensor, paths: list[list[int]]) -> None:
+        """Show the round's nodes to the drafters, and count what was accepted (``paths``: by row, empty if it took no part)."""
+        start = time.perf_counter()
+        with self._all.lock:
+            for drafter in self._all.drafters:
+                drafter.see(ids.numpy(), best.numpy())
+        for r, bits in self._sources.items():
+            self.drafted += len(bits) - 1
+            right = bits[paths[r][1:]]
+            for i, counts in enumerate(self.counts.values()):
+                counts.drafted += int((bits[1:] >> i & 1).sum())
+                counts.accepted += int((right >> i & 1).sum())
+                counts.rounds += 1
+        self._round += time.perf_counter() - start
+        if self._sources:
+            self._all.policy.took(self._round)
+        self.seconds += self._round
+
+    def finish(self, row: int, history: Array, prompt: int) -> None:
+        """A row has ended: its last tokens are read, and drafters that remember outputs take it in."""
+        with self._all.lock:
+            self._read(row, history)
+            for drafter in self._all.drafters:
+                drafter.finish(history, prompt)
+
+    def _tree(self, r: int, requests: Requests) -> tuple[Proposal, Array, Array] | None:
+        """The row's merged tree, the chance of each of its nodes, and who proposed it."""
+        history, room = requests.histories[r].numpy(), requests.room[r]
+        self._read(r, history)
+        found = [d.propose(history, requests.prompts[r], room) if room > 0 else None for d in self._all.drafters]
+        self._open[r].append((len(history), found))
+        there = [(i, p) for i, p in enumerate(found) if p is not None]
+        if not there:
+            return None
+        drafters = self._all.drafters
+        tree, edges, bits = merge([p for _, p in there], [drafters[i].rates.of(p.kind) for i, p in there])
+        if len(there) < len(found) or len(found) > 1:
+            bits = sum(((bits >> n) & 1) << i for n, (i, _) in enumerate(there))
+        return tree, tree.along(edges), bits
+
+    def _cut(
+        self, last: torch.Tensor, rows: list[int], pos: list[int], trees: dict[int, tuple[Proposal, Array, Array]], chosen: Array,
+        sequences: int,
+    ) -> tuple[torch.Tensor, Tokens]:  # fmt: skip
+        ids, row, where, parent, anc = [], [], [], [], []
+        begin = 0
+        for i, r in enumerate(rows):
+            if r in trees:
+                tree, _, bits = trees[r]
+                keep = np.concatenate(([0], 1 + chosen[begin : begin + len(tree) - 1].nonzero()[0]))[:MAX_NODES]
+                begin += len(tree) - 1
+                tree, self._sources[r] = tree.keep(keep), bits[keep]
+            else:
+                tree = Proposal(last[i : i + 1].numpy(), np.array([-1]), np.array([0]), np.array([0]))
+            ids.append(tree.token)
+            row.append(np.full(len(tree), r))
+            where.append(pos[i] + tree.depth)
+            parent.append(tree.parent)
+            anc.append(tree.ancestors())
+        parts = [torch.from_numpy(np.concatenate(x)) for x in (ids, row, where, parent, anc)]
+        return parts[0], Tokens(parts[1], parts[2], sequences, parts[3], parts[4])
+
+    def _read(self, r: int, history: Array) -> None:
+        """Take in the tokens of a row that are new, and count what was proposed for it ``_LOOK`` tokens ago."""
+        waiting = self._open[r]
+        while waiting and len(history) - waiting[0][0] >= _LOOK:
+            length, found = waiting.popleft()
+            for drafter, proposal in zip(self._all.drafters, found, strict=True):
+                if proposal is not None:
+                    drafter.rates.count(proposal, history[length : length + _LOOK])
+        for drafter in self._all.drafters:
+            drafter.advance(history, len(history) - self._seen[r])
+        self._seen[r] = len(history)
+
+
+def _roots(last: torch.Tensor, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+    """Empty drafts."""
+    minus, one = torch.full_like(at.row, -1), torch.ones_like(at.row)
+    return last, Tokens(at.row, at.pos, at.rows, minus, one)

@@ -1,0 +1,135 @@
+"""A round of generation on native code: two calls into it, and as little Python between them as there can be.
+
+It does what the round's graph says (`elision.ir.program.round_of`), for rounds of that form only; any other round is left to the
+interpreter, which runs the same entries through `Engine.run`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from elision.ir import schedule as abi
+from elision.ir.drafting.run import DraftRun
+from elision.ir.op import lookup
+from elision.ir.states import KV
+from elision.ir.tokens import Tokens
+from elision.ir.value import Graph
+from elision.runtime.native.table import Table
+
+if TYPE_CHECKING:
+    from elision.runtime.native.engine import Engine
+
+_FORM = {"checkpoint", "root", "draft", "call", "item", "verify", "commit", "emit", "learn"}
+Longs = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
+    """Whether a round is one that `Round` runs: nothing in it but the ops of generation, and no row of ``step`` on the host."""
+    ops = [v.op for v in graph.values if v.op not in ("input", "param")]
+    plain = set(ops) <= _FORM and ops.count("call") == ops.count("verify") == 1
+    caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
+    return plain and caches and "commit" in schedules and all(row.host < 0 for row in schedules["step"].rows)
+
+
+class _Arrays:
+    """Memory of a token axis that native code reads, with room for ``n`` tokens of ``rows`` sequences."""
+
+    def __init__(self, n: int, rows: int) -> None:
+        self.n, self.rows = n, rows
+        self.of: dict[str, Longs] = {name: np.zeros(n, np.int64) for name in ("row", "pos", "anc", "node")}
+        self.of["start"] = np.zeros(rows + 1, np.int64)
+        self._words = [(abi.AXES + abi.AXIS[name], array.ctypes.data) for name, array in self.of.items()]
+
+    def place(self, context: Longs, row: Longs, node: Longs, **more: Longs) -> None:
+        n = len(row)
+        self.of["row"][:n], self.of["node"][:n] = row, node
+        for name, array in more.items():
+            self.of[name][:n] = array
+        if self.rows == 1:
+            self.of["start"][1] = n
+        else:
+            self.of["start"][:] = np.searchsorted(row, np.arange(self.rows + 1))
+        context[abi.AXES + abi.AXIS["count"]] = n
+        for word, address in self._words:
+            context[word] = address
+
+
+class Round:
+    """The native form of a program's round. Called as the interpreter calls any: operands in order, tokens of their axis."""
+
+    def __init__(self, engine: Engine, graph: Graph) -> None:
+        self._engine, self._step, self._commit = engine, engine.schedules["step"], engine.schedules["commit"]
+        self._names = [graph.names[v] for v in graph.inputs]
+        self._caches = [graph.names[v] for v in graph.inputs if v.is_state]
+        self._draft = next(v for v in graph.values if v.op in ("root", "draft"))
+        self._arrays = _Arrays(0, 0)
+        self._table: Table | None = None
+        self._ids: Longs = np.zeros(0, np.int64)
+        self._logits = self._best = torch.zeros(0)
+
+    def __call__(self, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
+        given = dict(zip(self._names, args, strict=True))
+        requests, drafts = given["requests"], given.get("drafts")
+        if drafts is None:
+            ids, nodes = lookup("root").body(given["last"], axis="d", at=at)
+        else:
+            ids, nodes = drafts.propose(given["last"], requests, at)
+        states = {name: given[name] for name in self._caches}
+        with self._engine.lock:
+            start = time.perf_counter()
+            self._run_step(ids, nodes, states)
+            n = len(ids)
+            best = self._best[:n]
+            paths, drawn = requests.verify(ids, self._logits[:n], best, nodes)
+            middle = time.perf_counter()
+            self._run_commit(paths, states)
+            if drafts is not None:
+                drafts.learn(ids, best, paths)
+                _count(drafts, middle - start, time.perf_counter() - middle)
+        tokens = lookup("emit").body(ids, paths, drawn, at=nodes)
+        return (tokens, drawn, *states.values(), *(() if drafts is None else (drafts,)))
+
+    def _run_step(self, ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]) -> None:
+        n, engine = len(ids), self._engine
+        if self._arrays.n < n or self._arrays.rows != nodes.rows:
+            self._arrays = _Arrays(max(64, 1 << (n - 1).bit_length()), nodes.rows)
+        table = engine.table(self._step, [n] * len(self._step.axes))
+        if table is not self._table:
+            self._look(table)
+        self._ids[:n] = ids.numpy()
+        row = nodes.row.numpy()
+        assert nodes.anc is not None
+        place = np.arange(n) if nodes.rows == 1 else np.arange(n) - np.searchsorted(row, row)
+        self._arrays.place(engine.context, row, place, pos=nodes.pos.numpy(), anc=nodes.anc.numpy())
+        self._launch(self._step, table, states, nodes.rows)
+
+    def _run_commit(self, paths: list[list[int]], states: Mapping[str, Any]) -> None:
+        row = np.repeat(np.arange(len(paths)), [len(p) for p in paths])
+        node = np.array([i for p in paths for i in p], np.int64)
+        self._arrays.place(self._engine.context, row, node)
+        self._launch(self._commit, self._engine.table(self._commit, [len(row)]), states, len(paths))
+
+    def _launch(self, schedule: abi.Schedule, table: Table, states: Mapping[str, Any], rows: int) -> None:
+        engine, context = self._engine, self._engine.context
+        described = engine.describe(schedule, states)
+        context[abi.THREADS], context[abi.SEQUENCES] = engine.threads, rows
+        context[abi.TABLE], context[abi.STATES] = table.words.ctypes.data, described.ctypes.data
+        engine.launch(0)
+
+    def _look(self, table: Table) -> None:
+        """Find the inputs and outputs of ``step`` in its table's memory."""
+        room = table.capacity[0]
+        axis = self._step.buffers[self._step.inputs[0]].axis
+        self._ids = table.view(("view", self._step.inputs[0], 0, (), (), "i64", axis), room).numpy()
+        self._logits, self._best = (table.view(place, room) for place in self._step.outputs)
+        self._table = table
+
+
+def _count(drafts: DraftRun, verify: float, commit: float) -> None:
+    drafts.verify_seconds += verify
+    drafts.commit_seconds += commit

@@ -1,0 +1,93 @@
+"""What speculation needs of this machine: the drafters of a program, and what its calls cost by their number of nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from elision.ir.drafting import continuations, lookup, recycling, trigrams  # noqa: F401  (they register their drafters)
+from elision.ir.drafting.drafter import make
+from elision.ir.drafting.policy import SIZES, Policy
+from elision.ir.drafting.proposal import Array, chain
+from elision.ir.drafting.run import Drafting
+from elision.ir.interp import Interpreter
+from elision.ir.program import drafting
+from elision.ir.requests import Requests
+from elision.ir.tokens import Tokens
+from elision.ir.verify import Request
+from elision.runtime.session import Session
+
+log = logging.getLogger("elision")
+_RUNS, _BEFORE = 3, 64
+
+
+def drafting_of(interpreter: Interpreter, key: str) -> Drafting | None:
+    """The drafters of the interpreter's program with a policy for this machine, or None if its drafts are empty. ``key``: what
+    else the time of a call depends on (code, threads); times are kept under it in the user's cache directory."""
+    program = interpreter.program
+    methods = drafting(program.round)[1] if program.round is not None else ()
+    if not methods:
+        return None
+    return Drafting([make(m, program.meta["vocab"]) for m in methods], Policy(lambda: step_seconds(interpreter, key)))
+
+
+def step_seconds(interpreter: Interpreter, key: str) -> Array:
+    """Seconds of a round's call over each of `SIZES` nodes after a short prompt, medians; measured once per ``key`` and machine."""
+    path = _path(key)
+    try:
+        found = json.loads(path.read_text())
+        if len(found) == len(SIZES) and all(isinstance(x, float) and x > 0 for x in found):
+            return np.array(found)
+    except (OSError, ValueError, TypeError):
+        pass
+    log.info("measuring what a step of 1 to %d nodes costs", SIZES[-1])
+    seen = np.array([[_seconds(interpreter, n) for n in SIZES] for _ in range(_RUNS + 1)])[1:]
+    times = np.median(seen, 0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(times.tolist()))
+    except OSError as err:
+        log.info("the times are not kept: %s", err)
+    return times
+
+
+def _seconds(interpreter: Interpreter, n: int) -> float:
+    """One round over a chain of n nodes, none of which is a good guess."""
+    session = Session(interpreter, 1, _BEFORE + SIZES[-1], _Chain(n))  # type: ignore[arg-type]
+    session.prefill([[0] * _BEFORE])
+    history = torch.zeros(_BEFORE + 1, dtype=torch.int64)
+    requests = Requests([Request()], [history], [_BEFORE])
+    start = time.perf_counter()
+    session.round({0: 0}, requests)
+    return time.perf_counter() - start
+
+
+class _Chain:
+    """In the place of drafts: always the same chain."""
+
+    seconds = verify_seconds = commit_seconds = 0.0
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def propose(self, last: torch.Tensor, requests: Requests, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+        tree = chain(0, np.arange(1, self._n), np.zeros(self._n - 1, np.int64))
+        nodes = [torch.from_numpy(x) for x in (tree.token, np.zeros(self._n, np.int64), int(at.pos[0]) + tree.depth, tree.parent)]
+        return nodes[0], Tokens(nodes[1], nodes[2], 1, nodes[3], torch.from_numpy(tree.ancestors()))
+
+    def learn(self, *round: object) -> None:
+        pass
+
+
+def _path(key: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    machine = f"{platform.node()} {platform.processor()} {os.cpu_count()}"
+    return Path(base) / "elision" / f"step-seconds-{hashlib.sha256(f'{machine} {key}'.encode()).hexdigest()[:24]}.json"
