@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from elision.errors import BadInput
+from elision.ir.tokens import Tokens
 
 MAX_NODES = 64  # one word of ancestor bits
 
@@ -69,3 +70,8 @@ def pack(
     parent = torch.tensor([p for t in trees for p in t.parent])
     anc = torch.tensor([signed(b) for t in trees for b in t.ancestors])
     return row, pos, parent, anc
+
+
+def roots(at: Tokens) -> Tokens:
+    """Trees of their roots alone, one for each token of ``at``."""
+    return Tokens(at.row, at.pos, at.rows, torch.full_like(at.row, -1), torch.ones_like(at.row))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -35,7 +36,8 @@ class Stats:
     """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated.
 
     ``drafted``, ``accepted``: nodes beside the roots that were run, and those that became tokens; ``drafters`` has the same by
-    drafter. ``draft_time``, ``verify_time``, ``commit_time`` are parts of ``decode_time`` (of native rounds that draft).
+    drafter, and ``sizes`` counts the rounds by their nodes. ``draft_time``, ``verify_time``, ``commit_time`` are parts of
+    ``decode_time`` (of native rounds that draft).
     """
 
     prompt_tokens: int = 0
@@ -50,6 +52,7 @@ class Stats:
     verify_time: float = 0.0
     commit_time: float = 0.0
     drafters: dict[str, Counts] = field(default_factory=dict)
+    sizes: Counter[int] = field(default_factory=Counter)
     finish: list[str] = field(default_factory=list)
 
     @property
@@ -135,7 +138,7 @@ def generate(
     stats.decode_time = time.perf_counter() - begun
     stats.finish = [row.finish or "" for row in rows]
     if drafts is not None:
-        stats.drafters, stats.drafted = drafts.counts, drafts.drafted
+        stats.drafters, stats.drafted, stats.sizes = drafts.counts, drafts.drafted, drafts.sizes
         stats.draft_time, stats.verify_time, stats.commit_time = drafts.seconds, drafts.verify_seconds, drafts.commit_seconds
     return rows, stats
 

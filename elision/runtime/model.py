@@ -144,7 +144,9 @@ class Model:
         with self._threads(self._beside), torch.inference_mode():
             if self.drafting is not None:
                 self.drafting.policy.ready()
-            rows, stats = loop.generate(self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens, self.drafting)
+            rows, stats = loop.generate(
+                self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens, self.drafting
+            )
         if hasattr(streamer, "end"):
             streamer.end()
         self.stats = stats

@@ -40,7 +40,8 @@ def drafting_of(interpreter: Interpreter, key: str) -> Drafting | None:
 
 
 def step_seconds(interpreter: Interpreter, key: str) -> Array:
-    """Seconds of a round's call over each of `SIZES` nodes after a short prompt, medians; measured once per ``key`` and machine."""
+    """Seconds of a round's call over each of `SIZES` nodes after a short prompt, medians; measured once per ``key`` and
+    machine."""
     path = _path(key)
     try:
         found = json.loads(path.read_text())

@@ -160,9 +160,10 @@ def test_passes_on_the_round(models: Any) -> None:
     assert drafted.program.quality == "exact" and "token-recycling:nodes=20" in drafted.program.applied
 
 
-@pytest.mark.parametrize(
-    "passes", [["prompt-lookup", "prompt-lookup:match=2"], ["token-recycling:nodes=64"], ["token-recycling:k=0"], ["pain-trie:branch=0"]]
-)
+WRONG = [["prompt-lookup", "prompt-lookup:match=2"], ["token-recycling:nodes=64"], ["token-recycling:k=0"], ["pain-trie:branch=0"]]
+
+
+@pytest.mark.parametrize("passes", WRONG)
 def test_bad_parameters(passes: list[str]) -> None:
     with pytest.raises(BadInput, match="given twice|expected 1 to"):
         elision.compile(tiny(), passes, target="reference")

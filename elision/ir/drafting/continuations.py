@@ -17,10 +17,10 @@ _LATER = 1e-4  # weight of outputs against the prompt: they break its ties
 
 @register
 class ContinuationTrie(Drafter):
-    """Trie retrieval of Lookahead (Zhao et al. 2023, "Lookahead: An Inference Acceleration Framework", repository
-    PainlessInferenceAcceleration). The published tries hold every window of ``branch`` tokens of the prompt and of outputs; here
-    the part of them under the last ``match`` tokens (or fewer, if that gives under ``branch`` nodes) is made when it is asked for,
-    from all places where these tokens stand: the same nodes and counts, with nothing to keep up to date.
+    """Trie retrieval of Lookahead (Zhao et al. 2023, "Lookahead: An Inference Acceleration Framework"). The published tries hold
+    every window of ``branch`` tokens of the prompt and of outputs; here the part of them under the last ``match`` tokens (or
+    fewer, if that gives under ``branch`` nodes) is made when it is asked for, from all places where these tokens stand: the same
+    nodes and counts, with nothing to keep up to date.
 
     Prompt counts come first, outputs break ties (weight 1e-4), the best ``nodes`` stay. Outputs of earlier requests are kept in a
     ring of ``memory`` tokens, the oldest of which are overwritten (the published eviction halves counts instead). The kind of a
@@ -103,4 +103,5 @@ def _after(tokens: Array, suffix: Array, m: int) -> Array:
 
 def _windows(tokens: Array, places: Array, length: int) -> Array:
     at = places[:, None] + np.arange(length)
-    return np.where(at < len(tokens), tokens[np.minimum(at, len(tokens) - 1)], -1)
+    found: Array = np.where(at < len(tokens), tokens[np.minimum(at, len(tokens) - 1)], -1)
+    return found

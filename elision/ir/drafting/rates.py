@@ -18,7 +18,8 @@ class Rates:
 
     def of(self, kinds: Array) -> Array:
         """The chances, float64, below 1 so that more nodes never look certain."""
-        return np.minimum(self.right[kinds] / self.tried[kinds], 0.995)
+        found: Array = np.minimum(self.right[kinds] / self.tried[kinds], 0.995)
+        return found
 
     def count(self, proposal: Proposal, tokens: Array) -> None:
         """Count a proposal's guesses that the tokens after its root settle."""

@@ -53,7 +53,7 @@ class TokenRecycling(Drafter):
 
 def _template(nodes: int, k: int, depth: int) -> Proposal:
     """The ``nodes`` rank paths with the largest product of beliefs, in levels; kind = level * k + rank."""
-    heap = [(-_FALL[r % 8], (r,)) for r in range(k)]
+    heap: list[tuple[float, tuple[int, ...]]] = [(-_FALL[r % 8], (r,)) for r in range(k)]
     heapq.heapify(heap)
     paths: list[tuple[int, ...]] = [()]
     while heap and len(paths) <= nodes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from elision.ir.drafting.policy import Policy
 from elision.ir.drafting.proposal import Array, Proposal, merge
 from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
-from elision.ir.tree import MAX_NODES
+from elision.ir.tree import MAX_NODES, roots
 
 _LOOK = 8  # a proposal is compared with so many tokens, once they are there
 _REST = 8  # while nothing pays, one round in so many is drafted, to see whether that has changed
@@ -48,11 +48,13 @@ class Drafting:
 
 
 class DraftRun:
-    """The trees of a run over some rows. ``drafted``: nodes that were run beside the roots; ``seconds``: time spent on drafting and learning; in running the trees and in committing
-    what was accepted where the round is native."""
+    """The trees of a run over some rows. ``drafted``: nodes that were run beside the roots; ``sizes``: how many rounds ran how
+    many nodes; ``seconds``: time spent on drafting and learning; in running the trees and in committing what was accepted where
+    the round is native."""
 
     def __init__(self, drafting: Drafting, rows: int) -> None:
         self._all, self.drafted = drafting, 0
+        self.sizes: Counter[int] = Counter()
         self.seconds = self.verify_seconds = self.commit_seconds = 0.0
         self.counts = {d.name: Counts() for d in drafting.drafters}
         self._open: list[deque[tuple[int, list[Proposal | None]]]] = [deque() for _ in range(rows)]
@@ -77,7 +79,7 @@ class DraftRun:
         count = self._all.policy.nodes(chances[order], len(rows)) if trees else 0
         self._idle = 0 if count or (not trees and not self._idle) else self._idle + 1
         if not count:
-            out = _roots(last, at)
+            out = last, roots(at)
         else:
             chosen = np.zeros(len(chances), bool)
             chosen[order[:count]] = True
@@ -98,6 +100,7 @@ class DraftRun:
                 counts.drafted += int((bits[1:] >> i & 1).sum())
                 counts.accepted += int((right >> i & 1).sum())
                 counts.rounds += 1
+        self.sizes[len(ids)] += 1
         self._round += time.perf_counter() - start
         if self._sources:
             self._all.policy.took(self._round)
@@ -158,9 +161,3 @@ class DraftRun:
         for drafter in self._all.drafters:
             drafter.advance(history, len(history) - self._seen[r])
         self._seen[r] = len(history)
-
-
-def _roots(last: torch.Tensor, at: Tokens) -> tuple[torch.Tensor, Tokens]:
-    """Empty drafts."""
-    minus, one = torch.full_like(at.row, -1), torch.ones_like(at.row)
-    return last, Tokens(at.row, at.pos, at.rows, minus, one)

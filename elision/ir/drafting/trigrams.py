@@ -18,9 +18,9 @@ _HASH = np.uint64(0x9E3779B97F4A7C15)
 @register
 class TriGrams(Drafter):
     """ADED (Liu et al. 2024, "Adaptive Draft-Verification for Efficient LLM Decoding"): for every pair of tokens up to 12
-    successors with weights, which grow by 0.04 (to at most 3) each time they are written. The published search is Monte Carlo tree
-    search over the table; its limit is the order of path weights, which a search by level with the best ``width`` paths finds
-    without chance. The table begins empty and learns from prompts and outputs (``slots``: pairs that it can hold)."""
+    successors with weights, which grow by 0.04 (to at most 3) each time they are written. The published search is Monte Carlo
+    tree search over the table; its limit is the order of path weights, which a search by level with the best ``width`` paths
+    finds without chance. The table begins empty and learns from prompts and outputs (``slots``: pairs that it can hold)."""
 
     name: ClassVar[str] = "aded"
 

@@ -112,8 +112,7 @@ def _root_type(last: Tensor, *, axis: str) -> Tensor:
 @op(_root_type, makes_axis=True)
 def root(last: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
     """The empty draft: a tree with only its root, the last committed token of each row ``[b]`` (plain decoding)."""
-    row, pos, parent, anc = tree.pack([tree.Tree((-1,))] * len(at), at.pos.tolist())
-    return last, Tokens(at.row[row], pos, at.rows, parent, anc)
+    return last, tree.roots(at)
 
 
 def _draft_type(last: Tensor, requests: Host, drafts: Host, *, axis: str, methods: tuple[str, ...]) -> Tensor:
