@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from elision.ir import verify as rules
+from elision.ir.drafted import Drafted
 from elision.ir.tokens import Tokens
 from elision.ir.warp import warp
 
@@ -26,8 +27,11 @@ class Requests:
             for item, history, row in zip(self.items, self.histories, logits, strict=True)
         ]
 
-    def verify(self, ids: torch.Tensor, logits: torch.Tensor, at: Tokens) -> tuple[list[list[int]], torch.Tensor]:
-        """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is."""
+    def verify(
+        self, ids: torch.Tensor, logits: torch.Tensor, at: Tokens, drafted: Drafted | None = None
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is.
+        ``drafted``: of all nodes, what sampled drafts were drawn from."""
         assert at.parent is not None
         paths: list[list[int]] = [[] for _ in self.items]
         drawn: list[int] = []
@@ -36,8 +40,15 @@ class Requests:
         while stop < len(rows):  # the tokens of a row are side by side: views, no copies of logits
             start, r = stop, rows[stop]
             stop = bisect_right(rows, r)
+            own = slice(start, stop)
             paths[r], token = rules.verify(
-                ids[start:stop], parents[start:stop], positions[start], logits[start:stop], self.histories[r], self.items[r]
+                ids[own],
+                parents[own],
+                positions[start],
+                logits[own],
+                self.histories[r],
+                self.items[r],
+                None if drafted is None else drafted.part(own),
             )
             drawn.append(token)
         return paths, torch.tensor(drawn, dtype=torch.int64)
