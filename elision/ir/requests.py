@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from elision.ir import verify as rules
+from elision.ir.drafted import Drafted
 from elision.ir.tokens import Tokens
 from elision.ir.warp import warp
 
@@ -33,9 +34,10 @@ class Requests:
         ]
 
     def verify(
-        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens
+        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Drafted | None = None
     ) -> tuple[list[list[int]], torch.Tensor]:
-        """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is."""
+        """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is.
+        ``best [n, k]``: the likeliest tokens of each node; ``drafted``: of all nodes, what sampled drafts were drawn from."""
         assert at.parent is not None
         paths: list[list[int]] = [[] for _ in self.items]
         drawn: list[int] = []
@@ -44,12 +46,18 @@ class Requests:
         while stop < len(rows):  # the tokens of a row are side by side: views, no copies of logits
             start, r = stop, rows[stop]
             stop = bisect_right(rows, r)
-            item = self.items[r]
+            own, item = slice(start, stop), self.items[r]
             if item.plain:
-                paths[r], token = follow(ids[start:stop].numpy(), parents[start:stop], best[start:stop, 0].numpy())
+                paths[r], token = follow(ids[own].numpy(), parents[own], best[own, 0].numpy())
             else:
                 paths[r], token = rules.verify(
-                    ids[start:stop], parents[start:stop].tolist(), int(at.pos[start]), logits[start:stop], self.histories[r], item
+                    ids[own],
+                    parents[own].tolist(),
+                    int(at.pos[start]),
+                    logits[own],
+                    self.histories[r],
+                    item,
+                    None if drafted is None else drafted.part(own),
                 )
             drawn.append(token)
         return paths, torch.tensor(drawn, dtype=torch.int64)

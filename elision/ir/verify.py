@@ -3,7 +3,8 @@
 V1 ``greedy``: a node continues to the child that holds the argmax; identical tokens to greedy decoding.
 V2 ``match``: at each node a token is drawn with noise keyed on its absolute position, and the node continues
 to the child that holds it; identical tokens to sampling one by one with the same key, for every tree that
-does not depend on that noise.
+does not depend on that noise. V3 to V6, which weigh what a draft was drawn from, are in `elision.ir.rejection`:
+the same distribution, not the same tokens.
 """
 
 from __future__ import annotations
@@ -13,36 +14,39 @@ from dataclasses import dataclass
 
 import torch
 
+from elision.errors import BadInput
+from elision.ir.drafted import VERIFY, Drafted, Trees
 from elision.ir.noise import RowKey, gumbel
+from elision.ir.rejection import SAMPLED, Sampled
+from elision.ir.tree import Tree
 from elision.ir.warp import Warp, penalise, warp
-
-#: The verifier's noise stream; drafters draw from others.
-STREAM = "verify"
 
 
 @dataclass(frozen=True)
 class Request:
-    """How one row draws its tokens: the warp's parameters, greedy or sampled, and the key of its noise."""
+    """How one row draws its tokens: the warp's parameters, greedy or sampled, the key of its noise, and the rule by
+    which sampled drafts are verified (greedy rows have one of their own). Raises BadInput if there is no such rule."""
 
     warp: Warp = Warp()
     greedy: bool = True
     seed: int = 0
     row: int = 0
+    rule: str = "match"
+
+    def __post_init__(self) -> None:
+        names = [name for name in RULES if name != "greedy"]
+        if self.rule not in names:
+            raise BadInput(f"rule={self.rule!r}; expected one of {', '.join(names)}")
 
     @property
     def plain(self) -> bool:
         """Greedy, and by the logits as they are."""
         return self.greedy and self.warp.repetition_penalty == 1.0 and not self.warp.suppress
 
-    @property
-    def rule(self) -> str:
-        """The rule's name in `RULES`."""
-        return "greedy" if self.greedy else "match"
-
 
 Draw = Callable[[torch.Tensor, torch.Tensor, Request, int], int]
 Accepted = tuple[list[int], int]
-Rule = Callable[[torch.Tensor, Sequence[int], int, torch.Tensor, torch.Tensor, Request], Accepted]
+Rule = Callable[[torch.Tensor, Sequence[int], int, torch.Tensor, torch.Tensor, Request, Drafted | None], Accepted]
 
 
 def draw_greedy(logits: torch.Tensor, history: torch.Tensor, request: Request, position: int) -> int:
@@ -53,7 +57,7 @@ def draw_greedy(logits: torch.Tensor, history: torch.Tensor, request: Request, p
 def draw_match(logits: torch.Tensor, history: torch.Tensor, request: Request, position: int) -> int:
     """A draw from the warped distribution, by Gumbel noise keyed on the ``position`` of the drawn token."""
     p = warp(logits[None], [history], request.warp)[0].double()
-    return int((p.log() + gumbel(RowKey(request.seed, request.row), position, STREAM, len(p))).argmax())
+    return int((p.log() + gumbel(RowKey(request.seed, request.row), position, VERIFY, len(p))).argmax())
 
 
 def walk(draw: Draw) -> Rule:
@@ -66,6 +70,7 @@ def walk(draw: Draw) -> Rule:
         logits: torch.Tensor,
         history: torch.Tensor,
         request: Request,
+        drafted: Drafted | None,
     ) -> Accepted:
         children: dict[tuple[int, int], int] = {}
         for node, token in enumerate(tokens.tolist()):
@@ -82,7 +87,43 @@ def walk(draw: Draw) -> Rule:
     return rule
 
 
-RULES: dict[str, Rule] = {"greedy": walk(draw_greedy), "match": walk(draw_match)}
+def weigh(name: str, sampled: Sampled) -> Rule:
+    """A rule of `elision.ir.rejection` for the tree of one row."""
+
+    def rule(
+        tokens: torch.Tensor,
+        parent: Sequence[int],
+        position: int,
+        logits: torch.Tensor,
+        history: torch.Tensor,
+        request: Request,
+        drafted: Drafted | None,
+    ) -> Accepted:
+        if drafted is None and len(tokens) > 1:
+            raise BadInput(f"rule {name} needs the q that the drafts were drawn from, and got none: use rule match")
+        if drafted is not None and drafted.q is not None and drafted.q.shape != logits.shape:
+            q = list(drafted.q.shape)
+            raise BadInput(f"q is {q}, but the logits are {list(logits.shape)}: a draft needs the vocabulary of its target")
+        tree = Tree(tuple(parent))
+
+        def p(rows: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+            node = int(nodes[0])
+            past = torch.cat((history, tokens[tree.path(node)[1:]]))
+            return warp(logits[node : node + 1], [past], request.warp).double()
+
+        given = (drafted or Drafted("point")).part(None)
+        key = RowKey(request.seed, request.row)
+        node, token = sampled(Trees(tokens[None], torch.tensor([tree.parent]), given, p, [key], [position]))
+        return tree.path(int(node)), int(token)
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "greedy": walk(draw_greedy),
+    "match": walk(draw_match),
+    **{name: weigh(name, sampled) for name, sampled in SAMPLED.items()},
+}
 
 
 def verify(
@@ -92,13 +133,16 @@ def verify(
     logits: torch.Tensor,
     history: torch.Tensor,
     request: Request,
+    drafted: Drafted | None = None,
 ) -> Accepted:
     """The accepted nodes of one row's tree, root first, and the token after them, by its rule.
 
     ``tokens [n]``, ``parent [n]`` (within the tree), ``position`` of the root, ``logits [n, V]``;
-    ``history``: the committed tokens, the root last. Penalties of a node see its own ancestors.
+    ``history``: the committed tokens, the root last; ``drafted``: what the tokens were drawn from, which V3 to V6
+    need. Penalties of a node see its own ancestors. Raises BadInput for a draft that the rule cannot verify.
     """
-    return RULES[request.rule](tokens, parent, position, logits, history, request)
+    rule = RULES["greedy" if request.greedy else request.rule]
+    return rule(tokens, parent, position, logits, history, request, drafted)
 
 
 def draw(logits: torch.Tensor, history: torch.Tensor, request: Request) -> int:

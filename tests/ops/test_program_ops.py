@@ -198,12 +198,14 @@ def test_verify_and_emit_on_rows_of_which_one_is_not_in_the_call(
     values = [
         b.input("ids", i64(D)),
         b.input("logits", f32(D, 64)),
+        b.input("best", i64(D, 2)),
         b.input("requests", Host("requests")),
         b.input("last", i64(B)),
     ]
     found, nxt = b.add("verify", *values)
-    graph = b.build(found, nxt, b.add("emit", values[0], found, nxt), b.add("warp", *values[:3]))
-    given_values = {"ids": ids, "logits": logits, "requests": requests, "last": torch.tensor([1, 2])}
+    graph = b.build(found, nxt, b.add("emit", values[0], found, nxt), b.add("warp", *values[:2], values[3]))
+    best = logits.topk(2).indices
+    given_values = {"ids": ids, "logits": logits, "best": best, "requests": requests, "last": torch.tensor([1, 2])}
     axes = {"d": at, "b": Tokens(torch.tensor(rows), torch.tensor([4, 9]), 3)}
     got, drawn, tokens, p = run(graph, given_values, axes)
     assert got == paths and drawn.tolist() == [5, 7]
@@ -212,7 +214,8 @@ def test_verify_and_emit_on_rows_of_which_one_is_not_in_the_call(
 
 
 def test_types_of_verify() -> None:
+    C = Axis("c", parent=D)
     host = Host("requests")
-    refused("cannot be restricted", "verify", i64(Axis("c", parent=D)), f32(Axis("c", parent=D), 9), host, i64(B))
-    refused("expected one token axis, got draft\\(d\\), t", "verify", i64(D), f32(T, 9), host, i64(B))
+    refused("cannot be restricted", "verify", i64(C), f32(C, 9), i64(C, 1), host, i64(B))
+    refused("expected one token axis, got draft\\(d\\), t", "verify", i64(D), f32(T, 9), i64(D, 1), host, i64(B))
     refused("expected logits \\[t, vocab\\]", "warp", i64(D), f32(D, 3, 9), host)

@@ -160,7 +160,7 @@ def test_passes_on_the_round(models: Any) -> None:
     assert drafted.program.quality == "exact" and "token-recycling:nodes=20" in drafted.program.applied
 
 
-WRONG = [["prompt-lookup", "prompt-lookup:match=2"], ["token-recycling:nodes=64"], ["token-recycling:k=0"], ["pain-trie:branch=0"]]
+WRONG = [["prompt-lookup", "prompt-lookup:match=2"], ["token-recycling:nodes=64"], ["token-recycling:k=0"], ["aded:width=0"]]
 
 
 @pytest.mark.parametrize("passes", WRONG)

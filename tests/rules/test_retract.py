@@ -67,8 +67,8 @@ def _round(program: Program, entry_of_second: str, *, checkpoint: bool = True, c
     if checkpoint:
         states = [b.add("checkpoint", s, depth=1) for s in states]
     ids = b.add("root", last, axis="d")
-    logits, *states = b.add("call", ids, *states, target="step")
-    paths, nxt = b.add("verify", ids, logits, requests, last)
+    logits, best, *states = b.add("call", ids, *states, target="step")
+    paths, nxt = b.add("verify", ids, logits, best, requests, last)
     if entry_of_second == "inside":
         _, *states = b.add("call", last, *states, target="prefill")
     if commit:

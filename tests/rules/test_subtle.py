@@ -41,8 +41,8 @@ def counting(drafted: bool) -> Program:
     marked = [b.add("checkpoint", b.input(n, t), depth=1) for n, t in program.states.items()]
     ids = b.add("root", last, axis="d")
     count = b.add("write", marked[-1], ids if drafted else last)
-    logits, *caches = b.add("call", ids, *marked[:-1], target="step")
-    paths, nxt = b.add("verify", ids, logits, requests, last)
+    logits, best, *caches = b.add("call", ids, *marked[:-1], target="step")
+    paths, nxt = b.add("verify", ids, logits, best, requests, last)
     program.round = b.build(b.add("emit", ids, paths, nxt), nxt, *(b.add("commit", s, paths) for s in [*caches, count]))
     return program
 

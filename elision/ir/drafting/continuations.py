@@ -98,7 +98,8 @@ def _after(tokens: Array, suffix: Array, m: int) -> Array:
     ends = tokens[m - 1 : len(tokens) - 1] == suffix[-1]
     for j in range(1, m):
         ends &= tokens[m - 1 - j : len(tokens) - 1 - j] == suffix[-1 - j]
-    return ends.nonzero()[0][-_OCCURRENCES:] + m
+    found: Array = ends.nonzero()[0][-_OCCURRENCES:] + m
+    return found
 
 
 def _windows(tokens: Array, places: Array, length: int) -> Array:

@@ -125,7 +125,7 @@ class DraftRun:
         drafters = self._all.drafters
         tree, edges, bits = merge([p for _, p in there], [drafters[i].rates.of(p.kind) for i, p in there])
         if len(there) < len(found) or len(found) > 1:
-            bits = sum(((bits >> n) & 1) << i for n, (i, _) in enumerate(there))
+            bits = np.sum([((bits >> n) & 1) << i for n, (i, _) in enumerate(there)], 0)
         return tree, tree.along(edges), bits
 
     def _cut(

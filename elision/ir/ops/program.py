@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from elision.ir import tree
+from elision.ir.drafted import KINDS, Drafted
 from elision.ir.drafting.run import DraftRun
 from elision.ir.layout import row_bytes
 from elision.ir.op import Cost, Sizes, bind_axes, need, op, substitute_type, token_axis
@@ -154,22 +155,39 @@ def warp(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, *, at: Tok
     return requests.warp(logits, at, ids)
 
 
-def _verify_type(ids: Tensor, logits: Tensor, best: Tensor, requests: Host, last: Tensor) -> tuple[Host, Tensor]:
-    axis = token_axis(ids, logits, best)
+def _verify_type(
+    ids: Tensor, logits: Tensor, best: Tensor, requests: Host, last: Tensor, *drawn: Tensor, kind: str | None = None
+) -> tuple[Host, Tensor]:
+    axis = token_axis(ids, logits, best, *drawn)
     need(axis == axis.root, "the tokens that verify reads cannot be restricted (rule axis)")
+    need(kind is None or kind in KINDS, f"kind={kind!r}; expected one of {', '.join(KINDS)}")
+    counts = {"point": (0,), "iid": (1, 2), "wor": (1,)}.get(kind or "point", ())
+    need(len(drawn) in counts, f"{len(drawn)} operands on drafts of kind {kind}; point has none, iid q and draws, wor q")
+    if drawn:
+        need(drawn[0] == logits.with_dtype("f32"), f"expected q like the logits, {logits.with_dtype('f32')}, got {drawn[0]}")
+    if len(drawn) > 1:
+        need(drawn[1] == Tensor((axis,), "i64"), f"expected draws i64[{axis}], got {drawn[1]}")
     return Host("paths"), last
 
 
 @op(_verify_type)
 def verify(
-    ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, requests: Requests, last: torch.Tensor, *, at: Tokens
+    ids: torch.Tensor,
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    requests: Requests,
+    last: torch.Tensor,
+    *drawn: torch.Tensor,
+    kind: str | None = None,
+    at: Tokens,
 ) -> Any:
     """Accept a path of each row's tree by its request's rule and draw the token after it: ``(paths, next [b])``.
 
     ``best [t, k]``: the likeliest tokens of each node, the first of which is what greedy rows without penalties need.
     ``paths``: for each sequence, the accepted node indices, the root first (`elision.ir.verify`); empty for one not in the call.
+    ``kind`` and ``drawn``, ``q [d, vocab]`` and ``draws [d]``, make the `Drafted` that some rules need.
     """
-    return requests.verify(ids, logits, best, at)
+    return requests.verify(ids, logits, best, at, None if kind is None else Drafted(kind, *drawn))
 
 
 def _commit_type(S: KV | Array, paths: Host) -> KV | Array:
