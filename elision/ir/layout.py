@@ -1,9 +1,9 @@
 """The physical layout of cache rows, used by the interpreter, the kernels and every fallback on the same
 memory.
 
-A `Plane` holds the keys or the values of one segment. Rows lie in blocks of ``LANES`` = 8 slots. Keys have
-the slot as the innermost lane, ``codes [B, H, C/8, W, 8]``, so that one query times eight keys is one vector
-operation per channel; values have the channel innermost, ``codes [B, H, C/8, 8, W]``. ``W`` is the code
+A `Plane` holds the keys or the values of one segment. Rows lie in blocks of ``LANES`` = 16 slots. Keys have
+the slot as the innermost lane, ``codes [B, H, C/16, W, 16]``, so that one query times sixteen keys is one vector
+operation per channel; values have the channel innermost, ``codes [B, H, C/16, 16, W]``. ``W`` is the code
 width: D, or D/2 bytes for four bits. Scales and minima lie beside them in slot order: ``[B, H, C', D/group]``
 grouped by channel (C' slots, C rounded up to whole blocks), ``[B, H, C//group, D]`` by token.
 
@@ -33,7 +33,7 @@ from elision.ir.states import (
 )
 from elision.ir.types import DTYPES
 
-LANES = 8
+LANES = 16
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, dtype
 

@@ -34,7 +34,7 @@ AXIS_WORDS, MAX_AXES = 8, 4
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
 
 #: Words of a cache's descriptor: addresses of the arrays of `elision.ir.layout` (scales: 0 where there are none, else one per
-#: slot of every block), blocks of 8 slots per head in the main segment and in Scratch, positions per sequence.
+#: slot of every block), blocks of 16 slots per head in the main segment and in Scratch, positions per sequence.
 STATE = {
     name: i
     for i, name in enumerate(

@@ -27,7 +27,7 @@ from elision.runtime.text import Tokenizer
 if TYPE_CHECKING:
     from elision.runtime.model import Model
 
-FORMAT = 2
+FORMAT = 3
 
 
 def _is_count(value: Any) -> bool:

@@ -75,10 +75,11 @@ class Bench:
             drafted = f"kv_{index}" in self.program.states
             self.program.entries[f"{mode}.{index}"] = maker.builder.build(*outputs)
 
-    def compile(self, hosts: set[str] | None = None) -> None:
-        """Native code for all cases; ``hosts``: the ops that are expected to run on the host."""
-        kernels = Kernels()
-        emitter, packings, schedules = Emitter(kernels, host_level()), {}, {}
+    def compile(self, hosts: set[str] | None = None, level: str | None = None) -> None:
+        """Native code for all cases, for this processor or one of ``level``; ``hosts``: the ops that are expected to run on the
+        host."""
+        kernels, level = Kernels(), level or host_level()
+        emitter, packings, schedules = Emitter(kernels, level), {}, {}
         self.hosts: set[tuple[str, str]] = set()
         for name in self.program.entries:
             graph = flatten(self.program, name)
@@ -89,7 +90,7 @@ class Bench:
         assert {op for op, _ in self.hosts} == (hosts or set()), self.hosts
         if self.program.states and all(_plain(s) for s in self.program.states.values()):
             schedules["commit"] = _commit(self.program, kernels)
-        level, text = host_level(), kernels.text()
+        text = kernels.text()
         code = NativeCode(to_object(text, level), schedules, {}, kernels.signatures, machine(), level, text)
         packed = PackedWeights.pack(self.program, self.weights, packings)
         self.engines = {n: Engine(self.program, code, packed, n) for n in (1, 2, 3)}

@@ -16,10 +16,12 @@ from elision.ir.states import KV, Dense, Encoding, Float, Int, Scratch, Segment
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
+from elision.llvm.processor import LEVELS, host_features, needs
 
 FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
 ROWS, CAPACITY = 4, 200
-PLAIN = {"heads": 2, "group": 2, "dim": 16, "vdim": 24, "mask": Mask(), "softcap": None, "extras": ()}
+PLAIN = {"heads": 2, "group": 2, "dim": 16, "vdim": 24, "mask": Mask(), "softcap": None, "extras": (), "keyed_by": "position"}
+FLOATS = {"k": "f32", "v": "f32"}
 INT8 = {**PLAIN, "k": "i8", "v": "i8"}
 masks = st.one_of(
     st.just(Mask()), st.just(Mask("full")), st.builds(Mask, st.just("window"), st.integers(1, 40)),
@@ -39,6 +41,7 @@ def sites(draw: st.DrawFn) -> dict[str, Any]:
         "mask": draw(masks),
         "softcap": draw(st.sampled_from([None, None, 1.5])),
         "extras": draw(st.sampled_from([(), ("sinks",), ("slopes",)])),
+        "keyed_by": draw(st.sampled_from(["position", "explicit"])),
     }
 
 
@@ -50,7 +53,7 @@ def attention(site: dict[str, Any]) -> Any:
     def make(m: Maker) -> tuple[Value, ...]:
         heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
         k, v = encoding(site["k"], dim), encoding(site["v"], vdim)
-        type = KV(heads, dim, vdim, (Segment(Dense(), k, v), Segment(Scratch(64), k, v)))
+        type = KV(heads, dim, vdim, (Segment(Dense(), k, v), Segment(Scratch(64), k, v)), keyed_by=site["keyed_by"])
         queries, keys, values = m.x(heads * site["group"], dim), m.x(heads, dim), m.x(heads, vdim)
         state = m("append", m.state(type), keys, values)
         extra = [m.weight(name, heads * site["group"]) for name in site["extras"]]
@@ -70,9 +73,11 @@ def chain(n: int) -> tree.Tree:
     return tree.Tree((-1, *range(n - 1)))
 
 
-def scenario(bench: Bench, lengths: list[list[int]], trees: list[dict[int, tree.Tree]], threads: int) -> None:
+def scenario(
+    bench: Bench, lengths: list[list[int]], trees: list[dict[int, tree.Tree]], threads: int, capacity: int = CAPACITY
+) -> None:
     """Chunks of prefill, then rounds that draft, commit part of every tree, and go on."""
-    fast, slow = bench.stores(ROWS, CAPACITY)
+    fast, slow = bench.stores(ROWS, capacity)
     committed = [0] * ROWS
     prefill = [e for e in bench.program.entries if e.startswith("prefill")]
     step = [e for e in bench.program.entries if e.startswith("step")]
@@ -133,7 +138,7 @@ def test_attention(threads: int) -> None:
             bench.add(attention(site))
         bench.compile()
         lengths = [[rng.choice([0, 1, 5, 17, 70]) for _ in range(ROWS)] for _ in range(3)]
-        lengths[0][0] = 150 if rng.random() < 0.5 else 9  # more than one chunk of blocks
+        lengths[0][0] = 150 if rng.random() < 0.5 else 9  # many blocks
         lengths[1][0] = lengths[2][0] = 3
         lengths[2] = [1, 0, 2, 0]
         lengths = [[min(n, 70) if r else n for r, n in enumerate(part)] for part in lengths]
@@ -146,6 +151,25 @@ def test_attention(threads: int) -> None:
         scenario(bench, lengths, trees, threads)
 
     run()
+
+
+@pytest.mark.parametrize("level", [x for x in LEVELS if host_features().issuperset(needs(x))][1:])
+def test_lesser_processors(level: str) -> None:
+    bench = Bench()
+    for form in ("f32", "bf16", "i8"):
+        bench.add(attention({**PLAIN, "group": 7, "k": form, "v": form, "mask": Mask("window", 30), "softcap": 1.5}))
+    bench.compile(level=level)
+    scenario(bench, [[90, 0, 17, 2], [40, 1, 0, 33]], [{0: chain(9), 3: chain(1)}], 2)
+
+
+def test_a_long_cache() -> None:
+    """Chunks that all queries see whole, that some see part of, and that none sees."""
+    bench = Bench()
+    for mask in (Mask(), Mask("window", 300), Mask("chunk", 256)):
+        for keyed_by in ("position", "explicit"):
+            bench.add(attention({**PLAIN, **FLOATS, "group": 3, "dim": 8, "vdim": 8, "mask": mask, "keyed_by": keyed_by}))
+    bench.compile()
+    scenario(bench, [[700, 0, 5, 0], [90, 300, 0, 1]], [{0: chain(1), 1: chain(3)}], 2, 1000)
 
 
 def test_a_tree_of_64_nodes() -> None:

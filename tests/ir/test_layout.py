@@ -17,16 +17,16 @@ ENCODINGS = [F64, Float("bf16"), CHANNEL8, CHANNEL4, TOKEN8, TOKEN4]
 
 
 def test_the_blocked_layout() -> None:
-    """Keys: element (slot s, channel d) at [s // 8, d, s % 8]; values: at [s // 8, s % 8, d]."""
-    rows = torch.arange(11 * 4.0).view(1, 1, 11, 4)
+    """Keys: element (slot s, channel d) at [s // 16, d, s % 16]; values: at [s // 16, s % 16, d]."""
+    rows = torch.arange(19 * 4.0).view(1, 1, 19, 4)
     b, h = torch.zeros(1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     for keys in (True, False):
-        plane = Plane(Float(), 1, 1, 12, 4, keys=keys)
-        plane.write(b, h, torch.arange(11), rows)
-        assert plane.arrays["codes"].shape == ((1, 1, 2, 4, 8) if keys else (1, 1, 2, 8, 4))
+        plane = Plane(Float(), 1, 1, 20, 4, keys=keys)
+        plane.write(b, h, torch.arange(19), rows)
+        assert plane.arrays["codes"].shape == ((1, 1, 2, 4, 16) if keys else (1, 1, 2, 16, 4))
         at = (1, 3, 2) if keys else (1, 2, 3)
-        assert float(plane.arrays["codes"][0, 0][at]) == 10 * 4 + 3
-        assert torch.equal(plane.read_all(11, torch.float32), rows)
+        assert float(plane.arrays["codes"][0, 0][at]) == 18 * 4 + 3
+        assert torch.equal(plane.read_all(19, torch.float32), rows)
 
 
 @given(st.sampled_from(ENCODINGS), st.booleans(), st.integers(0, 99))

@@ -6,31 +6,44 @@ of all threads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import BYTES
-from elision.codegen.cpu.emit import LANES, Fn, Val
-from elision.codegen.cpu.flash import (
+from elision.codegen.cpu.emit import Fn, Val
+from elision.codegen.cpu.flash import CHUNK, Site, both, flash, weigh
+from elision.codegen.cpu.kernel import Kernel
+from elision.codegen.cpu.rows import channels
+from elision.codegen.cpu.tile import (
     BITS,
-    CHUNK,
     HIDDEN,
     HIGH,
     LOW,
     PAD,
     POS,
     QUERY,
+    SIGHT,
     SLOPE,
+    SPARE,
     SUM,
     TILE,
-    TILE_WORDS,
-    Site,
-    both,
-    flash,
-)
-from elision.codegen.cpu.kernel import Kernel
-from elision.codegen.cpu.rows import channels
+    bounds,
+    clear,
+    nothing,
+    put,
+    tile_words,
+    widened,
+)  # fmt: skip
+from elision.ir.layout import LANES
 from elision.ir.schedule import SEQUENCES
 
-_FAR = 1 << 30
+BATCH = 8  # tiles that pass over a chunk before the next one
+
+
+def batch_bytes(site: Site) -> int:
+    """Bytes of the tiles of a batch."""
+    return BATCH * 8 * tile_words(site.vdim)
 
 
 def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
@@ -38,19 +51,18 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
 
     ``by_queries`` 0: every thread takes part of the positions for all queries; 1: all positions for part of the queries.
     """
-    helpers = {tile: flash(f"{name}_flash{tile}", site, tile) for tile in range(1, TILE + 1)}
+    flashes = {tile: flash(f"{name}_flash{tile}", site, tile, f"{name}_weigh") for tile in site.tiles}
     kernel = Kernel(name)
     fn = kernel.fn
     axis, q, state = kernel.axis(), kernel.view("q"), kernel.state("S")
-    part, scores, tile_memory = kernel.tensor("part"), kernel.tensor("scores"), kernel.tensor("tile")
+    part, scores, memory = kernel.tensor("part"), kernel.tensor("scores"), kernel.tensor("tiles")
     by_queries, scale = kernel.integer("by_queries"), kernel.real("scale")
-    window, chunk, full, sinks = (kernel.integer(n) for n in ("window", "chunk", "full", "ring_sinks"))
+    window, chunk, full = (kernel.integer(n) for n in ("window", "chunk", "full"))
     slopes = kernel.weight("slopes") if site.slopes else None
     sequences = fn.load(kernel.ctx, "i64", SEQUENCES)
-    starts, zero64 = axis.array("start"), fn.const(0, "i64")
+    starts, zero = axis.array("start"), fn.const(0, "i64")
     split = fn.compare(by_queries, "eq", 0)
-    first_tile = fn.select(split, zero64, kernel.tid)
-    tile_step = fn.select(split, fn.const(1, "i64"), kernel.threads)
+    step = fn.select(split, fn.const(1, "i64"), kernel.threads)
     size = site.vdim + PAD
 
     with fn.loop(0, sequences) as rows:
@@ -64,97 +76,89 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
         blocks = (length + (LANES - 1)) // LANES
         with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads:
             head = row * site.heads + heads.index
+            turn = (kernel.tid + head) % kernel.threads  # who has one tile more differs from head to head
+            first = fn.select(split, zero, turn)
 
-            def place(i: Val) -> tuple[Val, Val]:
-                """The token and the query head of the i-th query of this cache head."""
-                return begin + i // site.group, heads.index * site.group + i % site.group
+            def prepare(query0: Val, tile: Val) -> None:
+                """The words of a tile; the partial sums of its queries are nothing yet."""
+                with fn.loop(0, TILE, 1, nothing(fn)) as loop:
+                    there = fn.compare(query0 + loop.index, "slt", count)
+                    i = fn.minimum(query0 + loop.index, count - 1)  # beyond the last query it once more, for a sum nobody reads
+                    token, query = begin + i // site.group, heads.index * site.group + i % site.group
+                    target = fn.select(there, fn.at(part.token(token), query * size, "f32"), fn.at(tile, SPARE, "i64"))
+                    clear(fn, target, site.vdim)
+                    where = fn.load(axis.array("pos"), "i64", token)
+                    low, high = bounds(fn, where, window, chunk, full)
+                    items = {QUERY: q.place(token, query), LOW: low, HIGH: high, POS: where, SUM: target}
+                    if site.drafted:
+                        items[BITS] = fn.load(axis.array("anc"), "i64", token)
+                    if slopes is not None:
+                        items[SLOPE] = fn.cast(fn.load(slopes, "i32", query), "arith.extui", "i64")
+                    put(fn, tile, loop.index, items)
+                    loop.give(*widened(fn, loop.carried, low, high))
+                for word, value in enumerate(loop.results, SIGHT):
+                    fn.store(value, tile, word, "i64")
 
-            def partial(token: Val, query: Val) -> Val:
-                return fn.at(part.token(token), query * size, "f32")
+            with fn.loop(first, tiles, step * BATCH) as batches:
+                stop = fn.minimum(batches.index + step * BATCH, tiles)
 
-            with fn.loop(first_tile * TILE, count, tile_step * TILE) as fresh:
-                end_of_tile = fn.emit(f"arith.minsi {(fresh.index + TILE).name}, {count.name} : i64", "i64")
-                with fn.loop(fresh.index, end_of_tile) as each:
-                    target = partial(*place(each.index))
-                    _clear(fn, target, site.vdim)
-                    fn.store(fn.const(HIDDEN, "f32"), target, site.vdim)
-                    fn.store(fn.const(0.0, "f32"), target, site.vdim + 1)
+                @contextmanager
+                def each() -> Iterator[tuple[Val, Val]]:
+                    """The tiles of a batch: the first query, and the words."""
+                    with fn.loop(batches.index, stop, step, [memory.base]) as loop:
+                        yield loop.index * TILE, loop.carried[0]
+                        loop.give(fn.at(loop.carried[0], tile_words(site.vdim), "i64"))
 
-            def visit(k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, scales: list[Val], drafted: bool) -> None:
-                """All tiles of this thread over blocks ``low .. high - 1``, a chunk at a time."""
-                with fn.loop(low, high, CHUNK) as chunks, fn.loop(first_tile, tiles, tile_step) as loop:
-                    last = fn.emit(f"arith.minsi {(chunks.index + CHUNK).name}, {high.name} : i64", "i64")
-                    query0 = loop.index * TILE
-                    left = count - query0
-                    top = fn.const(-1, "i64")
-                    for j in range(TILE):
-                        i = fn.emit(f"arith.minsi {(query0 + j).name}, {(count - 1).name} : i64", "i64")
-                        token, query = place(i)
-                        where = fn.load(axis.array("pos"), "i64", token)
-                        bounds = _bounds(fn, where, window, chunk, full)
-                        top = fn.maximum(top, bounds[1])
-                        bits = fn.load(axis.array("anc"), "i64", token) if drafted else zero64
-                        slope = fn.load(slopes, "i32", query) if slopes is not None else None
-                        items = {
-                            QUERY: q.place(token, query), LOW: bounds[0], HIGH: bounds[1], BITS: bits, POS: where,
-                            SUM: partial(token, query),
-                        }  # fmt: skip
-                        for at, item in items.items():
-                            fn.store(item, tile_memory.base, j * TILE_WORDS + at, "i64")
-                        if slope is not None:
-                            fn.store(fn.cast(slope, "arith.extui", "i64"), tile_memory.base, j * TILE_WORDS + SLOPE, "i64")
-                    inside: Val | None = None
-                    if site.ordered and not drafted:  # nothing after the last position that the tile sees
-                        inside = fn.compare(chunks.index * LANES, "sle", top)
-                    for tile in range(1, TILE + 1):
-                        fits = fn.compare(left, "sge" if tile == TILE else "eq", tile)
-                        with fn.when(fits if inside is None else both(fn, fits, inside)):
-                            fn.call(
-                                f"{name}_flash{tile}", tile_memory.base, scores.base, k, v, pos,
-                                chunks.index, last, limit, sinks, scale, *scales,
-                            )  # fmt: skip
+                with each() as (query0, tile):
+                    prepare(query0, tile)
 
-            low, high = zero64, blocks
-            if site.ordered:  # nothing before the first position that the first token sees
-                seen = _bounds(fn, fn.load(axis.array("pos"), "i64", begin), window, chunk, full)[0]
-                low = fn.maximum(seen, 0) // LANES
-                low = fn.select(fn.compare(sinks, "sgt", 0), zero64, low)
-                low = fn.emit(f"arith.minsi {low.name}, {high.name} : i64", "i64")
-            a, b = kernel.part(high - low)
-            mine = fn.select(split, low + a, low), fn.select(split, low + b, high)
-            k_size, v_size = BYTES[site.forms[0]], BYTES[site.forms[1]]
-            at = head * state.number("blocks") * LANES
-            visit(
-                fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size)),
-                fn.at(state.address("pos"), row * state.number("entries"), "i32"), *mine, length,
-                [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled], False,
-            )  # fmt: skip
-            if site.drafted:
-                nodes = fn.load(axis.array("node"), "i64", end - 1) + 1
-                idle = fn.compare(kernel.tid, "ne", kernel.threads - 1)
-                idle = both(fn, idle, split)
-                high = fn.select(idle, zero64, (nodes + (LANES - 1)) // LANES)
-                at = head * state.number("draft_blocks") * LANES
+                def visit(k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, scales: list[Val], drafted: bool) -> None:
+                    """The tiles over blocks ``low .. high - 1``, a chunk at a time."""
+                    with fn.loop(low, high, CHUNK) as chunks, each() as (query0, tile):
+                        left = count - query0
+                        begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
+                        whole, nodes = (fn.const(int(x), "i1") for x in (False, drafted))
+                        if site.ordered and not drafted:  # entries that no query sees, or that all of them see
+                            sight = [fn.load(tile, "i64", SIGHT + i) for i in range(4)]
+                            begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
+                            ends = fn.minimum(ends, sight[3] // LANES + 1)
+                            whole = fn.compare(begins * LANES, "sge", sight[1])
+                            whole = both(fn, whole, fn.compare(ends * LANES, "sle", fn.minimum(sight[2] + 1, limit)))
+                        there, less = fn.compare(begins, "slt", ends), 0
+                        for many, inner in flashes.items():
+                            fits = both(fn, there, fn.compare(left, "sgt", less))
+                            if many < TILE:
+                                fits = both(fn, fits, fn.compare(left, "sle", many))
+                            with fn.when(fits):
+                                args = [tile, scores.base, k, v, pos, begins, ends, limit, whole, nodes, scale, *scales]
+                                fn.call(inner.name, *args)
+                            less = many
+
+                low, high = zero, blocks
+                if site.ordered:  # nothing before the first position that the first token sees
+                    seen = bounds(fn, fn.load(axis.array("pos"), "i64", begin), window, chunk, full)[0]
+                    low = fn.minimum(fn.maximum(seen, 0) // LANES, high)
+                a, b = kernel.part(high - low)
+                mine = fn.select(split, low + a, low), fn.select(split, low + b, high)
+                k_size, v_size = BYTES[site.forms[0]], BYTES[site.forms[1]]
+                at = head * state.number("blocks") * LANES
                 visit(
-                    fn.at(state.address("draft_k"), at * (site.dim * k_size)),
-                    fn.at(state.address("draft_v"), at * (site.vdim * v_size)),
-                    fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero64, high, nodes,
-                    [fn.at(state.address(f"draft_{what}_scale"), at, "f32") for what in site.scaled], True,
+                    fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size)),
+                    fn.at(state.address("pos"), row * state.number("entries"), "i32"), *mine, length,
+                    [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled], False,
                 )  # fmt: skip
-    return kernel, list(helpers.values())
-
-
-def _clear(fn: Fn, target: Val, size: int) -> None:
-    channels(fn, size, lambda c, type: fn.store(fn.const(0.0, type), target, c, "f32"))
-
-
-def _bounds(fn: Fn, where: Val, window: Val, chunk: Val, full: Val) -> tuple[Val, Val]:
-    """The first and the last position in sight from ``where``."""
-    far = fn.const(_FAR, "i64")
-    low = fn.select(fn.compare(window, "sgt", 0), where - window + 1, fn.const(-_FAR, "i64"))
-    whole = fn.maximum(chunk, 1)
-    low = fn.select(fn.compare(chunk, "sgt", 0), (where // whole) * whole, low)
-    return low, fn.select(fn.compare(full, "eq", 1), far, where)
+                if site.drafted:
+                    nodes = fn.load(axis.array("node"), "i64", end - 1) + 1
+                    idle = both(fn, fn.compare(kernel.tid, "ne", kernel.threads - 1), split)
+                    high = fn.select(idle, zero, (nodes + (LANES - 1)) // LANES)
+                    at = head * state.number("draft_blocks") * LANES
+                    visit(
+                        fn.at(state.address("draft_k"), at * (site.dim * k_size)),
+                        fn.at(state.address("draft_v"), at * (site.vdim * v_size)),
+                        fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero, high, nodes,
+                        [fn.at(state.address(f"draft_{what}_scale"), at, "f32") for what in site.scaled], True,
+                    )  # fmt: skip
+    return kernel, [weigh(f"{name}_weigh", site), *flashes.values()]
 
 
 def combine(name: str, site: Site) -> Kernel:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from elision.codegen.cpu import attend as made
 from elision.codegen.cpu import cache
 from elision.codegen.cpu.cache_rows import form
-from elision.codegen.cpu.emit import LANES
-from elision.codegen.cpu.flash import CHUNK, PAD, TILE, TILE_WORDS, Site
+from elision.codegen.cpu.flash import CHUNK, Site, together
 from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.cpu.tile import PAD, TILE
 from elision.codegen.planner import NotNative, Planner
 from elision.ir import schedule as abi
+from elision.ir.layout import LANES
 from elision.ir.mask import Mask
-from elision.ir.states import KV, Dense, Ring
+from elision.ir.states import KV, Dense
 from elision.ir.value import Value
 
 
@@ -20,7 +21,7 @@ def forms(state: KV) -> tuple[str, str]:
     main = state.main[0]
     _need(len(state.main) == 1 and not main.shared, "a cache of several segments")
     _need(isinstance(main.slots, Dense) and state.keep != "per_head", "slots that are not dense")
-    _need(state.vdim % LANES == 0, f"values of {state.vdim} channels")
+    _need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
     return form(main.k, state.dim), form(main.v, state.vdim)
 
 
@@ -53,7 +54,7 @@ def append(kernels: Kernels, plan: Planner, value: Value) -> None:
     plan.row(name, *operands, writes=touched)
 
 
-def attend(kernels: Kernels, plan: Planner, value: Value) -> None:
+def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     q, cached, *extra = value.args
     _floats(q, *extra)
     state = cached.type
@@ -66,23 +67,21 @@ def attend(kernels: Kernels, plan: Planner, value: Value) -> None:
     drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
     site = Site(
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
-        state.keyed_by == "position", float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
+        state.keyed_by == "position", together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
     )  # fmt: skip
     name = kernels.add(("attend", site), lambda n: made.attend(n, site))
     joined = kernels.add(("combine", site), lambda n: made.combine(n, site))
     axis = plan.axis(value)
     part = plan.buffer(axis, outer * (state.vdim + PAD) * 4, private=not plan.many, across=True)
-    scratch = plan.buffer(-1, TILE * CHUNK * 8 * 4, private=True)
-    tile = plan.buffer(-1, TILE * TILE_WORDS * 8, private=True)
-    tail = state.main[-1].slots
-    ring = tail.sinks if isinstance(tail, Ring) else 0
+    scratch = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
+    tiles = plan.buffer(-1, made.batch_bytes(site), private=True)
     sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
     more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
     plan.row(
         name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
-        ("tensor", tile, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
-        ("int", int(mask.kind == "full")), ("int", ring), *more,
-        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tile],
+        ("tensor", tiles, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
+        ("int", int(mask.kind == "full")), *more,
+        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tiles],
     )  # fmt: skip
     out = plan.new(value)
     more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from elision.codegen.cpu.cache_rows import encode, scaled, unit
-from elision.codegen.cpu.emit import LANES, Val, lanes
+from elision.codegen.cpu.emit import Val, lanes
 from elision.codegen.cpu.kernel import Kernel
+from elision.ir.layout import LANES
 
 
 def append(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], drafted: bool) -> Kernel:

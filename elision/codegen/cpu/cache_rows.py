@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 
-from elision.codegen.cpu.emit import LANES, VF, VI, Fn, Val, like, vector
+from elision.codegen.cpu.emit import LANES, VF, Fn, Val, like, vector
 from elision.codegen.cpu.rows import channels
 from elision.codegen.planner import NotNative
 from elision.ir.states import Encoding, Float, Int
@@ -39,16 +39,17 @@ def unit(form: str) -> str:
     return {"f32": "f32", "bf16": "i16", "f16": "f16", "i8": "i8"}[form]
 
 
-def load(fn: Fn, base: Val, index: Val | int, form: str) -> Val:
-    """Eight codes as float32, without their scale."""
-    codes = fn.load(base, vector(unit(form)), index, unit(form))
+def load(fn: Fn, base: Val, index: Val | int, form: str, lanes: int) -> Val:
+    """A vector of codes as float32, without their scale."""
+    codes = fn.load(base, vector(unit(form), lanes), index, unit(form))
+    floats, integers = vector("f32", lanes), vector("i32", lanes)
     if form == "f32":
         return codes
     if form == "f16":
-        return fn.cast(codes, "arith.extf", VF)
+        return fn.cast(codes, "arith.extf", floats)
     if form == "i8":
-        return fn.cast(fn.cast(codes, "arith.extsi", VI), "arith.sitofp", VF)
-    return fn.cast(fn.cast(codes, "arith.extui", VI) << 16, "arith.bitcast", VF)
+        return fn.cast(fn.cast(codes, "arith.extsi", integers), "arith.sitofp", floats)
+    return fn.cast(fn.cast(codes, "arith.extui", integers) << 16, "arith.bitcast", floats)
 
 
 def encode(fn: Fn, source: Val, dim: int, form: str, put: Callable[[Val | int, Val], None]) -> Val | None:

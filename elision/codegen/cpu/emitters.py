@@ -34,7 +34,7 @@ class Emitter:
     """Adds the rows of regions to a plan, with kernels from a shared collection, for processors of a feature level."""
 
     def __init__(self, kernels: Kernels, level: str) -> None:
-        self.kernels, self.way, self.tiles = kernels, best_way(level), linear.tiles(level)
+        self.kernels, self.level, self.way, self.tiles = kernels, level, best_way(level), linear.tiles(level)
 
     def __call__(self, plan: Planner, region: Region) -> None:
         if isinstance(region, Products):
@@ -296,7 +296,7 @@ _RULES: dict[str, Rule] = {
     "topk": _topk,
     "concat": _concat,
     "append": lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),
-    "attend": lambda emitter, plan, value: attention_rules.attend(emitter.kernels, plan, value),
+    "attend": lambda emitter, plan, value: attention_rules.attend(emitter.kernels, emitter.level, plan, value),
     "route": lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
     "experts": lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value),
 }

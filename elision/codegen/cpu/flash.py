@@ -1,7 +1,7 @@
 """The inner part of attention: entries of a cache added to the partial sums of a few queries.
 
-Eight entries are the lanes of one vector when scores are computed, channels are when values are summed. Codes of integers are
-widened in registers: a key's scale multiplies its score, a value's scale its weight.
+Entries of a block are the lanes of one vector when scores are computed, channels are when values are summed. Codes of integers
+are widened in registers: a key's scale multiplies its score, a value's scale its weight.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elision.codegen.cpu import vector_math as vm
-from elision.codegen.cpu.cache_rows import load, scaled, unit
-from elision.codegen.cpu.emit import LANES, PTR, VF, VI, Fn, Val
+from elision.codegen.cpu.cache_rows import BYTES, load, scaled
+from elision.codegen.cpu.emit import PTR, Fn, Val, lanes, vector
+from elision.codegen.cpu.tile import BITS, HIDDEN, HIGH, LOW, POS, QUERY, SLOPE, SUM, TILE, WORDS
+from elision.ir.layout import LANES
+from elision.llvm.processor import needs
 
-CHUNK = 16  # blocks of 8 entries that are scored before their values are summed
-TILE = 4  # queries that share one pass over the entries
-PAD = 8  # floats after a partial sum: the largest score, the sum of weights
-QUERY, LOW, HIGH, BITS, SLOPE, POS, SUM, TILE_WORDS = 0, 1, 2, 3, 4, 5, 6, 8  # words of a query in a tile
-HIDDEN = -1e30
+CHUNK = 16  # blocks of entries that are scored before their values are summed
+VF, VI = vector("f32", LANES), vector("i32", LANES)
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Site:
     forms: tuple[str, str]  # of keys and of values (`elision.codegen.cpu.cache_rows`)
     drafted: bool
     ordered: bool  # entry i holds position i
+    together: int  # blocks, or vectors of channels, that are summed at a time
     softcap: float = 0.0
     slopes: bool = False
     sinks: bool = False
@@ -43,111 +44,159 @@ class Site:
         """Which of keys (``k``) and values (``v``) have scales."""
         return "".join(what for what, form in zip("kv", self.forms, strict=True) if scaled(form))
 
+    @property
+    def tiles(self) -> list[int]:
+        """Queries of the tiles that there is code for: a full one, and what is left of a token's queries."""
+        return sorted({TILE, self.group % TILE or TILE})
 
-def flash(name: str, site: Site, tile: int) -> Fn:
-    """``flash(tile, scores, k, v, pos, first, last, limit, sinks, scale)``: entries of blocks ``first .. last - 1``, at most
-    `CHUNK`, added to the partial sums of ``tile`` queries. ``limit``: entries that there are; ``sinks``: positions always in
-    sight. The scales of keys and of values follow, where they have some."""
-    args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR)]
-    args += [("first", "i64"), ("last", "i64"), ("limit", "i64"), ("sinks", "i64"), ("scale", "f32")]
+
+def together(level: str) -> int:
+    """`Site.together` for a feature level: a tile's sums fill 24 of 32 registers of a vector, or 12 of 16 of half a vector."""
+    return 4 if "avx512f" in needs(level) else 1
+
+
+def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
+    """``flash(tile, scores, k, v, pos, first, last, limit, whole, nodes, scale)``: entries of blocks ``first .. last - 1``, at
+    most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. The scales of keys
+    and of values follow, where they have some."""
+    args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64")]
+    args += [("limit", "i64"), ("whole", "i1"), ("nodes", "i1"), ("scale", "f32")]
     fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled])
-    words, scores, keys, values, positions, first, last, limit, sinks, scale, *scales = fn.args
+    words, scores, keys, values, positions, first, last, limit, whole, nodes, scale, *scales = fn.args
     key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
-    dim, vdim = site.dim, site.vdim
-
-    def word(j: int, i: int, type: str = "i64") -> Val:
-        return fn.load(words, type, j * TILE_WORDS + i, "i64")
-
-    queries = [word(j, QUERY, PTR) for j in range(tile)]
-    low = [fn.splat(fn.i32(word(j, LOW))) for j in range(tile)]
-    high = [fn.splat(fn.i32(word(j, HIGH))) for j in range(tile)]
-    sinks_v, wide_scale = fn.splat(fn.i32(sinks)), fn.splat(scale)
+    _scores(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
+            fn.splat(scale, LANES), key_scales)  # fmt: skip
+    count = fn.const(tile, "i64")
+    more = [value_scales] if value_scales is not None else []
+    fn.call(weigh, words, scores, positions, first, last, limit, whole, nodes, count, *more)
     stop = fn.emit(f"arith.minsi {limit.name}, {(last * LANES).name} : i64", "i64")
-    iota, hidden = fn.const(list(range(LANES)), VI), fn.const(HIDDEN, VF)
-    lane_bits, stop_v = fn.const([1 << i for i in range(LANES)], VI), fn.splat(fn.i32(stop))
-    zero = fn.const(0.0, VF)
-    width = CHUNK * LANES
+    sums = [fn.load(words, PTR, j * WORDS + SUM, "i64") for j in range(tile)]
+    _values(fn, site, sums, scores, keys, values, first * LANES, stop)
+    fn.returns()
+    return fn
 
-    with fn.loop(first, last, 2, [hidden] * tile) as loop:
-        pair = [loop.index, fn.emit(f"arith.minsi {(loop.index + 1).name}, {(last - 1).name} : i64", "i64")]
-        bases = [fn.at(keys, block * (dim * LANES), unit(site.forms[0])) for block in pair]
-        step = next(s for s in (4, 2, 1) if dim % s == 0)
-        with fn.loop(0, dim, step, [zero] * (2 * tile)) as inner:
+
+def _scores(
+    fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val, first: Val, last: Val, scale: Val,
+    key_scales: Val | None,
+) -> None:  # fmt: skip
+    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values come meanwhile."""
+    n, dim, form = site.together, site.dim, site.forms[0]
+    block_bytes = dim * LANES * BYTES[form]
+    step = next(s for s in (2, 1) if dim % s == 0)
+    ahead = -(-n * LANES * site.vdim * BYTES[site.forms[1]] * step // (dim * 64)) * 64  # bytes of values for a step of keys
+    with fn.loop(first, last, n) as loop:
+        blocks = [loop.index, *(fn.minimum(loop.index + i, last - 1) for i in range(1, n))]
+        bases = [fn.at(keys, block * block_bytes) for block in blocks]
+        coming = fn.at(values, loop.index * (LANES * site.vdim * BYTES[site.forms[1]]))
+        with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
             sums = list(inner.carried)
+            for line in range(0, ahead, 64):
+                fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
             for s in range(step):
-                k = [load(fn, base, (inner.index + s) * LANES, site.forms[0]) for base in bases]
-                for j in range(tile):
-                    q = fn.splat(fn.load(queries[j], "f32", inner.index + s))
-                    for half in range(2):
-                        sums[2 * j + half] = fn.fma(k[half], q, sums[2 * j + half])
+                k = [load(fn, base, (inner.index + s) * LANES, form, LANES) for base in bases]
+                for j, query in enumerate(queries):
+                    q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
+                    for i in range(n):
+                        sums[j * n + i] = fn.fma(k[i], q, sums[j * n + i])
             inner.give(*sums)
-        tops = list(loop.carried)
-        for half in range(2):
-            entry = fn.splat(fn.i32((loop.index + half) * LANES)) + iota
-            there = fn.compare(entry, "slt", stop_v)
-            pos = fn.load(positions, VI, pair[half] * LANES, "i32")
-            factor = wide_scale
-            if key_scales is not None:
-                factor = fn.load(key_scales, VF, pair[half] * LANES, "f32") * wide_scale
-            for j in range(tile):
-                score = inner.results[2 * j + half] * factor
+        place = fn.at(scores, (loop.index - first) * LANES, "f32")
+        for i, block in enumerate(blocks):
+            factor = scale if key_scales is None else fn.load(key_scales, VF, block * LANES, "f32") * scale
+            for j in range(len(queries)):
+                fn.store(inner.results[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
+
+
+def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, begin: Val, stop: Val) -> None:
+    """Entries ``begin .. stop - 1`` times their weights. The keys behind them come meanwhile."""
+    form, vdim = site.forms[1], site.vdim
+    size = site.dim * BYTES[site.forms[0]]
+    for group in _columns(vdim, site.together):
+        begins = group[0][0] == 0
+        wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
+        scales = [fn.load(total, "f32", vdim + 2) for total in sums]
+        old = [fn.load(sums[j], type, c, "f32") * fn.splat(scales[j], lanes(type)) for j, c, type in wide]
+        with fn.loop(begin, stop, 1, old) as entries:
+            if begins:
+                coming = fn.at(keys, (stop + (entries.index - begin)) * size)
+                for line in range(0, size, 64):
+                    fn.prefetch(fn.at(coming, line))
+            rows = {c: load(fn, values, entries.index * vdim + c, form, n) for c, n in group}
+            found = []
+            for i, (j, c, type) in enumerate(wide):
+                p = fn.splat(fn.load(weights, "f32", entries.index - begin + j * CHUNK * LANES), lanes(type))
+                found.append(fn.fma(rows[c], p, entries.carried[i]))
+            entries.give(*found)
+        for (j, c, _), total in zip(wide, entries.results, strict=True):
+            fn.store(total, sums[j], c, "f32")
+
+
+def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
+    """Channels in vectors, ``together`` at a time: the first one and how many of each. The last vector may be half a one."""
+    every = [(c, min(LANES, size - c)) for c in range(0, size, LANES)]
+    return [every[i : i + together] for i in range(0, len(every), together)]
+
+
+def weigh(name: str, site: Site) -> Fn:
+    """``weigh(tile, scores, pos, first, last, limit, whole, nodes, count[, value_scales])``: scores of ``count`` queries become
+    weights, relative to the largest score so far. ``whole``: every query sees all these entries; ``limit``: entries that there
+    are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
+    args = [("tile", PTR), ("scores", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64"), ("limit", "i64")]
+    args += [("whole", "i1"), ("nodes", "i1"), ("count", "i64")]
+    fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled))
+    words, scores, positions, first, last, limit, whole, nodes, count, *scales = fn.args
+    zero, hidden, iota = fn.const(0.0, VF), fn.const(HIDDEN, VF), fn.const(list(range(LANES)), VI)
+    masked = fn.compare(whole, "eq", fn.const(0, "i1"))
+    with fn.loop(0, count) as queries:
+        query = fn.at(words, queries.index * WORDS, "i64")
+        row = fn.at(scores, queries.index * (CHUNK * LANES), "f32")
+
+        def word(i: int, query: Val = query) -> Val:
+            return fn.load(query, "i64", i)
+
+        if site.softcap or site.slopes:
+            with fn.loop(first, last) as loop:
+                at = (loop.index - first) * LANES
+                score = fn.load(row, VF, at, "f32")
                 if site.softcap:
                     score = vm.tanh(fn, score * (1 / site.softcap)) * site.softcap
                 if site.slopes:
-                    distance = fn.cast(pos - fn.splat(fn.i32(word(j, POS))), "arith.sitofp", VF)
-                    slope = fn.splat(fn.cast(fn.i32(word(j, SLOPE)), "arith.bitcast", "f32"))
-                    score = fn.fma(distance, slope, score)
-                seen = both(fn, there, fn.compare(pos, "sle", high[j]))
-                near = _either(fn, fn.compare(pos, "sge", low[j]), fn.compare(pos, "slt", sinks_v))
-                seen = both(fn, seen, near)
-                if site.drafted:
-                    bits = fn.splat(fn.i32((word(j, BITS) >> (pair[half] * LANES)) & 255))
-                    bits = fn.select(fn.compare(word(j, BITS), "eq", 0), fn.const(255, VI), bits)
-                    seen = both(fn, seen, fn.compare(bits & lane_bits, "ne", 0))
-                score = fn.select(seen, score, hidden)
-                fn.store(score, scores, (loop.index - first + half) * LANES + j * width, "f32")
-                tops[j] = fn.maximum(tops[j], score)
-        loop.give(*tops)
-    sums = [word(j, SUM, PTR) for j in range(tile)]
-    scales = []
-    for j in range(tile):
-        before = fn.load(sums[j], "f32", vdim)
-        top = fn.maximum(before, fn.top(loop.results[j]))
-        scales.append(vm.exp(fn, before - top))
-        wide_top = fn.splat(top)
-        with fn.loop(0, last - first, 1, [zero]) as weights:
-            at = weights.index * LANES + j * width
-            scored = fn.load(scores, VF, at, "f32")
-            p = fn.select(fn.compare(scored, "ogt", HIDDEN / 2), vm.exp(fn, scored - wide_top), zero)
+                    distance = fn.load(positions, VI, loop.index * LANES, "i32") - fn.splat(fn.i32(word(POS)), LANES)
+                    slope = fn.splat(fn.cast(fn.i32(word(SLOPE)), "arith.bitcast", "f32"), LANES)
+                    score = fn.fma(fn.cast(distance, "arith.sitofp", VF), slope, score)
+                fn.store(score, row, at, "f32")
+        with fn.when(masked), fn.loop(first, last) as loop:
+            at = (loop.index - first) * LANES
+            pos = fn.load(positions, VI, loop.index * LANES, "i32")
+            seen = fn.compare(fn.splat(fn.i32(loop.index * LANES), LANES) + iota, "slt", fn.splat(fn.i32(limit), LANES))
+            seen = both(fn, seen, fn.compare(pos, "sle", fn.splat(fn.i32(word(HIGH)), LANES)))
+            seen = both(fn, seen, fn.compare(pos, "sge", fn.splat(fn.i32(word(LOW)), LANES)))
+            if site.drafted:
+                ancestors = fn.select(nodes, word(BITS) >> (loop.index * LANES), fn.const(-1, "i64"))
+                lane_bits = fn.const([1 << i for i in range(LANES)], VI)
+                seen = both(fn, seen, fn.compare(fn.splat(fn.i32(ancestors), LANES) & lane_bits, "ne", 0))
+            fn.store(fn.select(seen, fn.load(row, VF, at, "f32"), hidden), row, at, "f32")
+        with fn.loop(0, last - first, 1, [hidden]) as loop:
+            loop.give(vm.larger(fn, loop.carried[0], fn.load(row, VF, loop.index * LANES, "f32")))
+        sums = fn.load(query, PTR, SUM, "i64")
+        before = fn.load(sums, "f32", site.vdim)
+        top = vm.larger(fn, before, vm.largest(fn, loop.results[0]))  # a score that is no number shows in its weight
+        wide_top, scale = fn.splat(top, LANES), vm.exp(fn, before - top)
+        with fn.loop(0, last - first, 1, [zero]) as loop:
+            at = loop.index * LANES
+            score = fn.load(row, VF, at, "f32")
+            p = fn.select(fn.compare(score, "ole", HIDDEN / 2), zero, vm.exp(fn, score - wide_top))
             share = p
-            if value_scales is not None:
-                share = p * fn.load(value_scales, VF, (first + weights.index) * LANES, "f32")
-            fn.store(share, scores, at, "f32")
-            weights.give(weights.carried[0] + p)
-        total = fn.load(sums[j], "f32", vdim + 1) * scales[j] + fn.sum(weights.results[0])
-        fn.store(top, sums[j], vdim)
-        fn.store(total, sums[j], vdim + 1)
-    begin = first * LANES
-    for start in range(0, vdim, 4 * LANES):
-        lanes = [c for c in range(start, min(vdim, start + 4 * LANES), LANES)]
-        old = [fn.load(sums[j], VF, c, "f32") * fn.splat(scales[j]) for j in range(tile) for c in lanes]
-        with fn.loop(begin, stop, 1, old) as entries:
-            rows = [load(fn, values, entries.index * vdim + c, site.forms[1]) for c in lanes]
-            found = []
-            for j in range(tile):
-                p = fn.splat(fn.load(scores, "f32", entries.index - begin + j * width))
-                found += [fn.fma(rows[i], p, entries.carried[j * len(lanes) + i]) for i in range(len(lanes))]
-            entries.give(*found)
-        for j in range(tile):
-            for i, c in enumerate(lanes):
-                fn.store(entries.results[j * len(lanes) + i], sums[j], c, "f32")
+            if scales:
+                share = p * fn.load(scales[0], VF, (first + loop.index) * LANES, "f32")
+            fn.store(share, row, at, "f32")
+            loop.give(loop.carried[0] + p)
+        total = fn.load(sums, "f32", site.vdim + 1) * scale + fn.sum(loop.results[0])
+        for i, value in enumerate((top, total, scale)):
+            fn.store(value, sums, site.vdim + i)
     fn.returns()
     return fn
 
 
 def both(fn: Fn, a: Val, b: Val) -> Val:
     return fn.emit(f"arith.andi {a.name}, {b.name} : {a.type}", a.type)
-
-
-def _either(fn: Fn, a: Val, b: Val) -> Val:
-    return fn.emit(f"arith.ori {a.name}, {b.name} : {a.type}", a.type)

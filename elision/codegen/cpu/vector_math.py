@@ -5,7 +5,7 @@ The polynomials of exp and tanh are those of Cephes (Moshier 1989), that of erfc
 
 from __future__ import annotations
 
-from elision.codegen.cpu.emit import Fn, Val, like
+from elision.codegen.cpu.emit import Fn, Val, lanes, like, vector
 
 
 def polynomial(fn: Fn, x: Val, coefficients: tuple[float, ...]) -> Val:
@@ -16,8 +16,30 @@ def polynomial(fn: Fn, x: Val, coefficients: tuple[float, ...]) -> Val:
     return found
 
 
+def larger(fn: Fn, a: Val | float, b: Val) -> Val:
+    """The larger of two; b if one of them is not a number (one instruction, where IEEE's maximum takes three)."""
+    a = fn.value(a, b.type)
+    return fn.select(fn.compare(a, "ogt", b), a, b)
+
+
+def smaller(fn: Fn, a: Val | float, b: Val) -> Val:
+    """The smaller of two; b if one of them is not a number."""
+    a = fn.value(a, b.type)
+    return fn.select(fn.compare(a, "olt", b), a, b)
+
+
+def largest(fn: Fn, x: Val) -> Val:
+    """The largest lane of a vector; lanes that are not numbers may be left out."""
+    while (half := lanes(x.type) // 2) > 0:
+        parts = (", ".join(str(i) for i in range(first, first + half)) for first in (0, half))
+        shuffle = f"vector.shuffle {x.name}, {x.name}"
+        low, high = (fn.emit(f"{shuffle} [{part}] : {x.type}, {x.type}", vector("f32", half)) for part in parts)
+        x = larger(fn, low, high)
+    return fn.extract(x, 0)
+
+
 def exp(fn: Fn, x: Val) -> Val:
-    x = fn.minimum(fn.maximum(x, -87.3), 88.3)
+    x = smaller(fn, 88.3, larger(fn, -87.3, x))
     n = fn.math("roundeven", x * 1.44269504088896341)
     r = fn.fma(n, fn.const(-0.693359375, x.type), x)
     r = fn.fma(n, fn.const(2.12194440e-4, x.type), r)
