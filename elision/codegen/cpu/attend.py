@@ -117,20 +117,20 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     with fn.loop(low, high, CHUNK) as chunks, each() as (query0, tile):
                         left = count - query0
                         begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
-                        whole, nodes = (fn.const(int(x), "i1") for x in (False, drafted))
-                        if site.ordered and not drafted:  # entries that no query sees, or that all of them see
+                        masked, nodes = begins, fn.const(int(drafted), "i1")
+                        if site.ordered and not drafted:  # blocks that no query sees, and those before ``masked`` that all see
                             sight = [fn.load(tile, "i64", SIGHT + i) for i in range(4)]
                             begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
                             ends = fn.minimum(ends, sight[3] // LANES + 1)
-                            whole = fn.compare(begins * LANES, "sge", sight[1])
-                            whole = both(fn, whole, fn.compare(ends * LANES, "sle", fn.minimum(sight[2] + 1, limit)))
+                            masked = fn.minimum(ends, fn.minimum(sight[2] + 1, limit) // LANES)
+                            masked = fn.select(fn.compare(begins * LANES, "sge", sight[1]), fn.maximum(masked, begins), begins)
                         there, less = fn.compare(begins, "slt", ends), 0
                         for many, inner in flashes.items():
                             fits = both(fn, there, fn.compare(left, "sgt", less))
                             if many < TILE:
                                 fits = both(fn, fits, fn.compare(left, "sle", many))
                             with fn.when(fits):
-                                args = [tile, scores.base, k, v, pos, begins, ends, limit, whole, nodes, scale, *scales]
+                                args = [tile, scores.base, k, v, pos, begins, ends, limit, masked, nodes, scale, *scales]
                                 fn.call(inner.name, *args)
                             less = many
 

@@ -56,19 +56,19 @@ def together(level: str) -> int:
 
 
 def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
-    """``flash(tile, scores, k, v, pos, first, last, limit, whole, nodes, scale)``: entries of blocks ``first .. last - 1``, at
+    """``flash(tile, scores, k, v, pos, first, last, limit, masked, nodes, scale)``: entries of blocks ``first .. last - 1``, at
     most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. The scales of keys
     and of values follow, where they have some."""
     args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64")]
-    args += [("limit", "i64"), ("whole", "i1"), ("nodes", "i1"), ("scale", "f32")]
+    args += [("limit", "i64"), ("masked", "i64"), ("nodes", "i1"), ("scale", "f32")]
     fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled])
-    words, scores, keys, values, positions, first, last, limit, whole, nodes, scale, *scales = fn.args
+    words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *scales = fn.args
     key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
     _scores(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
             fn.splat(scale, LANES), key_scales)  # fmt: skip
     count = fn.const(tile, "i64")
     more = [value_scales] if value_scales is not None else []
-    fn.call(weigh, words, scores, positions, first, last, limit, whole, nodes, count, *more)
+    fn.call(weigh, words, scores, positions, first, last, limit, masked, nodes, count, *more)
     stop = fn.emit(f"arith.minsi {limit.name}, {(last * LANES).name} : i64", "i64")
     sums = [fn.load(words, PTR, j * WORDS + SUM, "i64") for j in range(tile)]
     _values(fn, site, sums, scores, keys, values, first * LANES, stop)
@@ -81,30 +81,39 @@ def _scores(
     key_scales: Val | None,
 ) -> None:  # fmt: skip
     """``scores[query][entry]``: products of queries and keys, times ``scale``. The values come meanwhile."""
-    n, dim, form = site.together, site.dim, site.forms[0]
-    block_bytes = dim * LANES * BYTES[form]
+    dim, form = site.dim, site.forms[0]
     step = next(s for s in (2, 1) if dim % s == 0)
-    ahead = -(-n * LANES * site.vdim * BYTES[site.forms[1]] * step // (dim * 64)) * 64  # bytes of values for a step of keys
-    with fn.loop(first, last, n) as loop:
-        blocks = [loop.index, *(fn.minimum(loop.index + i, last - 1) for i in range(1, n))]
-        bases = [fn.at(keys, block * block_bytes) for block in blocks]
-        coming = fn.at(values, loop.index * (LANES * site.vdim * BYTES[site.forms[1]]))
-        with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
-            sums = list(inner.carried)
-            for line in range(0, ahead, 64):
-                fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
-            for s in range(step):
-                k = [load(fn, base, (inner.index + s) * LANES, form, LANES) for base in bases]
-                for j, query in enumerate(queries):
-                    q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
-                    for i in range(n):
-                        sums[j * n + i] = fn.fma(k[i], q, sums[j * n + i])
-            inner.give(*sums)
-        place = fn.at(scores, (loop.index - first) * LANES, "f32")
-        for i, block in enumerate(blocks):
-            factor = scale if key_scales is None else fn.load(key_scales, VF, block * LANES, "f32") * scale
-            for j in range(len(queries)):
-                fn.store(inner.results[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
+
+    def together(begin: Val, end: Val, n: int) -> None:
+        """Blocks ``begin .. end - 1``, ``n`` at a time."""
+        coming_size = n * LANES * site.vdim * BYTES[site.forms[1]]
+        ahead = -(-coming_size * step // (dim * 64)) * 64  # bytes of values for a step of keys
+        with fn.loop(begin, end, n) as loop:
+            base = fn.at(keys, loop.index * (dim * LANES * BYTES[form]))
+            coming = fn.at(values, loop.index * (coming_size // n))
+            with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
+                sums = list(inner.carried)
+                for line in range(0, ahead, 64):
+                    fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
+                for s in range(step):
+                    k = [load(fn, base, (inner.index + (i * dim + s)) * LANES, form, LANES) for i in range(n)]
+                    for j, query in enumerate(queries):
+                        q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
+                        for i in range(n):
+                            sums[j * n + i] = fn.fma(k[i], q, sums[j * n + i])
+                inner.give(*sums)
+            place = fn.at(scores, (loop.index - first) * LANES, "f32")
+            for i in range(n):
+                factor = scale
+                if key_scales is not None:
+                    factor = fn.load(key_scales, VF, (loop.index + i) * LANES, "f32") * scale
+                for j in range(len(queries)):
+                    fn.store(inner.results[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
+
+    rest = last - (last - first) % site.together
+    together(first, rest, site.together)
+    if site.together > 1:
+        together(rest, last, 1)
 
 
 def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, begin: Val, stop: Val) -> None:
@@ -138,15 +147,14 @@ def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
 
 
 def weigh(name: str, site: Site) -> Fn:
-    """``weigh(tile, scores, pos, first, last, limit, whole, nodes, count[, value_scales])``: scores of ``count`` queries become
-    weights, relative to the largest score so far. ``whole``: every query sees all these entries; ``limit``: entries that there
-    are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
+    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales])``: scores of ``count`` queries become
+    weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all entries; ``limit``:
+    entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
     args = [("tile", PTR), ("scores", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64"), ("limit", "i64")]
-    args += [("whole", "i1"), ("nodes", "i1"), ("count", "i64")]
+    args += [("masked", "i64"), ("nodes", "i1"), ("count", "i64")]
     fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled))
-    words, scores, positions, first, last, limit, whole, nodes, count, *scales = fn.args
+    words, scores, positions, first, last, limit, masked, nodes, count, *scales = fn.args
     zero, hidden, iota = fn.const(0.0, VF), fn.const(HIDDEN, VF), fn.const(list(range(LANES)), VI)
-    masked = fn.compare(whole, "eq", fn.const(0, "i1"))
     with fn.loop(0, count) as queries:
         query = fn.at(words, queries.index * WORDS, "i64")
         row = fn.at(scores, queries.index * (CHUNK * LANES), "f32")
@@ -165,7 +173,7 @@ def weigh(name: str, site: Site) -> Fn:
                     slope = fn.splat(fn.cast(fn.i32(word(SLOPE)), "arith.bitcast", "f32"), LANES)
                     score = fn.fma(fn.cast(distance, "arith.sitofp", VF), slope, score)
                 fn.store(score, row, at, "f32")
-        with fn.when(masked), fn.loop(first, last) as loop:
+        with fn.loop(masked, last) as loop:
             at = (loop.index - first) * LANES
             pos = fn.load(positions, VI, loop.index * LANES, "i32")
             seen = fn.compare(fn.splat(fn.i32(loop.index * LANES), LANES) + iota, "slt", fn.splat(fn.i32(limit), LANES))
