@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from elision.codegen.refusal import NotNative
 from elision.codegen.regions import Products, Region
 from elision.ir import schedule as abi
 from elision.ir.states import KV
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Graph, Value
-
-
-class NotNative(Exception):
-    """This value has no kernel: the host runs its op. The text says why."""
 
 
 @dataclass(frozen=True)

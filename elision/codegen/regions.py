@@ -28,6 +28,7 @@ class Products:
 
 
 Region = Products | Value
+LINEAR = frozenset(("a8", "splits"))  # attributes of a linear that products have
 
 
 def regions(graph: Graph) -> list[Region]:
@@ -87,7 +88,7 @@ def _alone(value: Value) -> Products:
 
 def _joins(value: Value, x: Value, a8: int) -> bool:
     """Whether this is a product with x of the same kind."""
-    return value.op == "linear" and value.args[0] is x and value.attr("a8", 0) == a8
+    return value.op == "linear" and value.args[0] is x and value.attr("a8", 0) == a8 and {n for n, _ in value.attrs} <= LINEAR
 
 
 def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]) -> Products | None:

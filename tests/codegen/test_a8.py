@@ -15,7 +15,6 @@ from elision.codegen.cpu.linear_a8 import linear
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.cpu.quantise import block_bytes, quantise
 from elision.ir import schedule as abi
-from elision.ir.code_panels import codes_of
 from elision.ir.integers import rounded
 from elision.ir.ops.dense import linear as reference
 from elision.ir.packing import PANEL, pack, panels
@@ -61,8 +60,8 @@ class Bench:
 def bench(way: str, encodings: tuple[WeightEncoding, ...], k: int, expr: str) -> tuple[Bench, str, str]:
     kernels = Kernels()
     quantiser = kernels.add(("quantise", k), lambda n: quantise(n, k))
-    codes = [codes_of(e) for e in encodings]
-    product = kernels.add(("linear_a8",), lambda n: linear(n, WAYS[way], codes, k, expr, ["row"]))
+    formats = [str(e) for e in encodings]
+    product = kernels.add(("linear_a8",), lambda n: linear(n, WAYS[way], formats, k, expr, ["row"]))
     return Bench(kernels), quantiser, product
 
 

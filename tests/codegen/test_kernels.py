@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from bench import Bench, Maker
+from bench import Bench, Maker, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elision.codegen.cpu.emitters import _RULES, Emitter
+from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.planner import Planner
+from elision.codegen.refusal import NotNative
+from elision.codegen.regions import Products
 from elision.ir.expr import FUNCTIONS, canonical
 from elision.ir.tokens import Tokens
-from elision.ir.value import Value
+from elision.ir.types import Tensor
+from elision.ir.value import Graph, Value
+from elision.llvm.processor import host_level
 
 #: Examples of a test: each compiles many cases.
 FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
@@ -226,3 +233,11 @@ def test_numbers_by_position_begin_on_the_host_and_go_on_natively() -> None:
         return (m("map", x, m("view", scale, shape=(1,)), expr="x0 * x1"),)
 
     check([numbers], hosts={"map", "positions"})
+
+
+@pytest.mark.parametrize("op", [*_RULES, "linear"])
+def test_an_attribute_that_no_kernel_knows_goes_to_the_host(op: str) -> None:
+    made = Value(op, (), (("unheard_of", 1),), Tensor((T, 8), "f32"))
+    region = Products(made, made, (), "x0", ()) if op == "linear" else made
+    with pytest.raises(NotNative, match="unheard_of"):
+        Emitter(Kernels(), host_level())(Planner(Graph("g", (), (made,), ()), False, {}.__getitem__), region)

@@ -8,7 +8,8 @@ from elision.codegen.cpu.cache_rows import form
 from elision.codegen.cpu.flash import CHUNK, Site, together
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.tile import PAD, TILE
-from elision.codegen.planner import NotNative, Planner
+from elision.codegen.planner import Planner
+from elision.codegen.refusal import floats, need
 from elision.ir import schedule as abi
 from elision.ir.layout import LANES
 from elision.ir.mask import Mask
@@ -19,30 +20,21 @@ from elision.ir.value import Value
 def forms(state: KV) -> tuple[str, str]:
     """The forms of a cache's keys and values. Raises NotNative for a cache that kernels cannot read."""
     main = state.main[0]
-    _need(len(state.main) == 1 and not main.shared, "a cache of several segments")
-    _need(isinstance(main.slots, Dense) and state.keep != "per_head", "slots that are not dense")
-    _need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
+    need(len(state.main) == 1 and not main.shared, "a cache of several segments")
+    need(isinstance(main.slots, Dense) and state.keep != "per_head", "slots that are not dense")
+    need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
     return form(main.k, state.dim), form(main.v, state.vdim)
-
-
-def _need(condition: bool, why: str) -> None:
-    if not condition:
-        raise NotNative(why)
-
-
-def _floats(*values: Value) -> None:
-    _need(all(v.tensor.dtype == "f32" and v.tensor.encoding is None for v in values), "operands that are not float32")
 
 
 def append(kernels: Kernels, plan: Planner, value: Value) -> None:
     before, k, v = value.args
-    _floats(k, v)
+    floats(k, v)
     state = before.type
     assert isinstance(state, KV)
     kinds = forms(state)
     axis = k.tensor.tokens
     assert axis is not None
-    _need(axis.parent is None, "an append of some of the tokens")
+    need(axis.parent is None, "an append of some of the tokens")
     (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
     key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted)
     name = kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
@@ -56,11 +48,11 @@ def append(kernels: Kernels, plan: Planner, value: Value) -> None:
 
 def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     q, cached, *extra = value.args
-    _floats(q, *extra)
+    floats(q, *extra)
     state = cached.type
     assert isinstance(state, KV)
     kinds = forms(state)
-    _need(not value.attr("results"), "results beside the output")
+    need(not value.attr("results"), "results beside the output")
     mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
     assert isinstance(mask, Mask)
     queries, outer, _ = plan.view(plan.ref(q))

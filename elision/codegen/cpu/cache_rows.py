@@ -10,7 +10,7 @@ from math import inf
 
 from elision.codegen.cpu.emit import LANES, VF, Fn, Val, like, vector
 from elision.codegen.cpu.rows import channels
-from elision.codegen.planner import NotNative
+from elision.codegen.refusal import NotNative
 from elision.ir.states import Encoding, Float, Int
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}

@@ -9,7 +9,8 @@ from elision.codegen.cpu.attention_rules import forms
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
-from elision.codegen.planner import NotNative, Planner
+from elision.codegen.planner import Planner
+from elision.codegen.refusal import NotNative
 from elision.codegen.regions import regions
 from elision.ir import schedule as abi
 from elision.ir.flatten import flatten

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
@@ -10,24 +9,13 @@ from typing import Any
 from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows, topk
 from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
-from elision.codegen.planner import NotNative, Planner, Ref, contiguous
-from elision.codegen.regions import Products, Region
+from elision.codegen.planner import Planner, Ref, contiguous
+from elision.codegen.refusal import floats, knows, need
+from elision.codegen.regions import LINEAR, Products, Region
 from elision.ir import schedule as abi
-from elision.ir.code_panels import Codes, codes_of
 from elision.ir.packing import packing_of
 from elision.ir.types import Tensor
 from elision.ir.value import Value
-
-Rule = Callable[["Emitter", Planner, Value], None]
-
-
-def _need(condition: bool, why: str) -> None:
-    if not condition:
-        raise NotNative(why)
-
-
-def _floats(*values: Value) -> None:
-    _need(all(v.tensor.dtype == "f32" and v.tensor.encoding is None for v in values), "operands that are not float32")
 
 
 class Emitter:
@@ -40,20 +28,22 @@ class Emitter:
         if isinstance(region, Products):
             self._products(plan, region)
             return
-        rule = _RULES.get(region.op)
-        _need(rule is not None, f"{region.op} has no kernel")
-        assert rule is not None
+        need(region.op in _RULES, f"{region.op} has no kernel")
+        rule, *attributes = _RULES[region.op]
+        knows(region, frozenset(attributes))
         if isinstance(region.type, Tensor) and region.op not in ("view", "slice"):
-            _need(region.tensor.dtype == "f32", f"{region.tensor.dtype} values")
+            need(region.tensor.dtype == "f32", f"{region.tensor.dtype} values")
         rule(self, plan, region)
 
     def _products(self, plan: Planner, region: Products) -> None:
         value = region.result
+        if value.op == "linear":
+            knows(value, LINEAR)
         weights = [w.tensor for w in region.weights]
-        _need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
-        _need(expression.supported(region.expr), f"no vector code for {region.expr}")
+        need(all(w.dtype == "f32" for w in weights), "weights that are not float32")
+        need(expression.supported(region.expr), f"no vector code for {region.expr}")
         operands, outer, k = plan.view(plan.ref(region.x))
-        _need(outer == 1, "a product of three axes")
+        need(outer == 1, "a product of three axes")
         packings = [_packing(w) for w in weights]
         packed = [plan.packing(w, p) for w, p in zip(region.weights, packings, strict=True)]
         out = self._result(plan, value, weights[0])
@@ -66,16 +56,17 @@ class Emitter:
             else:
                 kinds.append("tokens")
                 ref = plan.ref(extra)
-                _need(ref.contiguous, "an operand with gaps")
+                need(ref.contiguous, "an operand with gaps")
                 extras.append(plan.tensor(ref))
         count = -(-prod(d for d in weights[0].axes[:1] if isinstance(d, int)) // linear.PANEL)
         x = operands[0]
         scratch: list[int] = []
+        formats = [p.partition(":")[2] for p in packings]
         if region.a8:
             x = self._blocks(plan, region.x, operands[0], k)
-            name = self._integer_kernel([codes_of(w.encoding) for w in weights if w.encoding is not None], k, region.expr, kinds)
+            key = ("linear_a8", self.way, *formats, k, region.expr, *kinds)
+            name = self.kernels.add(key, lambda n: linear_a8.linear(n, self.way, formats, k, region.expr, kinds))
         else:
-            formats = [p.partition(":")[2] for p in packings]
             key = ("linear", *formats, k, region.expr, *kinds)
             name = self.kernels.add(key, lambda n: linear.linear(n, formats, k, region.expr, kinds, self.tiles))
             if bytes := linear.scratch_bytes(formats, k):
@@ -96,10 +87,6 @@ class Emitter:
             plan.row(name, *row, writes=[found.buffer])
             plan.tables["blocks", x] = found
         return plan.tensor(plan.tables["blocks", x], 1)
-
-    def _integer_kernel(self, codes: list[Codes], k: int, expr: str, kinds: list[str]) -> str:
-        key = ("linear_a8", self.way, *codes, k, expr, *kinds)
-        return self.kernels.add(key, lambda n: linear_a8.linear(n, self.way, codes, k, expr, kinds))
 
     def _result(self, plan: Planner, value: Value, weight: Tensor) -> Ref:
         """The buffer of a product, whole panels wide; with splits, every part is a slice of it."""
@@ -123,15 +110,15 @@ class Emitter:
 def _packing(weight: Tensor) -> str:
     """How kernels want a weight in memory. Raises NotNative if it has no panels."""
     found = packing_of(weight.encoding, weight.row)
-    _need(found is not None, f"rows of {weight.row} weights in {weight.encoding}")
+    need(found is not None, f"rows of {weight.row} weights in {weight.encoding}")
     assert found is not None
     return found
 
 
 def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     ids, table = value.args
-    _need(ids.tensor.dtype == "i64", f"ids of {ids.tensor.dtype}")
-    _need(table.tensor.dtype == "f32", "a table that is not float32")
+    need(ids.tensor.dtype == "i64", f"ids of {ids.tensor.dtype}")
+    need(table.tensor.dtype == "f32", "a table that is not float32")
     width, packing = table.tensor.row, _packing(table.tensor)
     format = packing.partition(":")[2]
     name = emitter.kernels.add(("embed", format, width), lambda n: rows.embed(n, format, width))
@@ -143,7 +130,7 @@ def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _restrict(emitter: Emitter, plan: Planner, value: Value) -> None:
     source = plan.ref(value.args[0])
-    _need(source.contiguous and value.args[1].op == "last", "a selection that depends on data")
+    need(source.contiguous and value.args[1].op == "last", "a selection that depends on data")
     out, width = plan.new(value), prod(source.shape)
     name = emitter.kernels.add(("gather", width), lambda n: rows.gather(n, width))
     plan.row(name, ("axis", plan.axis(value)), plan.tensor(source), plan.tensor(out), ("int", plan.share), writes=[out.buffer])
@@ -155,7 +142,7 @@ def _norm(emitter: Emitter, plan: Planner, value: Value) -> None:
     source, outer, size = plan.view(plan.ref(x))
     more: list[tuple[Any, ...]] = []
     for w in weights:
-        _need(w.tensor.dtype == "f32" and len(w.tensor.axes) <= 2, "a weight of this kind")
+        need(w.tensor.dtype == "f32" and len(w.tensor.axes) <= 2, "a weight of this kind")
         more += [plan.packing(w, "plain"), ("int", size if len(w.tensor.axes) == 2 else 0)]
     out = plan.new(value)
     key = ("norm", size, attrs["kind"], attrs["eps"], attrs.get("offset", 0.0), len(weights))
@@ -176,7 +163,7 @@ def _reduce(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
     x, freq = value.args
-    _floats(freq)
+    floats(freq)
     half, scale = freq.tensor.width, float(value.attr("scale", 1.0))
     axis = plan.axis(value)
     table = plan.tables.get((freq, scale, axis))
@@ -198,7 +185,7 @@ def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _map(emitter: Emitter, plan: Planner, value: Value) -> None:
     expr = value.attr("expr")
-    _need(value.attr("dtype") is None and expression.supported(expr), f"no vector code for {expr}")
+    need(value.attr("dtype") is None and expression.supported(expr), f"no vector code for {expr}")
     shape = tuple(d for d in value.tensor.features if isinstance(d, int))
     placed = [_broadcast(plan, a, shape) for a in value.args]
     outer, width = prod(shape[:-1]), shape[-1] if shape else 1
@@ -210,7 +197,7 @@ def _map(emitter: Emitter, plan: Planner, value: Value) -> None:
     for ref, operand in placed:
         found, count, _ = plan.view(ref)
         stride = found[1] if count == outer and outer > 1 else ("int", 0)
-        _need(count in (1, outer), "a broadcast over some of the outer axes")
+        need(count in (1, outer), "a broadcast over some of the outer axes")
         sources += [operand or found[0], stride]
     out = plan.new(value)
     target = [plan.tensor(out), ("int", width)]
@@ -220,23 +207,23 @@ def _map(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _broadcast(plan: Planner, arg: Value, shape: tuple[int, ...]) -> tuple[Ref, tuple[Any, ...] | None]:
     """A map operand aligned with the result's features; for a weight the operand that says where it is."""
-    _need(arg.tensor.dtype == "f32", f"{arg.tensor.dtype} values")
+    need(arg.tensor.dtype == "f32", f"{arg.tensor.dtype} values")
     if arg.op == "param":
         own = arg.tensor.sizes
         ref, operand = Ref(-1, 0, contiguous(own), own), ("tensor", plan.packing(arg, "plain")[1], 0, 0)
     else:
         ref, operand = plan.ref(arg), None
     missing = len(shape) - len(ref.shape)
-    _need(missing >= 0, "an operand of more axes than the result")
+    need(missing >= 0, "an operand of more axes than the result")
     return Ref(ref.buffer, ref.offset, (0,) * missing + ref.strides, (1,) * missing + ref.shape), operand
 
 
 def _topk(emitter: Emitter, plan: Planner, value: Value) -> None:
     x, k = value.args[0], value.attr("k")
-    _floats(x)
+    floats(x)
     source = plan.ref(x)
-    _need(source.contiguous and len(source.shape) == 1, "the largest of several rows")
-    _need(k <= topk.MOST, f"the {k} largest")
+    need(source.contiguous and len(source.shape) == 1, "the largest of several rows")
+    need(k <= topk.MOST, f"the {k} largest")
     width = source.shape[0]
     parts = {v.attr("index"): v for v in plan.graph.values if v.op == "item" and v.args[0] is value}
     axis = plan.axis(x)
@@ -244,7 +231,7 @@ def _topk(emitter: Emitter, plan: Planner, value: Value) -> None:
         values = plan.new(parts[0], private=False)
     else:  # nobody reads the values
         values = Ref(plan.buffer(axis, k * 4, private=False), 0, (1,), (k,))
-    _need(1 in parts, "the largest without their indices")
+    need(1 in parts, "the largest without their indices")
     index = plan.new(parts[1], private=False)
     name = emitter.kernels.add(("topk", width, k), lambda n: topk.topk(n, width, k))
     operands = [plan.tensor(source), plan.tensor(values), plan.tensor(index, 8), ("int", abi.SPLIT)]
@@ -257,9 +244,9 @@ def _view(emitter: Emitter, plan: Planner, value: Value) -> None:
         plan.refs[value] = Ref(ref.buffer, ref.offset, contiguous(shape), shape)
         return
     head = ref.shape[: len(ref.shape) - 1]
-    _need(len(shape) > len(head) and shape[: len(head)] == head, "a view across a gap")
+    need(len(shape) > len(head) and shape[: len(head)] == head, "a view across a gap")
     rest = shape[len(head) :]
-    _need(ref.strides[-1] == 1, "a view of channels that are not side by side")
+    need(ref.strides[-1] == 1, "a view of channels that are not side by side")
     plan.refs[value] = Ref(ref.buffer, ref.offset, (*ref.strides[:-1], *contiguous(rest)), shape)
 
 
@@ -284,19 +271,27 @@ def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
         offset += width
 
 
-_RULES: dict[str, Rule] = {
-    "embed": _embed,
-    "restrict": _restrict,
-    "norm": _norm,
-    "reduce": _reduce,
-    "rope": _rope,
-    "map": _map,
-    "view": _view,
-    "slice": _slice,
-    "topk": _topk,
-    "concat": _concat,
-    "append": lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),
-    "attend": lambda emitter, plan, value: attention_rules.attend(emitter.kernels, emitter.level, plan, value),
-    "route": lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
-    "experts": lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value),
-}
+#: The rule of an op, and the attributes that it knows.
+_RULES: dict[str, tuple[Any, ...]] = {
+    "embed": (_embed,),
+    "restrict": (_restrict,),
+    "norm": (_norm, "kind", "eps", "offset", "cast"),  # of float32 there is nothing to cast
+    "reduce": (_reduce, "kind", "keepdim"),
+    "rope": (_rope, "style", "scale"),
+    "map": (_map, "expr", "dtype"),
+    "view": (_view, "shape"),
+    "slice": (_slice, "start", "stop", "axis"),
+    "concat": (_concat,),
+    "append": (lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),),
+    "attend": (
+        lambda emitter, plan, value: attention_rules.attend(emitter.kernels, emitter.level, plan, value),
+        "mask", "scale", "softcap", "extras", "results",
+    ),
+    "route": (
+        lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
+        "k", "kind", "renormalise", "eps", "scale", "groups", "top_groups", "group_best",
+    ),
+    "experts": (
+        lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value), "expr", "halves", "weighted",
+    ),
+}  # fmt: skip

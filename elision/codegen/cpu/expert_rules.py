@@ -7,7 +7,8 @@ from elision.codegen.cpu import expression
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.route import Route
 from elision.codegen.cpu.route import route as make_route
-from elision.codegen.planner import NotNative, Planner, Ref
+from elision.codegen.planner import Planner, Ref
+from elision.codegen.refusal import NotNative
 from elision.ir.expr import operands
 from elision.ir.packing import PANEL, panels
 from elision.ir.value import Value

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from elision.codegen.cpu.codes import codes_of
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.expression import evaluate
 from elision.codegen.cpu.integer_dot import Dot, Way
 from elision.codegen.cpu.kernel import Kernel
 from elision.codegen.cpu.quantise import Block
-from elision.ir.code_panels import Codes, panel_bytes
-from elision.ir.packing import PANEL
+from elision.ir.packing import PANEL, panel_bytes
 from elision.ir.weights import GROUP
 
 
-def dot(fn: Fn, way: Way, codes: Codes, panel: Val, blocks: Sequence[Block], k: int) -> list[list[Val]]:
+def dot(fn: Fn, way: Way, format: str, panel: Val, blocks: Sequence[Block], k: int) -> list[list[Val]]:
     """Products of the tokens of these blocks with one panel: ``[tokens][vectors]``."""
+    codes = codes_of(format)
     vectors, products = PANEL // way.lanes, Dot(fn, way, codes.bits)
     offset = codes.offset + products.offset
     scalars = [(b.scale(), b.scaled_sum(), b.sum()) for b in blocks]
@@ -28,7 +29,7 @@ def dot(fn: Fn, way: Way, codes: Codes, panel: Val, blocks: Sequence[Block], k: 
         place = fn.at(panel, g * codes.group_bytes + codes.header)
         if len(blocks) > 1:  # the next panel comes while this one is multiplied
             for line in range(0, codes.group_bytes, 64):
-                fn.prefetch(fn.at(place, panel_bytes(codes, k) + line))
+                fn.prefetch(fn.at(place, panel_bytes(f"panel:{format}", k) + line))
         sums: list[list[Val | None]] = [[None] * vectors for _ in blocks]
         step = 32 // codes.bits  # inputs that a vector of weights holds of each output
         for first in range(0, GROUP, step):
@@ -68,7 +69,7 @@ def _half(fn: Fn, way: Way, place: Val, index: int) -> Val:
     return fn.cast(fn.load(place, f"vector<{way.lanes}xf16>", index), "arith.extf", way.floats)
 
 
-def linear(name: str, way: Way, formats: Sequence[Codes], k: int, expr: str, extras: Sequence[str]) -> Kernel:
+def linear(name: str, way: Way, formats: Sequence[str], k: int, expr: str, extras: Sequence[str]) -> Kernel:
     """The kernel of a region, as `elision.codegen.cpu.linear.linear`; ``x`` are blocks (`elision.codegen.cpu.quantise`)."""
     kernel = Kernel(name)
     fn = kernel.fn
@@ -80,7 +81,7 @@ def linear(name: str, way: Way, formats: Sequence[Codes], k: int, expr: str, ext
     n = axis.count
     with fn.loop(low, high) as panels:
         columns = panels.index * PANEL
-        here = [fn.at(w, panels.index * panel_bytes(f, k)) for w, f in zip(weights, formats, strict=True)]
+        here = [fn.at(w, panels.index * panel_bytes(f"panel:{f}", k)) for w, f in zip(weights, formats, strict=True)]
 
         def tile_of(token: Val, tile: int) -> None:
             blocks = [Block(fn, x.token(token + t, "i8"), k) for t in range(tile)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elision.ir.packing import PANEL
-from elision.ir.weights import GROUP, Blocks, Int4, Int8, WeightEncoding
+from elision.ir.weights import GROUP, Blocks, Int4, Int8, weight_encoding
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,12 @@ class Codes:
         return self.bits * PANEL * GROUP // 8 + (self.header if self.per_group else 0)
 
 
-def codes_of(encoding: WeightEncoding) -> Codes:
-    """The codes of an encoding that `elision.ir.weights.integer_groups` allows."""
+def codes_of(format: str) -> Codes:
+    """The codes of a format, one that `elision.ir.weights.integer_groups` allows."""
+    encoding = weight_encoding(format)
     if isinstance(encoding, Int8):
         return Codes(8, per_group=encoding.group is not None)
     if isinstance(encoding, Int4):
         return Codes(4, minimum=True)
     assert isinstance(encoding, Blocks)
     return {"Q8_0": Codes(8), "Q4_1": Codes(4, minimum=True), "Q4_0": Codes(4, 8)}[encoding.format]
-
-
-def panel_bytes(codes: Codes, k: int) -> int:
-    return (0 if codes.per_group else codes.header) + k // GROUP * codes.group_bytes
