@@ -22,6 +22,7 @@ from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Builder, Value
+from elision.ir.weights import WeightEncoding
 from elision.llvm.processor import host_level, machine
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.weights import PackedWeights
@@ -41,8 +42,13 @@ class Maker:
         self._inputs += 1
         return self.builder.input(f"x{self._inputs}", Tensor((self.axis, *features), dtype))
 
-    def weight(self, name: str, *shape: int, dtype: str = "f32") -> Value:
+    def weight(
+        self, name: str, *shape: int, dtype: str = "f32", rows: tuple[WeightEncoding, torch.Tensor] | None = None
+    ) -> Value:
+        """A weight of random numbers, or of stored ``rows`` in an encoding."""
         name = f"{self._name}.{name}"
+        if rows is not None:
+            self._bench.program.params[name], self._bench.weights[name] = Tensor(shape, "f32", rows[0]), rows[1]
         if name not in self._bench.weights:
             found = torch.randn(shape, generator=self._bench.generator) * shape[-1] ** -0.5
             self._bench.weights[name] = found.to(DTYPES[dtype])

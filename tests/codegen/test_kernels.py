@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from bench import Bench, Maker, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_decode import stored
 
 from elision.codegen.cpu.emitters import _RULES, Emitter
 from elision.codegen.cpu.kernels import Kernels
@@ -18,6 +20,7 @@ from elision.ir.expr import FUNCTIONS, canonical
 from elision.ir.tokens import Tokens
 from elision.ir.types import Tensor
 from elision.ir.value import Graph, Value
+from elision.ir.weights import weight_encoding
 from elision.llvm.processor import host_level
 
 #: Examples of a test: each compiles many cases.
@@ -220,6 +223,32 @@ def mixtures(draw: st.DrawFn) -> Case:
 @given(st.lists(mixtures(), min_size=6, max_size=6))
 def test_experts(cases: list[Case]) -> None:
     check(cases)
+
+
+def encoded_mixture(format: str, k: int, count: int, halves: bool, weighted: str) -> Case:
+    width, inner, out = 256, 256, 40
+
+    def weight(m: Maker, name: str, n: int, k: int) -> Value:
+        rows = torch.stack([stored(format, n, k).roll(i, 0) for i in range(count)])
+        return m.weight(name, count, n, k, rows=(weight_encoding(format), rows))
+
+    def make(m: Maker) -> tuple[Value, ...]:
+        gates, index = m("route", m.x(count), k=k)  # type: ignore[misc]
+        up, down = weight(m, "up", 2 * inner, width), weight(m, "down", out, inner)
+        x = m("map", m.x(width), expr="x0 * 0.01")
+        return (m("experts", x, gates, index, up, down, expr="sigmoid(x0) * x1", halves=halves, weighted=weighted),)
+
+    return make
+
+
+FORMATS = ["int8(group=32)", "int8(group=row)", "int4(group=32)", "BF16", "Q8_0", "Q4_1", "Q6_K", "Q4_K"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_encoded_experts(format: str) -> None:
+    """Few tokens of each expert, which are multiplied as they are decoded, and many, for which panels are decoded first."""
+    cases = [encoded_mixture(format, 2, 5, True, "output"), encoded_mixture(format, 1, 2, False, "input")]
+    check(cases, Tokens.chunk([50, 0, 7], [0, 3, 70]), 5e-5)
 
 
 def test_routing_ties_go_to_the_smaller_index() -> None:

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from elision.codegen.cpu.decode import VP
 from elision.codegen.cpu.emit import Fn, Val, vector
 from elision.codegen.cpu.expression import evaluate
-from elision.codegen.cpu.kernel import Kernel, Rows
-from elision.codegen.cpu.linear import dot
+from elision.codegen.cpu.kernel import Kernel
+from elision.codegen.cpu.listed import Inputs, Listed
 from elision.ir.packing import PANEL, panel_bytes, panels
-
-TILES = (4, 2, 1)  # pairs of a register tile
 
 
 @dataclass(frozen=True)
 class Experts:
-    """What is fixed in the code of the products: ``count`` experts, ``choices`` per token, channels, f and its ``parts``."""
+    """What is fixed in the code of the products: ``count`` experts, ``choices`` per token, channels, f and its ``parts``, the
+    formats of both weights (f32, or an encoding)."""
 
     count: int
     choices: int
@@ -32,6 +31,16 @@ class Experts:
     halves: bool
     weighted: str
     biased: bool
+    formats: tuple[str, str] = ("f32", "f32")
+
+    @property
+    def inputs_up(self) -> tuple[int, int] | None:
+        """What `up` needs beside its operands (`elision.codegen.cpu.listed.Inputs.operands`); ``inputs_down`` likewise."""
+        return Inputs.operands(self.formats[0], self.width, self.parts if self.halves else 1, 1)
+
+    @property
+    def inputs_down(self) -> tuple[int, int] | None:
+        return Inputs.operands(self.formats[1], self.inner, 1, self.choices)
 
 
 def dispatch(name: str, experts: int, k: int) -> Kernel:
@@ -65,45 +74,21 @@ def dispatch(name: str, experts: int, k: int) -> Kernel:
     return kernel
 
 
-class _Listed(Rows):
-    """Rows by place in the list of pairs: those of the pair's token, or of the pair (``width`` channels each)."""
-
-    def __init__(self, rows: Rows, order: Val, k: int, width: int) -> None:
-        super().__init__(rows.fn, rows.base, rows.stride)
-        self._order, self._k, self._width = order, k, width
-
-    def pair(self, i: Val) -> tuple[Val, Val]:
-        """Token and choice."""
-        pair = self.fn.load(self._order, "i64", i)
-        return pair // self._k, pair % self._k
-
-    def token(self, i: Val, unit: str = "f32") -> Val:
-        token, choice = self.pair(i)
-        return self.fn.at(super().token(token, unit), choice * self._width, unit)
-
-
-def _tiles(fn: Fn, begin: Val, end: Val, body: Callable[[Val, int], None]) -> None:
-    done = begin
-    for tile in TILES:
-        stop = end - (end - done) % tile if tile > 1 else end
-        with fn.loop(done, stop, tile) as loop:
-            body(loop.index, tile)
-        done = stop
-
-
 def up(name: str, site: Experts) -> Kernel:
     """``h[pair] = f(up[e] x[token])``, for the panels of this thread."""
     kernel = Kernel(name)
     fn = kernel.fn
-    kernel.axis()
+    axis = kernel.axis()
     x, gates, order, starts, h = (kernel.tensor(n) for n in ("x", "gates", "order", "starts", "h"))
     weight, bias = kernel.weight("up"), kernel.weight("bias") if site.biased else None
     wide = site.inner * site.parts
-    size, per_expert = panel_bytes("panel:f32", site.width), panels(wide)
+    size, per_expert = panel_bytes(f"panel:{site.formats[0]}", site.width), panels(wide)
     own = PANEL if site.halves else PANEL // site.parts  # results that one panel gives
     step = site.inner // PANEL  # panels from one part to the next
     low, high = kernel.part(fn.const(site.inner // own, "i64"))
-    rows = _Listed(x, order.base, site.choices, 0)
+    rows = Listed(x, order.base, site.choices, 0)
+    inputs = Inputs(kernel, site.formats[0], site.width, rows, order.base, site.choices, apart=False)
+    inputs.prepare(axis.count * site.choices)
     with fn.loop(low, high) as loop, fn.loop(0, site.count) as experts:
         columns = loop.index * own
         here = [
@@ -112,9 +97,8 @@ def up(name: str, site: Experts) -> Kernel:
         ]
         shifts = [experts.index * wide + loop.index * PANEL + i * site.inner for i in range(len(here))]
 
-        def tile_of(at: Val, tile: int) -> None:
-            found = [dot(fn, "f32", panel, rows, at, tile, site.width) for panel in here]
-            for t in range(tile):
+        def write(at: Val, found: list[list[Val]]) -> None:
+            for t in range(len(found[0])):
                 token, choice = rows.pair(at + t)
                 values = [part[t] for part in found]
                 if site.weighted == "input":
@@ -125,8 +109,8 @@ def up(name: str, site: Experts) -> Kernel:
                 result = evaluate(fn, site.expr, values if site.halves else _apart(fn, values[0]))
                 fn.store(result, fn.at(h.token(token), choice * site.inner, "f32"), columns, "f32")
 
-        begin = fn.load(starts.base, "i64", experts.index)
-        _tiles(fn, begin, fn.load(starts.base, "i64", experts.index + 1), tile_of)
+        begin, end = (fn.load(starts.base, "i64", experts.index + i) for i in range(2))
+        inputs.times(here, begin, end, write)
     return kernel
 
 
@@ -144,9 +128,11 @@ def down(name: str, site: Experts) -> Kernel:
     axis = kernel.axis()
     h, gates, order, starts, out = (kernel.tensor(n) for n in ("h", "gates", "order", "starts", "out"))
     weight, bias = kernel.weight("down"), kernel.weight("bias") if site.biased else None
-    size, per_expert = panel_bytes("panel:f32", site.inner), panels(site.out)
+    size, per_expert = panel_bytes(f"panel:{site.formats[1]}", site.inner), panels(site.out)
     low, high = kernel.part(fn.const(per_expert, "i64"))
-    rows = _Listed(h, order.base, site.choices, site.inner)
+    rows = Listed(h, order.base, site.choices, site.inner)
+    inputs = Inputs(kernel, site.formats[1], site.inner, rows, order.base, site.choices, apart=True)
+    inputs.prepare(axis.count * site.choices)
     with fn.loop(low, high) as loop:
         columns = loop.index * PANEL
         with fn.loop(0, axis.count) as tokens:
@@ -154,18 +140,16 @@ def down(name: str, site: Experts) -> Kernel:
         with fn.loop(0, site.count) as experts:
             panel = fn.at(weight, (experts.index * per_expert + loop.index) * size)
 
-            def tile_of(at: Val, tile: int) -> None:
-                found = dot(fn, "f32", panel, rows, at, tile, site.inner)
-                for t in range(tile):
+            def write(at: Val, found: list[list[Val]]) -> None:
+                for t, value in enumerate(found[0]):
                     token, choice = rows.pair(at + t)
                     place = out.token(token)
-                    value = found[t]
                     if bias is not None:
                         value = value + fn.load(bias, VP, experts.index * site.out + columns, "f32")
                     if site.weighted == "output":
                         value = value * fn.splat(fn.load(gates.token(token), "f32", choice), PANEL)
                     fn.store(fn.load(place, VP, columns, "f32") + value, place, columns, "f32")
 
-            begin = fn.load(starts.base, "i64", experts.index)
-            _tiles(fn, begin, fn.load(starts.base, "i64", experts.index + 1), tile_of)
+            begin, end = (fn.load(starts.base, "i64", experts.index + i) for i in range(2))
+            inputs.times([panel], begin, end, write)
     return kernel
