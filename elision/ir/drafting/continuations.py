@@ -31,7 +31,7 @@ class ContinuationTrie(Drafter):
 
     def __init__(self, vocabulary: int, match: int = 2, branch: int = 12, nodes: int = 63, memory: int = 65536) -> None:
         self.match, self.branch, self.nodes = match, branch, nodes
-        self.ring = np.full(memory, -1, np.int64)
+        self.ring = np.full(memory, -1, np.int32)
         self._next = 0
         share = np.array([0.05, 0.15, 0.35, 0.6, 0.8])
         self.rates = Rates(np.tile(np.repeat(share, 3), match * 4))
@@ -95,11 +95,10 @@ class ContinuationTrie(Drafter):
 
 def _after(tokens: Array, suffix: Array, m: int) -> Array:
     """The most recent places after an occurrence of ``suffix``, the end itself left out."""
-    ends = tokens[m - 1 : len(tokens) - 1] == suffix[-1]
+    found: Array = np.flatnonzero(tokens[m - 1 : len(tokens) - 1] == suffix[-1]) + m
     for j in range(1, m):
-        ends &= tokens[m - 1 - j : len(tokens) - 1 - j] == suffix[-1 - j]
-    found: Array = ends.nonzero()[0][-_OCCURRENCES:] + m
-    return found
+        found = found[tokens[found - 1 - j] == suffix[-1 - j]]
+    return found[-_OCCURRENCES:]
 
 
 def _windows(tokens: Array, places: Array, length: int) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,24 @@ class Proposal:
         for d in range(deepest):
             yield d + 1, slice(bounds[d], bounds[d + 1])
 
-    def along(self, edges: Array) -> Array:
-        """The product of ``edges [n]`` from the root to each node (1 at the root)."""
-        found = edges.copy()
+    def along(self, edges: Array, least: float = 0.0) -> Array:
+        """The product of ``edges [n]`` from the root to each node (1 at the root). Below a level at which none reaches ``least`` it
+        is 0."""
+        found = np.zeros(len(edges))
         found[0] = 1.0
         for _, level in self.levels():
-            found[level] *= found[self.parent[level]]
+            found[level] = found[self.parent[level]] * edges[level]
+            if least and found[level].max() < least:
+                break
+        return found
+
+    def names(self) -> Array:
+        """A number for the path to each node, uint64: different paths have different ones but for chance (2^-64)."""
+        found = np.zeros(len(self), np.uint64)
+        code = self.token.astype(np.uint64) * _MIX[0]
+        for _, level in self.levels():
+            mixed = (found[self.parent[level]] ^ code[level]) * _MIX[1] + np.uint64(1)
+            found[level] = mixed ^ (mixed >> np.uint64(29))
         return found
 
     def ancestors(self) -> Array:
@@ -75,34 +88,23 @@ def chain(token: int, tokens: Array, kinds: Array) -> Proposal:
 
 
 def merge(proposals: Sequence[Proposal], worths: Sequence[Array]) -> tuple[Proposal, Array, Array]:
-    """The union of trees with one root: equal paths become one. ``worths[d][i]``: the chance that node i of tree d is right given
-    its parent. Returns the tree (kinds are 0), the chance of each node by noisy-or over the trees that have it, and a bitset of
-    these trees."""
+    """The union of trees with one root: equal paths become one node. ``worths[d][i]``: the chance that node i of tree d is right
+    given its parent (below 1). Returns the tree (kinds are 0), the chance of each node by noisy-or over the trees that have it, and
+    a bitset of these trees."""
     if len(proposals) == 1:
         return proposals[0], worths[0], np.ones(len(proposals[0]), np.int64)
-    place = [np.zeros(len(p), np.int64) for p in proposals]  # where each tree's nodes are in the union
-    deepest = max(int(p.depth[-1]) for p in proposals)
-    token, parent, depth = [proposals[0].token[:1]], [np.array([-1])], [np.array([0])]
-    missed, sources = [np.zeros(1)], [np.array([(1 << len(proposals)) - 1])]
-    size = 1
-    for d in range(1, deepest + 1):
-        at = [(i, slice(*np.searchsorted(p.depth, (d, d + 1)))) for i, p in enumerate(proposals)]
-        keys = np.concatenate([(place[i][proposals[i].parent[s]] << 32) | proposals[i].token[s] for i, s in at])
-        unique, inverse = np.unique(keys, return_inverse=True)
-        miss, source = np.ones(len(unique)), np.zeros(len(unique), np.int64)
-        begin = 0
-        for i, s in at:
-            mine = inverse[begin : begin + s.stop - s.start]
-            begin += len(mine)
-            place[i][s] = mine + size
-            miss[mine] *= 1 - worths[i][s]
-            source[mine] |= 1 << i
-        token.append(unique & 0xFFFFFFFF)
-        parent.append(unique >> 32)
-        depth.append(np.full(len(unique), d))
-        missed.append(miss)
-        sources.append(source)
-        size += len(unique)
-    tokens = np.concatenate(token)
-    tree = Proposal(tokens, np.concatenate(parent), np.concatenate(depth), np.zeros(len(tokens), np.int64))
-    return tree, 1 - np.concatenate(missed), np.concatenate(sources)
+    begins = np.cumsum([0, *(len(p) for p in proposals[:-1])])
+    token, depth = (np.concatenate([getattr(p, name) for p in proposals]) for name in ("token", "depth"))
+    before = np.concatenate([np.maximum(p.parent, 0) + start for p, start in zip(proposals, begins, strict=True)])
+    names = np.concatenate([p.names() for p in proposals])
+    _, first, which = np.unique(names, return_index=True, return_inverse=True)
+    order = np.argsort(depth[first], kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    place, first = rank[which], first[order]
+    parent = place[before[first]]
+    parent[0] = -1
+    missed = np.bincount(place, weights=np.log1p(-np.minimum(np.concatenate(worths), 0.999)), minlength=len(first))
+    sources = np.zeros(len(first), np.int64)
+    np.bitwise_or.at(sources, place, np.repeat(1 << np.arange(len(proposals)), [len(p) for p in proposals]))
+    return Proposal(token[first], parent, depth[first], np.zeros(len(first), np.int64)), -np.expm1(missed), sources

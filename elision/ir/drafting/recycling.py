@@ -12,13 +12,15 @@ from elision.ir.drafting.proposal import Array, Proposal
 from elision.ir.drafting.rates import Rates
 
 _FALL = (0.45, 0.16, 0.09, 0.06, 0.04, 0.03, 0.025, 0.02)  # belief in the successor of each rank, before anything is counted
+_STEADY = np.array([0.7, 1.2, 1.5, 1.7])  # what its constancy does to the belief in the first successor
 
 
 @register
 class TokenRecycling(Drafter):
     """Token Recycling (Luo et al. 2024, "Turning Trash into Treasure"): a matrix of each token's ``k`` likeliest successors when
     it was last run, accepted or not; the draft follows a template of ``nodes`` rank paths up to ``depth`` levels. The published
-    template has 80 nodes in 6 levels, for machines where they ride free; the kind of a guess is its rank and level."""
+    template has 80 nodes in 6 levels, for machines where they ride free. The kind of a guess is its level, its rank, and how often
+    in a row the first successor of the token before it has stayed the same."""
 
     name: ClassVar[str] = "token-recycling"
 
@@ -26,29 +28,33 @@ class TokenRecycling(Drafter):
         self.best = k
         self.successors = np.full((vocabulary, k), -1, np.int32)
         self.template = _template(nodes, k, depth)
-        belief = np.resize(np.array(_FALL[:k]), k)
-        self.rates = Rates(np.tile(belief, depth + 1))
+        self.levels = list(self.template.levels())
+        self.steady = np.zeros(vocabulary, np.int8)  # for each token, how often in a row its first successor was the same
+        belief = np.resize(np.array(_FALL[:k]), k)[:, None] * np.where(np.arange(k)[:, None] > 0, 1.0, _STEADY)
+        self.rates = Rates(np.tile(belief.ravel(), depth + 1))
 
     def propose(self, history: Array, prompt: int, depth: int) -> Proposal | None:
         shape = self.template
         token = np.empty(len(shape), np.int64)
         token[0] = history[-1]
         rank = shape.kind % self.best
-        for _, level in shape.levels():
+        for _, level in self.levels:
             before = token[shape.parent[level]]
             token[level] = np.where(before < 0, -1, self.successors[before, rank[level]])
         there = (token >= 0) & (shape.depth <= depth)
-        if there.sum() < 2:
+        if not there[1]:
             return None
-        full = Proposal(token, shape.parent, shape.depth, shape.kind)
+        full = Proposal(token, shape.parent, shape.depth, shape.kind * 4 + self.steady[token[shape.parent]])
         return full if there.all() else full.keep(there.nonzero()[0])
 
     def see(self, nodes: Array, best: Array) -> None:
+        same = self.successors[nodes, 0] == best[:, 0]
         # Of equal nodes the one nearest the root counts: it comes first, and the last assignment wins.
+        self.steady[nodes[::-1]] = np.where(same, np.minimum(self.steady[nodes] + 1, 3), 0)[::-1]
         self.successors[nodes[::-1]] = best[::-1, : self.best]
 
     def nbytes(self) -> int:
-        return self.successors.nbytes
+        return self.successors.nbytes + self.steady.nbytes
 
 
 def _template(nodes: int, k: int, depth: int) -> Proposal:

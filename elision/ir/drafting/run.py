@@ -18,6 +18,7 @@ from elision.ir.tokens import Tokens
 from elision.ir.tree import MAX_NODES, roots
 
 _LOOK = 8  # a proposal is compared with so many tokens, once they are there
+_LEAST = 0.02  # a path with a smaller chance is not considered: no machine runs a node for that
 _REST = 8  # while nothing pays, one round in so many is drafted, to see whether that has changed
 
 
@@ -119,14 +120,21 @@ class DraftRun:
         self._read(r, history)
         found = [d.propose(history, requests.prompts[r], room) if room > 0 else None for d in self._all.drafters]
         self._open[r].append((len(history), found))
-        there = [(i, p) for i, p in enumerate(found) if p is not None]
-        if not there:
+        trees, edges, whose = [], [], []
+        for i, (drafter, proposal) in enumerate(zip(self._all.drafters, found, strict=True)):
+            if proposal is None:
+                continue
+            chances = drafter.rates.of(proposal.kind)
+            keep = np.flatnonzero(proposal.along(chances, _LEAST) >= _LEAST)
+            if len(keep) > 1:
+                trees.append(proposal.keep(keep))
+                edges.append(chances[keep])
+                whose.append(i)
+        if not trees:
             return None
-        drafters = self._all.drafters
-        tree, edges, bits = merge([p for _, p in there], [drafters[i].rates.of(p.kind) for i, p in there])
-        if len(there) < len(found) or len(found) > 1:
-            bits = np.sum([((bits >> n) & 1) << i for n, (i, _) in enumerate(there)], 0)
-        return tree, tree.along(edges), bits
+        tree, chances, bits = merge(trees, edges)
+        bits = np.sum([((bits >> n) & 1) << i for n, i in enumerate(whose)], 0)
+        return tree, tree.along(chances), bits
 
     def _cut(
         self, last: torch.Tensor, rows: list[int], pos: list[int], trees: dict[int, tuple[Proposal, Array, Array]], chosen: Array,
