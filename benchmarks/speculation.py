@@ -83,7 +83,7 @@ def run(name: str, tokens: int, count: int, progress: Progress) -> tuple[dict[tu
     wrong = 0
     for kind in KINDS:
         for i, message in enumerate(prompts(kind)[:count]):
-            ids = torch.tensor([drafted.tokenizer.encode(drafted.tokenizer.chat(message))])
+            ids = torch.tensor([drafted.tokenizer.encode(drafted.tokenizer.chat(message), add_special=False)])
             for label, found in sets.items():
                 expected = plain.generate(ids, max_new_tokens=tokens, temperature=0)
                 before = plain.stats

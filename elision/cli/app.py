@@ -163,7 +163,8 @@ def bench(
     model: Source,
     passes: Passes = [],  # noqa: B006
     against: Annotated[str | None, typer.Option(metavar="ENGINE", help="transformers: run it in turns with ours.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    prompt: Annotated[str | None, typer.Option(help="The prompt; by default random tokens, which drafters cannot guess.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a random prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     runs: Annotated[int, typer.Option(help="Runs of each engine, after one warm-up.")] = 3,
     threads: Threads = None,
@@ -178,7 +179,7 @@ def bench(
         raise BadInput(f"--against {against} needs the model that {model} was compiled from: bench that, with its passes as -p")
     with progress():
         found = open_model(model, passes, threads=threads)
-        result = compare(found, model, against, prompt_tokens, new_tokens, runs)
+        result = compare(found, model, against, prompt_tokens, new_tokens, runs, prompt)
     if as_json:
         print(json.dumps(result, indent=1))
         return
@@ -193,6 +194,14 @@ def bench(
         f"floor: {result['floor_tokens_per_second']:.0f} tokens/s at {result['bandwidth'] / 1e9:.1f} GB/s read; peak memory of "
         f"the process {result['peak_memory_bytes'] / 1e6:.0f} MB; {result['threads']} threads; medians of {runs}"
     )
+    if drafts := result.get("speculation"):
+        each = ", ".join(f"{n} {c['accepted']} of {c['drafted']}" for n, c in drafts["drafters"].items())
+        console.print(
+            f"speculation: {drafts['speed_up']:.2f} times as fast as without; {drafts['tokens_per_round']:.2f} tokens a round in "
+            f"{drafts['rounds']} rounds; accepted {drafts['accepted']} of {drafts['drafted']} ({each}); "
+            f"{drafts['draft_time'] * 1e3:.0f} ms drafting, {drafts['verify_time'] * 1e3:.0f} ms verifying, "
+            f"{drafts['commit_time'] * 1e3:.0f} ms committing"
+        )
 
 
 @app.command("passes")

@@ -13,16 +13,20 @@ from typing import Any
 import torch
 
 from elision.errors import BadInput
-from elision.runtime.measure import Speed, measure, most_tokens_per_second, read_bandwidth
+from elision.runtime.measure import Speed, measure, most_tokens_per_second, read_bandwidth, speculation, without_speculation
 from elision.runtime.model import Model
 
 
-def compare(model: Model, source: str, against: str | None, prompt_tokens: int, new_tokens: int, runs: int) -> dict[str, Any]:
+def compare(
+    model: Model, source: str, against: str | None, prompt_tokens: int, new_tokens: int, runs: int, prompt: str | None = None
+) -> dict[str, Any]:
     """Medians of ``runs`` runs per engine, in turns after a warm-up each: tokens/s of decoding, seconds to the first token, bytes
     of state.
 
     ``floor_tokens_per_second`` is what the read bandwidth measured here allows. ``peak_memory_bytes`` is the process's (a
-    compilation in it included) before a peer is loaded. The peer is the model in ``source`` as it is, without passes.
+    compilation in it included) before a peer is loaded. The peer is the model in ``source`` as it is, without passes. The prompt
+    is ``prompt`` through the model's tokenizer, or random tokens, of which drafters find little to guess; a model that speculates
+    is run without its drafts too, and ``speculation`` says what they did in the last run and how much faster they made it.
     """
     if prompt_tokens < 1 or runs < 1:
         raise BadInput(f"--prompt-tokens {prompt_tokens}, --runs {runs}: expected at least 1 of each")
@@ -30,10 +34,11 @@ def compare(model: Model, source: str, against: str | None, prompt_tokens: int, 
         raise BadInput(f"{source} has no decoder: there are no tokens/s to measure")
     if model.threads is not None:
         torch.set_num_threads(model.threads)  # of this process: the peer and the bandwidth are measured with as many
-    vocab = model.program.meta["vocab"]
-    ids = torch.randint(0, vocab, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    ids = _ids(model, prompt, prompt_tokens)
     engines: dict[str, Callable[[], Speed]] = {"elision": lambda: measure(model, ids, new_tokens)}
     engines["elision"]()  # the warm-up
+    if model.drafting is not None:
+        engines["elision, without speculation"] = lambda: _plain(model, ids, new_tokens)
     peak = _peak_memory()
     if against:
         engines["transformers"] = _transformers(source, ids, new_tokens)
@@ -42,19 +47,41 @@ def compare(model: Model, source: str, against: str | None, prompt_tokens: int, 
     for _ in range(runs):
         for name, run in engines.items():
             seen[name].append(asdict(run()))
+            if name == "elision":
+                last = model.stats
     bandwidth = read_bandwidth()
+    medians = {name: {key: statistics.median(r[key] for r in found) for key in found[0]} for name, found in seen.items()}
+    drafts: dict[str, Any] = {}
+    if model.drafting is not None and last is not None:
+        plain = medians["elision, without speculation"]["tokens_per_second"]
+        drafts = {"speculation": {**speculation(last), "speed_up": medians["elision"]["tokens_per_second"] / plain}}
     return {
         "model": model.program.name,
         "passes": list(model.program.applied),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": ids.shape[1],
         "new_tokens": new_tokens,
         "runs": runs,
         "threads": torch.get_num_threads(),
-        "engines": {name: {key: statistics.median(r[key] for r in found) for key in found[0]} for name, found in seen.items()},
+        "engines": medians,
         "bandwidth": bandwidth,
-        "floor_tokens_per_second": most_tokens_per_second(model, prompt_tokens + new_tokens // 2, bandwidth),
+        "floor_tokens_per_second": most_tokens_per_second(model, ids.shape[1] + new_tokens // 2, bandwidth),
         "peak_memory_bytes": peak,
+        **drafts,
     }
+
+
+def _ids(model: Model, prompt: str | None, count: int) -> torch.Tensor:
+    """The prompt ``[1, T]``."""
+    if prompt is None:
+        return torch.randint(0, model.program.meta["vocab"], (1, count), generator=torch.Generator().manual_seed(0))
+    if model.tokenizer is None:
+        raise BadInput("--prompt needs a tokenizer, and this model came without one")
+    return torch.tensor([model.tokenizer.encode(prompt)])
+
+
+def _plain(model: Model, ids: torch.Tensor, new_tokens: int) -> Speed:
+    with without_speculation(model):
+        return measure(model, ids, new_tokens)
 
 
 def _peak_memory() -> int:

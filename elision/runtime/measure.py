@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from elision.errors import BadInput
 from elision.ir.cost import cost, floor, total
+from elision.ir.drafting.policy import Always
+from elision.ir.drafting.run import Drafting
 from elision.ir.op import Sizes
+from elision.runtime.generate import Stats
 from elision.runtime.model import Model
 
 
@@ -35,6 +41,33 @@ def measure(model: Model, ids: torch.Tensor, new_tokens: int) -> Speed:
     stats = model.stats
     assert stats is not None
     return Speed(stats.tokens_per_second, stats.time_to_first_token, float(stats.state_bytes))
+
+
+@contextmanager
+def without_speculation(model: Model) -> Iterator[None]:
+    """The model drafts nothing, as if it had been compiled without drafters (for measuring; other calls see it, too)."""
+    before, model.drafting = model.drafting, Drafting([], Always(0))
+    try:
+        yield
+    finally:
+        model.drafting = before
+
+
+def speculation(stats: Stats) -> dict[str, Any]:
+    """What speculation did in a call, in plain data: rounds, drafts, those accepted (also by drafter), seconds by part."""
+    return {
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "tokens_per_round": stats.tokens_per_round,
+        "draft_time": stats.draft_time,
+        "verify_time": stats.verify_time,
+        "commit_time": stats.commit_time,
+        "drafters": {
+            name: {"drafted": c.drafted, "accepted": c.accepted, "accepted_per_round": c.accepted / max(c.rounds, 1)}
+            for name, c in stats.drafters.items()
+        },
+    }
 
 
 def most_tokens_per_second(model: Model, context: int, bandwidth: float) -> float:

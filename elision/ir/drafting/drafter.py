@@ -16,7 +16,6 @@ class Drafter:
 
     name: ClassVar[str]
     rates: Rates
-    best: int = 1  # how many of the likeliest successors of each node it wants to be shown
 
     def propose(self, history: Array, prompt: int, depth: int) -> Proposal | None:
         """A tree of up to ``depth`` levels under the last token of ``history`` (int64; its first ``prompt`` tokens were given),

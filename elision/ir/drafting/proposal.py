@@ -33,8 +33,8 @@ class Proposal:
             yield d + 1, slice(bounds[d], bounds[d + 1])
 
     def along(self, edges: Array, least: float = 0.0) -> Array:
-        """The product of ``edges [n]`` from the root to each node (1 at the root). Below a level at which none reaches ``least`` it
-        is 0."""
+        """The product of ``edges [n]`` from the root to each node (1 at the root). Below a level at which none reaches ``least``
+        it is 0."""
         found = np.zeros(len(edges))
         found[0] = 1.0
         for _, level in self.levels():
@@ -89,8 +89,8 @@ def chain(token: int, tokens: Array, kinds: Array) -> Proposal:
 
 def merge(proposals: Sequence[Proposal], worths: Sequence[Array]) -> tuple[Proposal, Array, Array]:
     """The union of trees with one root: equal paths become one node. ``worths[d][i]``: the chance that node i of tree d is right
-    given its parent (below 1). Returns the tree (kinds are 0), the chance of each node by noisy-or over the trees that have it, and
-    a bitset of these trees."""
+    given its parent (below 1). Returns the tree (kinds are 0), the chance of each node by noisy-or over the trees that have it,
+    and a bitset of these trees."""
     if len(proposals) == 1:
         return proposals[0], worths[0], np.ones(len(proposals[0]), np.int64)
     begins = np.cumsum([0, *(len(p) for p in proposals[:-1])])

@@ -19,13 +19,13 @@ _STEADY = np.array([0.7, 1.2, 1.5, 1.7])  # what its constancy does to the belie
 class TokenRecycling(Drafter):
     """Token Recycling (Luo et al. 2024, "Turning Trash into Treasure"): a matrix of each token's ``k`` likeliest successors when
     it was last run, accepted or not; the draft follows a template of ``nodes`` rank paths up to ``depth`` levels. The published
-    template has 80 nodes in 6 levels, for machines where they ride free. The kind of a guess is its level, its rank, and how often
-    in a row the first successor of the token before it has stayed the same."""
+    template has 80 nodes in 6 levels, for machines where they ride free. The kind of a guess is its level, its rank, and how
+    often in a row the first successor of the token before it has stayed the same."""
 
     name: ClassVar[str] = "token-recycling"
 
     def __init__(self, vocabulary: int, nodes: int = 40, k: int = 8, depth: int = 6) -> None:
-        self.best = k
+        self.k = k
         self.successors = np.full((vocabulary, k), -1, np.int32)
         self.template = _template(nodes, k, depth)
         self.levels = list(self.template.levels())
@@ -37,7 +37,7 @@ class TokenRecycling(Drafter):
         shape = self.template
         token = np.empty(len(shape), np.int64)
         token[0] = history[-1]
-        rank = shape.kind % self.best
+        rank = shape.kind % self.k
         for _, level in self.levels:
             before = token[shape.parent[level]]
             token[level] = np.where(before < 0, -1, self.successors[before, rank[level]])
@@ -51,7 +51,7 @@ class TokenRecycling(Drafter):
         same = self.successors[nodes, 0] == best[:, 0]
         # Of equal nodes the one nearest the root counts: it comes first, and the last assignment wins.
         self.steady[nodes[::-1]] = np.where(same, np.minimum(self.steady[nodes] + 1, 3), 0)[::-1]
-        self.successors[nodes[::-1]] = best[::-1, : self.best]
+        self.successors[nodes[::-1]] = best[::-1, : self.k]
 
     def nbytes(self) -> int:
         return self.successors.nbytes + self.steady.nbytes

@@ -39,10 +39,6 @@ class Drafting:
     policy: Policy
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def best(self) -> int:
-        return max(d.best for d in self.drafters)
-
     def nbytes(self) -> int:
         """Bytes of the drafters' tables."""
         return sum(d.nbytes() for d in self.drafters)
