@@ -15,6 +15,7 @@ import elision
 from elision.ir.drafting.run import Drafting
 from elision.runtime.speculation import drafting_of
 
+Pair = tuple[elision.Model, elision.Model]
 METHODS = ["prompt-lookup", "pain-trie", "token-recycling", "aded"]
 FILES = Path(__file__).parents[2] / "benchmarks" / "prompts"
 TOKENS = 128
@@ -27,7 +28,7 @@ def messages() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[tuple[elision.Model, elision.Model]]:
+def models() -> Iterator[Pair]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield elision.compile("smollm2", threads=2), elision.compile("smollm2", METHODS, threads=2)
@@ -35,14 +36,14 @@ def models() -> Iterator[tuple[elision.Model, elision.Model]]:
 
 
 @pytest.fixture(scope="module")
-def prompts(models: tuple[elision.Model, elision.Model]) -> list[torch.Tensor]:
+def prompts(models: Pair) -> list[torch.Tensor]:
     tokenizer = models[0].tokenizer
     assert tokenizer is not None
     return [torch.tensor([tokenizer.encode(tokenizer.chat(m), add_special=False)]) for m in messages()]
 
 
 @pytest.fixture(scope="module")
-def expected(models: tuple[elision.Model, elision.Model], prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+def expected(models: Pair, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [models[0].generate(ids, max_new_tokens=TOKENS, temperature=0) for ids in prompts]
 
 
@@ -59,8 +60,10 @@ CHOICES = [(i,) for i in range(4)] + list(combinations(range(4), 2)) + [(0, 1, 2
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("names", CHOICES)
-def test_one_by_one(models: tuple[elision.Model, elision.Model], prompts: object, expected: object, names: tuple[int, ...]) -> None:
-    assert isinstance(prompts, list) and isinstance(expected, list) and len(prompts) == 50
+def test_one_by_one(
+    models: Pair, prompts: list[torch.Tensor], expected: list[torch.Tensor], names: tuple[int, ...]
+) -> None:
+    assert len(prompts) == 50
     model, accepted = using(models[1], names), 0
     for ids, tokens in list(zip(prompts, expected, strict=True))[:: 1 if len(names) == 1 else 5]:
         assert torch.equal(model.generate(ids, max_new_tokens=TOKENS, temperature=0), tokens)
@@ -71,7 +74,7 @@ def test_one_by_one(models: tuple[elision.Model, elision.Model], prompts: object
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("names", [(1,), (2,), (0, 1, 2, 3)])
-def test_ragged_batches_of_four(models: tuple[elision.Model, elision.Model], prompts: list[torch.Tensor], names: tuple[int, ...]) -> None:
+def test_ragged_batches_of_four(models: Pair, prompts: list[torch.Tensor], names: tuple[int, ...]) -> None:
     model, short = using(models[1], names), sorted(prompts, key=lambda ids: ids.shape[1])[:12]
     for batch in (short[i::3] for i in range(3)):
         longest = max(ids.shape[1] for ids in batch)
