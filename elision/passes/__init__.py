@@ -3,7 +3,10 @@
 from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
+from elision.passes.layers.evopress import EvoPress
+from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded
 from elision.passes.speculate.pain_trie import PainTrie
 from elision.passes.speculate.prompt_lookup import PromptLookup
@@ -22,6 +25,7 @@ __all__ = [
     "Aded",
     "BFloat16Weights",
     "Clean",
+    "EvoPress",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
@@ -29,9 +33,11 @@ __all__ = [
     "PainTrie",
     "Pass",
     "PromptLookup",
+    "ShortGPT",
     "SkipLayers",
     "SmoothQuantPlus",
     "StoredWeights",
     "TokenRecycling",
+    "UnifiedSkip",
     "from_text",
 ]
