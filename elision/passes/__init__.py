@@ -11,6 +11,8 @@ from elision.passes.speculate.aded import Aded
 from elision.passes.speculate.pain_trie import PainTrie
 from elision.passes.speculate.prompt_lookup import PromptLookup
 from elision.passes.speculate.token_recycling import TokenRecycling
+from elision.passes.tokens.evit import EViT
+from elision.passes.tokens.tome import ToMe
 from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.gptq import GPTQ
@@ -25,6 +27,7 @@ __all__ = [
     "Aded",
     "BFloat16Weights",
     "Clean",
+    "EViT",
     "EvoPress",
     "InsertCache",
     "Int4Weights",
@@ -37,6 +40,7 @@ __all__ = [
     "SkipLayers",
     "SmoothQuantPlus",
     "StoredWeights",
+    "ToMe",
     "TokenRecycling",
     "UnifiedSkip",
     "from_text",

@@ -115,16 +115,16 @@ class Engine:
             self._tables[schedule.entry] = found
         return found
 
-    def caches(self, schedule: abi.Schedule, values: Sequence[Value], counts: Sequence[int], rows: int) -> dict[str, KVStore]:
-        """The caches of a call of an entry, empty, for ``rows`` sequences of up to ``counts[a]`` tokens on axis a. They are kept:
-        kernels leave their lengths at 0."""
+    def caches(self, schedule: abi.Schedule, values: Sequence[Value], longest: int, rows: int) -> dict[str, KVStore]:
+        """The caches of a call of an entry, empty, for ``rows`` sequences of up to ``longest`` tokens. They are kept: kernels
+        leave their lengths at 0."""
         kept = self._caches.setdefault(schedule.entry, {})
         for name, (index, axis) in schedule.caches.items():
             have = kept.get(name)
-            if axis >= 0 and (have is None or have.rows < rows or have.capacity < counts[axis]):
+            if axis >= 0 and (have is None or have.rows < rows or have.capacity < longest):
                 type = values[index].type
                 assert isinstance(type, KV)
-                room = max(_room(counts[axis]), have.capacity if have else 0)
+                room = max(_room(longest), have.capacity if have else 0)
                 kept[name] = KVStore(type, max(rows, have.rows if have else 0), room, torch.float32)
         return kept
 
@@ -168,11 +168,6 @@ class _Run:
         for name, array in arrays.items():
             self._point(base + abi.AXIS[name], array)
 
-    def _longest(self, index: int) -> int:
-        """The most tokens of a sequence on an axis."""
-        at = self._axes.get(index)
-        return int(torch.bincount(at.row).max()) if at is not None and len(at) else 1
-
     def _point(self, word: int, array: torch.Tensor) -> None:
         array = array.contiguous()
         self._kept.append(array)
@@ -201,9 +196,10 @@ class _Run:
                 i = self._engine.launch(i)
 
     def _bind(self) -> None:
-        counts = [self._counts.get(i, self._counts[0]) for i in range(len(self._schedule.axes))]
+        most = max(self._counts.values())  # of axes that depend on what is computed: tokens are only ever taken away
+        counts = [self._counts.get(i, most) for i in range(len(self._schedule.axes))]
         if self._schedule.caches:
-            longest = [self._longest(i) for i in range(len(counts))]
+            longest = max(_longest(at) for at in self._axes.values())
             self._states |= self._engine.caches(self._schedule, self._values, longest, self._axes[0].rows)
         table = self._table = self._engine.table(self._schedule, counts)
         context = self._engine.context
@@ -255,6 +251,11 @@ class _Run:
             return self.tensor(place)
         whole, offset, strides, shape = self._early[name].contiguous(), *place[2:5]
         return whole.as_strided((len(whole), *shape), (whole[:1].numel(), *strides), offset)
+
+
+def _longest(at: Tokens) -> int:
+    """The most tokens of a sequence."""
+    return int(torch.bincount(at.row).max()) if len(at) else 1
 
 
 def _room(count: int) -> int:
