@@ -41,7 +41,8 @@ def chart(across: str, up: str, lines: Mapping[str, Mapping[float, float]]) -> s
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
         at = TOP + 18 * (1 + list(lines).index(name))
-        parts.append(f'<line x1="{WIDTH - RIGHT + 12}" y1="{at - 4}" x2="{WIDTH - RIGHT + 36}" y2="{at - 4}" stroke="{colour}" stroke-width="2"/>')
+        start = WIDTH - RIGHT + 12
+        parts.append(f'<line x1="{start}" y1="{at - 4}" x2="{start + 24}" y2="{at - 4}" stroke="{colour}" stroke-width="2"/>')
         parts.append(text(WIDTH - RIGHT + 42, at, name, "start"))
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
     parts.append(text(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 12, across))

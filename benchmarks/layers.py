@@ -1,6 +1,6 @@
 """What leaving layers out costs and saves: perplexity on text that no pass was calibrated on, and tokens per second.
 
-python benchmarks/layers.py [--tokens 2048] [--share 0.1 0.2 ...] [--pass evopress:share=0.25] [--output FILE.md] [--plot FILE.svg]
+python benchmarks/layers.py [--tokens 2048] [--share 0.1 0.2 ...] [--pass evopress:share=0.25] [--output FILE] [--plot FILE.svg]
 
 Each row is SmolLM2-135M-Instruct with some of its 30 layers left out, on native code for the CPU with the weights as they are in
 its file. Random layers are the mean of ``--draws`` draws. Passes calibrate on every second topic of Python's documentation, the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from elision.ir.nodes import counts_of
 from elision.ir.op import Cost, Sizes, need, op, token_axis
@@ -14,7 +15,7 @@ def _share_of(counts: torch.Tensor, n: int, share: float) -> torch.Tensor:
     return torch.full_like(counts, n) if n else (counts.double() * share).long()
 
 
-def _match_type(k: Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1) -> Tensor:
+def _match_type(k: Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1, heads: bool = False) -> Tensor:
     axis = token_axis(k)
     need(len(k.axes) == 3, f"expected keys [t, heads, dim], got {k}")
     need(n >= 0 and 0 <= share < 1 and protect >= 0, f"n={n}, share={share}, protect={protect}")
@@ -28,22 +29,25 @@ def _match_cost(sizes: Sizes, types: list[Tensor], result: Tensor, attrs: dict[s
 
 
 @op(_match_type, cost=_match_cost)
-def match(k: torch.Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1, at: Tokens) -> torch.Tensor:
+def match(
+    k: torch.Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1, heads: bool = False, at: Tokens
+) -> torch.Tensor:
     """Bipartite soft matching (ToMe, Bolya et al. 2022): the token that each token joins, itself for most.
 
     Of every sequence, tokens of even rank (A) look for the most similar one of odd rank (B), by the cosine of the keys ``[t,
-    heads, dim]``, averaged over heads. The ``n`` most similar pairs (or a ``share`` of the sequence's tokens, rounded down) are
-    merged, at most as many as A has; the first ``protect`` tokens join none.
+    heads, dim]``, averaged over heads (``heads``: by the mean over heads of their cosines). The ``n`` most similar pairs (or a
+    ``share`` of the sequence's tokens, rounded down) are merged, at most as many as A has; the first ``protect`` tokens join none.
     """
-    metric = torch.nn.functional.normalize(k.float().mean(1), dim=-1)
+    metric = F.normalize(k.float(), dim=-1).flatten(1) if heads else F.normalize(k.float().mean(1), dim=-1)
     rank, counts = counts_of(at)
     width = int(counts.max())
     width += width % 2
-    grid = metric.new_zeros(at.rows * width, metric.shape[1])
-    place = at.row * width + rank
-    grid[place] = metric
-    token = torch.zeros(at.rows * width, dtype=torch.int64)  # of each place, its token
-    token[place] = torch.arange(len(at))
+    grid, token = metric, torch.arange(len(at))
+    if len(at) != at.rows * width:
+        grid, place = metric.new_zeros(at.rows * width, metric.shape[1]), at.row * width + rank
+        grid[place] = metric
+        token = torch.zeros(at.rows * width, dtype=torch.int64)  # of each place, its token
+        token[place] = torch.arange(len(at))
     a, b = grid.view(at.rows, width // 2, 2, -1).unbind(2)
     ranks = torch.arange(0, width, 2)
     score = a @ b.mT
