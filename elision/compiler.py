@@ -84,7 +84,7 @@ def compile(
     program, weights = transform(raised.program, raised.weights, chosen, text, stored)
     report = coverage(raised.program, program)
     native = None
-    if target == "cpu" and "step" in program.entries and not any(report["entries"].values()):  # what is padded has no native form
+    if target == "cpu" and not any(report["entries"].values()):  # what is padded has no native form
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)

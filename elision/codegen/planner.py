@@ -14,6 +14,7 @@ from typing import Any
 from elision.codegen.refusal import NotNative
 from elision.codegen.regions import Products, Region
 from elision.ir import schedule as abi
+from elision.ir.ops.program import origin
 from elision.ir.states import KV
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Graph, Value
@@ -59,6 +60,9 @@ class Planner:
         self.refs: dict[Value, Ref] = {}
         self.tables: dict[Any, Ref] = {}  # rotations that are already there
         self._states: dict[Value, str] = {}
+        self._caches: dict[str, tuple[Value, int]] = {}  # of the call: a value that begins it, and after which region it is free
+        self._last: dict[Value, int] = {}  # by where a state begins: the last region that touches it
+        self._here = 0
         self._axes: dict[Axis, int] = {}
         self._drafts: list[_Draft] = []
         self._buffers: list[tuple[int, int, bool, bool]] = []  # axis, bytes per token, private, read across
@@ -104,6 +108,21 @@ class Planner:
         """The name of the state that a state value is a version of."""
         return self._states[value]
 
+    def cache(self, value: Value, native: bool = True) -> str:
+        """The name of a cache that lives for this call only, begun by ``fresh`` or ``empty``. Kernels' caches of one type share
+        memory while they are never alive at the same time; one that the host fills (not ``native``) is its own."""
+        for name, (first, until) in self._caches.items():
+            alike = first.type == value.type
+            if native and alike and until < self._here and self.schedule.caches[name][1] >= 0:
+                break
+        else:
+            axis = self.axis(value.args[0]) if native else -1
+            name, first = f"call_{len(self._caches)}", value
+            self.schedule.caches[name] = (self.graph.values.index(value), axis)
+        self._caches[name] = first, self._last.get(value, self._here)
+        self._states[value] = name
+        return name
+
     # --- operands ---
 
     def tensor(self, ref: Ref, itemsize: int = 4) -> tuple[Any, ...]:
@@ -146,10 +165,10 @@ class Planner:
         states = [a for a in value.args if a.is_state]
         for part in parts:
             if part.is_state:
-                self._states[part] = self._states[states[0]]
+                self._states[part] = self._states[states[0]] if states else self.cache(part, native=False)
             else:
                 writes.add(self.new(part, private=False).buffer)
-        names = {self._states[s] for s in states}
+        names = {self._states[s] for s in (*states, *(p for p in parts if p.is_state))}
         operands = [("args", args), ("results", [self._described(p) for p in parts])]
         self._drafts.append(_Draft("", operands, reads | names, writes | names, index))
 
@@ -185,7 +204,8 @@ class Planner:
                 self.schedule.inputs.append(self.refs[value].buffer)
             elif isinstance(value.type, KV):
                 self._states[value] = self.graph.names[value]
-        for region in found:
+        self._last = _last_uses(found)
+        for self._here, region in enumerate(found):
             value = region.result if isinstance(region, Products) else region
             if value.op == "item":  # a part of a value that has been placed
                 continue
@@ -201,7 +221,8 @@ class Planner:
                 self.host(value, index[value], str(err))
         end(self)
         self.schedule.outputs = [self._described(v) for v in self.graph.outputs if v in self.refs]
-        self.schedule.states = [n for n in dict.fromkeys(self._states.values())]
+        kept = [n for n in dict.fromkeys(self._states.values()) if self.schedule.caches.get(n, (0, 0))[1] >= 0]
+        self.schedule.states = kept
         self.schedule.axes = [a.name for a in self._axes]
         self._memory()
         return self.schedule
@@ -262,3 +283,13 @@ class Planner:
                 read, written = read | reads, written | writes
             rows.append(abi.Row(d.kernel, tuple(d.operands), False, d.host, d.label))
         self.schedule.rows = rows
+
+
+def _last_uses(found: Sequence[Region]) -> dict[Value, int]:
+    """By where a state begins: the last region that touches it or what it becomes."""
+    last: dict[Value, int] = {}
+    for i, region in enumerate(found):
+        for value in () if isinstance(region, Products) else (region, *region.args):
+            if value.is_state:
+                last[origin(value)] = i
+    return last

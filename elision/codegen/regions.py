@@ -57,12 +57,22 @@ def regions(graph: Graph) -> list[Region]:
     return found_regions
 
 
+#: Ops that look at no more than which tokens there are. The host runs them before native code starts.
+OF_TOKENS = ("positions", "last", "first", "extended", "ones")
+#: Ops that make an axis of what the caller gives; the host runs them first of all.
+OF_INPUTS = ("patches",)
+
+
 def _of_positions(graph: Graph) -> set[Value]:
     """Values that follow from the positions of the tokens alone."""
     found: set[Value] = set()
+    known = {v.tensor.tokens for v in graph.inputs if isinstance(v.type, Tensor)}  # axes that do not depend on what is computed
     for value in graph.values:
         plain = value.op in ("map", "view", "slice") and value.args and all(a in found for a in value.args)
-        if value.op in ("positions", "last") or plain:
+        begins = value.op in OF_TOKENS and value.args[0].tensor.tokens in known
+        if begins or (value.op in OF_INPUTS and value.args[0].op == "input"):
+            known.add(value.tensor.tokens)
+        if begins or plain:
             found.add(value)
     return found
 
@@ -70,11 +80,11 @@ def _of_positions(graph: Graph) -> set[Value]:
 def _whole_numbers(graph: Graph, of_positions: set[Value]) -> set[Value]:
     """Values of positions that are, or are made of, whole numbers: these have no kernels, so the host computes them at once,
     before the first row."""
-    found: set[Value] = set()
+    found = {v for v in graph.values if v.op in OF_INPUTS and v.args[0].op == "input"}
     for value in graph.values:
         if value not in of_positions:
             continue
-        begins = value.op in ("positions", "last")
+        begins = value.op in OF_TOKENS
         whole = value.tensor.dtype != "f32" or any(a.tensor.dtype != "f32" for a in value.args)
         if begins or (whole and all(a in found for a in value.args)):
             found.add(value)

@@ -133,5 +133,6 @@ def lower_patches(b: Builder, patches: Patches, pixels: Value, captured: Capture
         places = add("embed", add("positions", cut, name="pos"), weight("patches.positions", patches.table), name="positions")
         h = add("map", h, places, expr="x0 + x1", name="h")
     if len(patches.first):
-        h = add("prepend", h, weight("patches.first", patches.first), axis="t", name="h")
+        room = add("extended", h, k=len(patches.first), axis="t", name="room")
+        h = add("prepend", h, weight("patches.first", patches.first), room, name="h")
     return h

@@ -23,11 +23,12 @@ def flatten(program: Program, entry: str) -> Graph:
 def _inline(builder: Builder, program: Program, graph: Graph, known: dict[Value, Any], env: dict[str, Any]) -> None:
     """Add a graph's values to the builder; ``known`` maps its inputs, and then all its values."""
     for value in graph.values:
-        if value in known:
+        if value in known or value.op == "param":
             continue
-        if value.op == "param":
-            known[value] = builder.param(value.attr("name"), value.tensor)
-        elif value.op == "item":
+        for weight in value.args:  # where they are first used, so that the order is that of a program read back from text
+            if weight.op == "param" and weight not in known:
+                known[weight] = builder.param(weight.attr("name"), weight.tensor)
+        if value.op == "item":
             known[value] = known[value.args[0]][value.attr("index")]
         elif value.op == "call":
             target = program.targets[value.attr("target")]

@@ -30,7 +30,7 @@ THREADS, TABLE, STATES, SEQUENCES, COUNTER, AXES = 0, 1, 2, 3, 8, 24
 #: Words of a token axis in the context: how many tokens, then addresses of int64 arrays: the sequence, position, ancestor bits
 #: and node of each token, the first token of each sequence (one more than there are), the token of the parent axis.
 AXIS = {"count": 0, "row": 1, "pos": 2, "anc": 3, "node": 4, "start": 5, "index": 6}
-AXIS_WORDS, MAX_AXES = 8, 4
+AXIS_WORDS, MAX_AXES = 8, 64
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
 
 #: Words of a cache's descriptor: addresses of the arrays of `elision.ir.layout` (scales: 0 where there are none, else one per
@@ -75,7 +75,9 @@ class Row:
 @dataclass
 class Schedule:
     """One entry. ``axes``: name of each token axis; ``inputs``: the buffer of each; ``outputs``: where each is, as
-    ``("view", buffer, offset, strides, shape, dtype, axis)``; ``packings``: how each weight lies in memory."""
+    ``("view", buffer, offset, strides, shape, dtype, axis)``; ``states``: the caches that kernels read; ``caches``: those that
+    live for one call only, by name the index of the value that begins them in the flat graph and the axis of their tokens (-1:
+    the host makes it, kernels do not read it); ``packings``: how each weight lies in memory."""
 
     entry: str
     axes: list[str]
@@ -84,6 +86,7 @@ class Schedule:
     inputs: list[int] = field(default_factory=list)
     outputs: list[tuple[Any, ...]] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
+    caches: dict[str, tuple[int, int]] = field(default_factory=dict)
     packings: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

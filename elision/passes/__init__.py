@@ -3,11 +3,16 @@
 from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
+from elision.passes.layers.evopress import EvoPress
+from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded
 from elision.passes.speculate.pain_trie import PainTrie
 from elision.passes.speculate.prompt_lookup import PromptLookup
 from elision.passes.speculate.token_recycling import TokenRecycling
+from elision.passes.tokens.evit import EViT
+from elision.passes.tokens.tome import ToMe
 from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.gptq import GPTQ
@@ -22,6 +27,8 @@ __all__ = [
     "Aded",
     "BFloat16Weights",
     "Clean",
+    "EViT",
+    "EvoPress",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
@@ -29,9 +36,12 @@ __all__ = [
     "PainTrie",
     "Pass",
     "PromptLookup",
+    "ShortGPT",
     "SkipLayers",
     "SmoothQuantPlus",
     "StoredWeights",
+    "ToMe",
     "TokenRecycling",
+    "UnifiedSkip",
     "from_text",
 ]

@@ -87,6 +87,14 @@ class Calibrated(Pass):
         raise NotImplementedError
 
 
+class Choosing(Pass):
+    """A pass that chooses some of its own fields, so that its text says what was chosen: `apply` needs no text then."""
+
+    def choose(self, program: Program, weights: Weights, text: Text) -> Pass:
+        """The pass with these fields, chosen on the program that it is about to change (which stays as it is)."""
+        raise NotImplementedError
+
+
 def run_score(
     program: Program, weights: Weights, sequences: list[torch.Tensor], observe: Observe | None = None, blocks: bool = False
 ) -> tuple[torch.Tensor, ...]:

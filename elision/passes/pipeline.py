@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -13,7 +13,7 @@ from elision.ir.program import QUALITIES, Program, Weights
 from elision.ir.retype import convert
 from elision.ir.verifier import verify
 from elision.passes.base import CHANGES, REGISTRY, Pass, from_text
-from elision.passes.calibration import Calibrated, Text
+from elision.passes.calibration import Calibrated, Choosing, Text
 
 log = logging.getLogger("elision")
 
@@ -46,11 +46,19 @@ def transform(
     weights have in the model's file. Raises BadInput for weights that cannot be stored as asked for, and for text given to
     passes of which none calibrates."""
     chosen = resolve(passes)
-    if text.given is not None and not any(isinstance(step, Calibrated) for step in chosen):
-        able = ", ".join(sorted(name for name, cls in REGISTRY.items() if issubclass(cls, Calibrated)))
+    if text.given is not None and not any(isinstance(step, Calibrated | Choosing) for step in chosen):
+        able = ", ".join(sorted(name for name, cls in REGISTRY.items() if issubclass(cls, Calibrated | Choosing)))
         raise BadInput(f"calibration is given, but no pass calibrates; those that do are {able}")
     params, before = program.params, program  # the types of the tensors at hand, and the program before each step
-    for step, after in _steps(program, chosen):
+
+    def settle(step: Pass, before: Program) -> Pass:
+        nonlocal weights, params
+        if not isinstance(step, Choosing):
+            return step
+        weights, params = convert(weights, params, before.params, stored), before.params
+        return step.choose(before, weights, text)
+
+    for step, after in _steps(program, chosen, settle):
         if isinstance(step, Calibrated):
             weights = convert(weights, params, before.params, stored)
             log.info("calibrating %s", step.text())
@@ -60,12 +68,15 @@ def transform(
     return before, convert(weights, params, before.params, stored)
 
 
-def _steps(program: Program, passes: Iterable[str | Pass]) -> Iterator[tuple[Pass, Program]]:
-    """Each pass with the program after it, cleaned last."""
+def _steps(
+    program: Program, passes: Iterable[str | Pass], settle: Callable[[Pass, Program], Pass] = lambda step, before: step
+) -> Iterator[tuple[Pass, Program]]:
+    """Each pass, as ``settle`` gives it for the program before it, with the program after it, cleaned last."""
     from elision.passes.clean import Clean
 
     done = program
-    for step in [*resolve(passes), Clean()]:
+    for given in [*resolve(passes), Clean()]:
+        step = settle(given, done)
         done = done.copy()
         step.apply(done)
         if not isinstance(step, Clean):

@@ -60,8 +60,6 @@ class Model:
         self.max_context, self.max_batch, self.threads = max_context, max_batch, threads
         self.stats: loop.Stats | None = None
         self.native = native
-        # Torch's threads while generating: native code has its own, and two that spin on one core cost more than they do.
-        self._beside = threads if native is None or any(native.hosts.values()) else 1
         if native is None:
             self._interpreter = Interpreter(program, weights)
             self.drafting = drafting_of(self._interpreter, repr((program.name, program.applied, threads)))
@@ -141,7 +139,7 @@ class Model:
         if len(prompts) > self.max_batch:
             raise BadInput(f"{len(prompts)} sequences, but the model was compiled for max_batch={self.max_batch}")
         on_tokens = _callback(streamer, prompts)
-        with self._threads(self._beside), torch.inference_mode():
+        with self._threads(self._beside("step", "prefill")), torch.inference_mode():
             if self.drafting is not None:
                 self.drafting.policy.ready()
             rows, stats = loop.generate(
@@ -171,7 +169,7 @@ class Model:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **other}
         batch = forward.batch(graph, given)
         self._check_length(batch.positions)
-        with self._threads(self.threads), torch.inference_mode():
+        with self._threads(self._beside("score")), torch.inference_mode():
             found = self._interpreter.run(graph, batch.inputs, batch.axes)
         return Output(forward.outputs(graph, self.program.meta["outputs"], batch, found))
 
@@ -197,6 +195,10 @@ class Model:
     def _check_length(self, length: int) -> None:
         if length > self.max_context:
             raise BadInput(f"{length} positions are needed, but the model has {self.max_context} (max_context)")
+
+    def _beside(self, *entries: str) -> int | None:
+        """Torch's threads while these entries run: native code has its own, and two that spin on one core are slow."""
+        return self.threads if self.native is None or any(self.native.hosts.get(e) for e in entries) else 1
 
     @contextmanager
     def _threads(self, threads: int | None) -> Any:

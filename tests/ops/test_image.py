@@ -37,7 +37,7 @@ def test_prepend_puts_tokens_before_every_sequence(lengths: list[int], k: int) -
     x, first = randn(len(at), 3), randn(k, 3, seed=1)
     b = Builder("g")
     tokens, before = b.input("x", Tensor((Axis("t"), 3), "f32")), b.input("first", Tensor((k, 3), "f32"))
-    both = b.add("prepend", tokens, before, axis="u")
+    both = b.add("prepend", tokens, before, b.add("extended", tokens, k=k, axis="u"))
     assert isinstance(both, Value)
     found, pos = run(b.build(both, b.add("positions", both)), {"x": x, "first": first}, {"t": at})
     parts = [torch.cat((first, x[at.row == r])) for r, n in enumerate(lengths) if n]

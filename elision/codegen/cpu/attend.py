@@ -95,6 +95,8 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     if slopes is not None:
                         items[SLOPE] = fn.cast(fn.load(slopes, "i32", query), "arith.extui", "i64")
                     put(fn, tile, loop.index, items)
+                    if site.own:  # entries are told by their numbers, which are the tokens'
+                        low, high = bounds(fn, token - begin, window, chunk, full)
                     loop.give(*widened(fn, loop.carried, low, high))
                 for word, value in enumerate(loop.results, SIGHT):
                     fn.store(value, tile, word, "i64")

@@ -13,6 +13,7 @@ from elision.codegen.refusal import floats, need
 from elision.ir import schedule as abi
 from elision.ir.layout import LANES
 from elision.ir.mask import Mask
+from elision.ir.ops.program import origin
 from elision.ir.states import KV, Dense
 from elision.ir.value import Value
 
@@ -26,19 +27,51 @@ def forms(state: KV) -> tuple[str, str]:
     return form(main.k, state.dim), form(main.v, state.vdim)
 
 
+def _read_natively(plan: Planner, state: Value) -> None:
+    """Raises NotNative if something reads a cache that kernels would fill, but not with a kernel: the host counts on lengths that
+    kernels bring up to date at the end."""
+    for value in plan.graph.values:
+        if value.op == "attend" and origin(value.args[1]) is origin(state):
+            need(not value.attr("results"), "results beside the output")
+            floats(value.args[0], *value.args[2:])
+
+
+def fresh(kernels: Kernels, plan: Planner, value: Value) -> None:
+    """A cache of the call's own tokens."""
+    _append(kernels, plan, value, *value.args)
+
+
+def empty(kernels: Kernels, plan: Planner, value: Value) -> None:
+    assert isinstance(value.type, KV)
+    forms(value.type)
+    _read_natively(plan, value)
+    plan.cache(value)
+
+
 def append(kernels: Kernels, plan: Planner, value: Value) -> None:
     before, k, v = value.args
-    floats(k, v)
-    state = before.type
-    assert isinstance(state, KV)
-    kinds = forms(state)
     axis = k.tensor.tokens
     assert axis is not None
     need(axis.parent is None, "an append of some of the tokens")
+    _append(kernels, plan, value, k, v, before)
+
+
+def _append(kernels: Kernels, plan: Planner, value: Value, k: Value, v: Value, before: Value | None = None) -> None:
+    """Append to the cache ``before``, or to one that lives for the call only."""
+    floats(k, v)
+    state = value.type
+    assert isinstance(state, KV)
+    kinds = forms(state)
+    _read_natively(plan, value)
+    axis = k.tensor.tokens
+    assert axis is not None
     (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
     key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted)
     name = kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
-    plan.follow(value, before)
+    if before is None:
+        plan.cache(value)
+    else:
+        plan.follow(value, before)
     share = abi.LAST if axis.drafted else plan.share
     # Drafted rows are written and read by the last thread alone, so nobody waits for them.
     touched = [] if axis.drafted and not plan.many else [plan.state(value)]
@@ -57,9 +90,11 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     assert isinstance(mask, Mask)
     queries, outer, _ = plan.view(plan.ref(q))
     drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
+    own = origin(cached).op != "input"
+    ordered = state.keyed_by == "position" and (not own or mask.kind in ("causal", "full"))
     site = Site(
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
-        state.keyed_by == "position", together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
+        ordered, together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, own,
     )  # fmt: skip
     name = kernels.add(("attend", site), lambda n: made.attend(n, site))
     joined = kernels.add(("combine", site), lambda n: made.combine(n, site))

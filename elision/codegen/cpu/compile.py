@@ -11,7 +11,7 @@ from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative
-from elision.codegen.regions import regions
+from elision.codegen.regions import OF_INPUTS, OF_TOKENS, regions
 from elision.ir import schedule as abi
 from elision.ir.flatten import flatten
 from elision.ir.program import Program
@@ -20,7 +20,7 @@ from elision.llvm.processor import host_level, machine
 
 
 def compile_program(program: Program) -> abi.NativeCode:
-    """Compile the entries that generation runs (``prefill``, ``step``) and the commit of a round.
+    """Compile the entries (``step`` and ``prefill`` of generation, the model's own forward ``score``) and the commit of a round.
 
     Raises BadInput without the MLIR bindings.
     """
@@ -29,19 +29,19 @@ def compile_program(program: Program) -> abi.NativeCode:
     schedules: dict[str, abi.Schedule] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
-    for entry in ("step", "prefill"):
+    for entry in [name for name in ("step", "prefill", "score") if name in program.entries]:
         graph = flatten(program, entry)
-        plan = Planner(graph, entry == "prefill", kernels.signatures.__getitem__)
+        plan = Planner(graph, entry != "step", kernels.signatures.__getitem__)
         plan.schedule.packings = packings
         schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
-    if all(_plain(s) for s in program.states.values()):
+    if program.states and all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
     code = to_object(kernels.text(), level)
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 
 
-_ON_HOST = ("positions", "last")  # they follow from the call's positions and are ready before native code starts
+_ON_HOST = (*OF_TOKENS, *OF_INPUTS)  # ready before native code starts
 
 
 def _plain(state: object) -> bool:
@@ -61,7 +61,7 @@ def _advance_all(plan: Planner, kernels: Kernels) -> None:
     for _, operands in done:
         name = next(o for o in operands if o[0] == "state")[1]
         axis = operands[0]
-        if plan.many:
+        if plan.many and name not in plan.schedule.caches:
             kernel = kernels.add(("advance",), cache.advance)
             plan.row(kernel, axis, ("state", name), ("int", abi.LAST), reads=[name], writes=[name])
 

@@ -11,7 +11,7 @@ from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import Planner, Ref, contiguous
 from elision.codegen.refusal import floats, knows, need
-from elision.codegen.regions import LINEAR, Products, Region
+from elision.codegen.regions import LINEAR, OF_TOKENS, Products, Region
 from elision.ir import schedule as abi
 from elision.ir.packing import packing_of
 from elision.ir.types import Tensor
@@ -130,10 +130,34 @@ def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 def _restrict(emitter: Emitter, plan: Planner, value: Value) -> None:
     source = plan.ref(value.args[0])
-    need(source.contiguous and value.args[1].op == "last", "a selection that depends on data")
+    need(source.contiguous, "an operand with gaps")
     out, width = plan.new(value), prod(source.shape)
     name = emitter.kernels.add(("gather", width), lambda n: rows.gather(n, width))
     plan.row(name, ("axis", plan.axis(value)), plan.tensor(source), plan.tensor(out), ("int", plan.share), writes=[out.buffer])
+
+
+def _gather(emitter: Emitter, plan: Planner, value: Value) -> None:
+    source, index = (plan.ref(a) for a in value.args)
+    need(source.contiguous and value.args[0].tensor.tokens is not None, "rows with gaps, or of a weight")
+    out, width = plan.new(value), prod(source.shape)
+    name = emitter.kernels.add(("take", width), lambda n: rows.take(n, width))
+    operands = [plan.tensor(source), plan.tensor(index, 8), plan.tensor(out), ("int", plan.share)]
+    plan.row(name, ("axis", plan.axis(value)), *operands, writes=[out.buffer])
+
+
+def _expand(emitter: Emitter, plan: Planner, value: Value) -> None:
+    _pointwise(emitter, plan, value, "x0")
+
+
+def _prepend(emitter: Emitter, plan: Planner, value: Value) -> None:
+    x, first, index = value.args
+    source = plan.ref(x)
+    need(source.contiguous and index.op in OF_TOKENS, "places that depend on data")
+    floats(first)
+    out, width, count = plan.new(value), prod(source.shape), first.tensor.sizes[0]
+    name = emitter.kernels.add(("prepend", width, count), lambda n: rows.prepend(n, width, count))
+    operands = [plan.tensor(source), plan.packing(first, "plain"), plan.tensor(out), ("int", plan.share)]
+    plan.row(name, ("axis", plan.axis(value)), *operands, writes=[out.buffer])
 
 
 def _norm(emitter: Emitter, plan: Planner, value: Value) -> None:
@@ -184,7 +208,10 @@ def _rope(emitter: Emitter, plan: Planner, value: Value) -> None:
 
 
 def _map(emitter: Emitter, plan: Planner, value: Value) -> None:
-    expr = value.attr("expr")
+    _pointwise(emitter, plan, value, value.attr("expr"))
+
+
+def _pointwise(emitter: Emitter, plan: Planner, value: Value, expr: str) -> None:
     need(value.attr("dtype") is None and expression.supported(expr), f"no vector code for {expr}")
     shape = tuple(d for d in value.tensor.features if isinstance(d, int))
     placed = [_broadcast(plan, a, shape) for a in value.args]
@@ -275,6 +302,9 @@ def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
 _RULES: dict[str, tuple[Any, ...]] = {
     "embed": (_embed,),
     "restrict": (_restrict,),
+    "gather": (_gather,),
+    "expand": (_expand, "shape"),
+    "prepend": (_prepend,),
     "norm": (_norm, "kind", "eps", "offset", "cast"),  # of float32 there is nothing to cast
     "reduce": (_reduce, "kind", "keepdim"),
     "rope": (_rope, "style", "scale"),
@@ -282,6 +312,8 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "view": (_view, "shape"),
     "slice": (_slice, "start", "stop", "axis"),
     "concat": (_concat,),
+    "fresh": (lambda emitter, plan, value: attention_rules.fresh(emitter.kernels, plan, value), "type"),
+    "empty": (lambda emitter, plan, value: attention_rules.empty(emitter.kernels, plan, value), "type"),
     "append": (lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),),
     "attend": (
         lambda emitter, plan, value: attention_rules.attend(emitter.kernels, emitter.level, plan, value),

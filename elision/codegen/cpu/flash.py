@@ -34,6 +34,7 @@ class Site:
     softcap: float = 0.0
     slopes: bool = False
     sinks: bool = False
+    own: bool = False  # the cache holds just the tokens of the call, which may skip positions
 
     @property
     def queries(self) -> int:

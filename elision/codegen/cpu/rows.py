@@ -67,6 +67,31 @@ def gather(name: str, width: int) -> Kernel:
     return kernel
 
 
+def take(name: str, width: int) -> Kernel:
+    """Tokens of another axis at the indices that a value gives."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, x, index, out = kernel.axis(), kernel.tensor("x"), kernel.tensor("index"), kernel.tensor("out")
+    with kernel.tokens(axis) as t:
+        source, place = x.token(fn.load(index.token(t, "i64"), "i64")), out.token(t)
+        channels(fn, width, lambda c, type: fn.store(fn.load(source, type, c, "f32"), place, c, "f32"))
+    return kernel
+
+
+def prepend(name: str, width: int, count: int) -> Kernel:
+    """Tokens of another axis at their places, and ``count`` tokens that are the same for all sequences before them."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, x, first, out = kernel.axis(), kernel.tensor("x"), kernel.weight("first"), kernel.tensor("out")
+    index = axis.array("index")
+    with kernel.tokens(axis) as t:
+        source, place = fn.load(index, "i64", t), out.token(t)
+        new = fn.compare(source, "slt", 0)
+        row = fn.select(new, fn.at(first, (source + count) * width, "f32"), x.token(source))
+        channels(fn, width, lambda c, type: fn.store(fn.load(row, type, c, "f32"), place, c, "f32"))
+    return kernel
+
+
 def norm(name: str, size: int, kind: str, eps: float, offset: float, weights: int) -> Kernel:
     """`norm` over the last ``size`` channels; ``weights``: none, a scale, or a scale and a shift."""
     kernel = Kernel(name)

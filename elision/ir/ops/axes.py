@@ -6,7 +6,7 @@ import torch
 
 from elision.ir.op import need, op, token_axis
 from elision.ir.tokens import Tokens
-from elision.ir.types import Axis, Tensor
+from elision.ir.types import DTYPES, Axis, Tensor
 
 
 def _child(x: Tensor, axis: str) -> Tensor:
@@ -88,6 +88,42 @@ def merge(x: torch.Tensor, assign: torch.Tensor, weight: torch.Tensor, kept: tor
     total = torch.zeros_like(x).index_add_(0, assign, x * weight.view(shape))
     mass = torch.zeros_like(weight).index_add_(0, assign, weight)
     return total[kept] / mass[kept].view(shape)
+
+
+def _collect_type(x: Tensor, assign: Tensor, kept: Tensor) -> Tensor:
+    axis = token_axis(x, assign)
+    need(kept.tokens is not None and kept.tokens.parent == axis, f"{kept} does not come from {axis}")
+    assert kept.tokens is not None
+    return x.with_axes(kept.tokens, *x.axes[1:])
+
+
+@op(_collect_type)
+def collect(x: torch.Tensor, assign: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Sum of the tokens that join each kept one, itself included."""
+    return torch.zeros_like(x).index_add_(0, assign, x)[kept]
+
+
+def _joined_type(assign: Tensor, kept: Tensor) -> Tensor:
+    need(kept.tokens is not None and kept.tokens.parent == token_axis(assign), f"{kept} does not come from {assign}")
+    return assign
+
+
+@op(_joined_type)
+def joined(assign: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """For every token, the index on the axis of ``kept`` of the token that it was merged into."""
+    place = torch.empty_like(assign)
+    place[kept] = torch.arange(len(kept))
+    return place[assign]
+
+
+def _ones_type(x: Tensor, *, dtype: str) -> Tensor:
+    return Tensor((token_axis(x),), dtype)
+
+
+@op(_ones_type)
+def ones(x: torch.Tensor, *, dtype: str) -> torch.Tensor:
+    """A one for every token of the axis of x: each stands for itself."""
+    return torch.ones(len(x), dtype=DTYPES[dtype])
 
 
 def _lift_type(x: Tensor, base: Tensor, sel: Tensor) -> Tensor:

@@ -31,19 +31,33 @@ def patches(x: torch.Tensor, *, height: int, width: int, axis: str, at: Tokens) 
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b * count, c * height * width), tokens
 
 
-def _prepend_type(x: Tensor, first: Tensor, *, axis: str) -> Tensor:
+def _extended_type(x: Tensor, *, k: int, axis: str) -> Tensor:
     need(not token_axis(x).drafted and axis.isidentifier(), f"cannot put tokens before {x} as the axis {axis!r}")
-    need(first.tokens is None and first.axes[1:] == x.axes[1:] and first.dtype == x.dtype, f"{first} does not fit {x}")
-    return x.with_axes(Axis(axis), *x.axes[1:])
+    need(k > 0, f"k={k}; expected at least one token")
+    return Tensor((Axis(axis),), "i64")
 
 
-@op(_prepend_type, makes_axis=True)
-def prepend(x: torch.Tensor, first: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
-    """The tokens of every sequence with the tokens ``first [k, ..]`` before them, as the new axis ``axis``; positions grow
-    by k."""
-    there, k = torch.tensor(sorted(set(at.row.tolist()))), first.shape[0]
+@op(_extended_type, makes_axis=True)
+def extended(x: torch.Tensor, *, k: int, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+    """Room for ``k`` tokens before those of every sequence, as the new axis ``axis``; positions grow by k. Result: the index in
+    x of each token, -k .. -1 for the new ones."""
+    there = torch.unique_consecutive(at.row)
     row = torch.cat((there.repeat_interleave(k), at.row))
     pos = torch.cat((torch.arange(k).repeat(len(there)), at.pos + k))
+    index = torch.cat((torch.arange(-k, 0).repeat(len(there)), torch.arange(len(at))))
     order = torch.argsort(row, stable=True)  # the new ones of a row come first
-    values = torch.cat((first.repeat(len(there), *(1,) * (first.dim() - 1)), x))
-    return values[order], Tokens(row[order], pos[order], at.rows)
+    return index[order], Tokens(row[order], pos[order], at.rows)
+
+
+def _prepend_type(x: Tensor, first: Tensor, index: Tensor) -> Tensor:
+    token_axis(x)
+    need(first.tokens is None and first.axes[1:] == x.axes[1:] and first.dtype == x.dtype, f"{first} does not fit {x}")
+    need(index.tokens is not None and index.dtype == "i64" and len(index.axes) == 1, f"expected an index i64[t], got {index}")
+    assert index.tokens is not None
+    return x.with_axes(index.tokens, *x.axes[1:])
+
+
+@op(_prepend_type)
+def prepend(x: torch.Tensor, first: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The tokens of every sequence with the tokens ``first [k, ..]`` before them; ``index`` is what `extended` gives."""
+    return torch.cat((x, first))[index]

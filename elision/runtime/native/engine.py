@@ -19,6 +19,7 @@ from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
 from elision.ir.ops.program import origin
 from elision.ir.program import Program
+from elision.ir.states import KV
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import NAMES, Tensor
@@ -52,6 +53,7 @@ class Engine:
         self._graphs = {name: flatten(program, name) for name in self.schedules if name in program.entries}
         self._outputs = {name: list(_outputs(graph, self.schedules[name])) for name, graph in self._graphs.items()}
         self._tables: dict[str, Table] = {}
+        self._caches: dict[str, dict[str, KVStore]] = {}
         self._described: dict[str, tuple[list[weakref.ref[KVStore]], np.ndarray[Any, np.dtype[np.int64]]]] = {}
         self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
         self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
@@ -107,11 +109,24 @@ class Engine:
         """The table of an entry with room for ``counts`` tokens on its axes."""
         found = self._tables.get(schedule.entry)
         if found is None or any(have < want for have, want in zip(found.capacity, counts, strict=True)):
-            room = [1 << max(0, n - 1).bit_length() for n in counts]
+            room = [_room(n) for n in counts]
             self._tables.pop(schedule.entry, None)
             found = Table(schedule, room, self.threads, self._kernels.__getitem__, self.weights.address)
             self._tables[schedule.entry] = found
         return found
+
+    def caches(self, schedule: abi.Schedule, values: Sequence[Value], longest: int, rows: int) -> dict[str, KVStore]:
+        """The caches of a call of an entry, empty, for ``rows`` sequences of up to ``longest`` tokens. They are kept: kernels
+        leave their lengths at 0."""
+        kept = self._caches.setdefault(schedule.entry, {})
+        for name, (index, axis) in schedule.caches.items():
+            have = kept.get(name)
+            if axis >= 0 and (have is None or have.rows < rows or have.capacity < longest):
+                type = values[index].type
+                assert isinstance(type, KV)
+                room = max(_room(longest), have.capacity if have else 0)
+                kept[name] = KVStore(type, max(rows, have.rows if have else 0), room, torch.float32)
+        return kept
 
     def launch(self, start: int) -> int:
         return pool(self.threads, self._code).run(self._context.ctypes.data, start)
@@ -127,7 +142,7 @@ class _Run:
     def __init__(
         self, engine: Engine, schedule: abi.Schedule, values: Sequence[Value], states: Mapping[str, KVStore], at: Tokens
     ) -> None:
-        self._engine, self._schedule, self._values, self._states = engine, schedule, values, states
+        self._engine, self._schedule, self._values, self._states = engine, schedule, values, dict(states)
         self._axes: dict[int, Tokens] = {0: at}
         self._counts: dict[int, int] = {}
         self._early: dict[int, torch.Tensor] = {}  # buffers that were given before there is a table
@@ -181,7 +196,11 @@ class _Run:
                 i = self._engine.launch(i)
 
     def _bind(self) -> None:
-        counts = [self._counts.get(i, self._counts[0]) for i in range(len(self._schedule.axes))]
+        most = max(self._counts.values())  # of axes that depend on what is computed: tokens are only ever taken away
+        counts = [self._counts.get(i, most) for i in range(len(self._schedule.axes))]
+        if self._schedule.caches:
+            longest = max(_longest(at) for at in self._axes.values())
+            self._states |= self._engine.caches(self._schedule, self._values, longest, self._axes[0].rows)
         table = self._table = self._engine.table(self._schedule, counts)
         context = self._engine.context
         context[abi.TABLE] = table.words.ctypes.data
@@ -208,10 +227,13 @@ class _Run:
             axis = results[0][6]
             self._axes[axis] = tokens
             self.set_axis(axis, tokens.row, tokens)
-            self._point(abi.AXES + abi.AXIS_WORDS * axis + abi.AXIS["index"], found)
+            if found.dtype == torch.int64:
+                self._point(abi.AXES + abi.AXIS_WORDS * axis + abi.AXIS["index"], found)
         parts = found if isinstance(value.type, tuple) else (found,)
         for place, part in zip(results, parts, strict=True):
-            if place[0] == "view":
+            if place[0] == "state":
+                self._states[place[1]] = part
+            elif place[0] == "view":
                 if self._table is None:
                     self._early[place[1]] = part
                 else:
@@ -229,6 +251,16 @@ class _Run:
             return self.tensor(place)
         whole, offset, strides, shape = self._early[name].contiguous(), *place[2:5]
         return whole.as_strided((len(whole), *shape), (whole[:1].numel(), *strides), offset)
+
+
+def _longest(at: Tokens) -> int:
+    """The most tokens of a sequence."""
+    return int(torch.bincount(at.row).max()) if len(at) else 1
+
+
+def _room(count: int) -> int:
+    """For how many tokens there is room made that ``count`` ask for: few sizes, so that memory is seldom made anew."""
+    return 1 << max(0, count - 1).bit_length() if count <= 1024 else -(-count // 512) * 512
 
 
 def _outputs(graph: Graph, schedule: abi.Schedule) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -14,7 +14,7 @@ from elision.errors import ArtefactError
 from elision.ir import schedule as abi
 from elision.ir.flatten import flatten
 from elision.ir.program import Program
-from elision.ir.states import KV
+from elision.ir.states import KV, Dense
 from elision.ir.types import DTYPES, Tensor
 from elision.ir.value import Graph, Value
 
@@ -35,7 +35,7 @@ def read_schedules(
         schedules = {name: _schedule(name, fields) for name, fields in document["schedules"].items()}
     except (TypeError, KeyError, AttributeError, ValueError) as err:
         _refuse(f"fields of another kind ({err!r:.80})")
-    if set(schedules) - {"commit"} != {"step", "prefill"} & set(program.entries):
+    if set(schedules) - {"commit"} != {"step", "prefill", "score"} & set(program.entries):
         _refuse(f"the entries {', '.join(schedules)}")
     for name, schedule in schedules.items():
         graph = flatten(program, name) if name in program.entries else None
@@ -63,6 +63,7 @@ def _schedule(name: str, fields: dict[str, Any]) -> abi.Schedule:
         inputs=fields["inputs"],
         outputs=list(_tuples(fields["outputs"])),
         states=fields["states"],
+        caches={name: (index, axis) for name, (index, axis) in fields["caches"].items()},
         packings=fields["packings"],
     )
     if set(fields) != set(abi.Schedule.__dataclass_fields__) or schedule.entry != name:
@@ -97,6 +98,11 @@ class _Check:
         axes = isinstance(s.axes, list) and 0 < len(s.axes) <= abi.MAX_AXES and all(isinstance(a, str) for a in s.axes)
         self._need(axes, f"the axes {s.axes!r:.60}")
         kv = {name for name, type in self._program.states.items() if isinstance(type, KV)}
+        for cache, (index, axis) in s.caches.items():
+            legal = isinstance(cache, str) and cache not in kv and _count(axis, len(s.axes), -1)
+            legal = legal and self._graph is not None and _count(index, len(self._graph.values))
+            self._need(legal and self._begins(index, axis), f"the cache {cache!r:.40}")
+        kv |= {cache for cache, (_, axis) in s.caches.items() if axis >= 0}
         self._need(isinstance(s.states, list) and len(set(s.states)) == len(s.states), "states twice")
         self._need(set(s.states) <= kv and (self._graph is not None or set(s.states) == kv), f"the states {s.states!r:.60}")
         known = isinstance(s.packings, dict) and all(self._packings.get(n) == how for n, how in s.packings.items())
@@ -114,6 +120,14 @@ class _Check:
             self._need(b.slot < 0 or b.width >= size and b.axis == 0, "an input without room")
         for place, value in zip(s.outputs, outputs, strict=True):
             self._view(place, value)
+
+    def _begins(self, index: int, axis: int) -> bool:
+        """Whether a cache of the call begins with that value, one that kernels can fill if it has an axis."""
+        assert self._graph is not None
+        value = self._graph.values[index]
+        if value.op not in ("fresh", "empty") or not isinstance(value.type, KV):
+            return False
+        return axis < 0 or (len(value.type.segments) == 1 and isinstance(value.type.segments[0].slots, Dense))
 
     def _need(self, holds: bool, what: str) -> None:
         if not holds:
@@ -187,7 +201,7 @@ class _Check:
             case ("weight", name):
                 legal = value.op == "param" and name == value.attr("name")
             case ("state", name):
-                legal = value.is_state and name in s.states
+                legal = value.is_state and (name in s.states or name in s.caches)
             case ("axis", axis):
                 legal = isinstance(value.type, Tensor) and _count(axis, len(s.axes))
             case ("view", buffer, offset, tuple(strides), tuple(shape), str(dtype), axis) if isinstance(value.type, Tensor):
