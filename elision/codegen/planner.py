@@ -75,6 +75,10 @@ class Planner:
         assert axis is not None
         return self._axes.setdefault(axis, len(self._axes))
 
+    def drafted(self, axis: int) -> bool:
+        """Whether the tokens of an axis are drafts."""
+        return next(a for a, i in self._axes.items() if i == axis).drafted
+
     def ref(self, value: Value) -> Ref:
         """Where a value is. Raises NotNative for a weight."""
         if value not in self.refs:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from elision.ir.program import Program
-from elision.ir.value import Builder, Env, Graph, Value
+from elision.ir.types import Axis, Tensor
+from elision.ir.value import Builder, Env, Graph, Value, rewrite
+
+#: The name of `committed` ``step``: what a round without drafts runs natively, with nothing to commit after it.
+DECODE = "decode"
+
+
+def flat_entries(program: Program) -> dict[str, Graph]:
+    """What is compiled to native code, flat: the program's entries, and `DECODE` beside ``step``."""
+    found: dict[str, Graph] = {n: flatten(program, n) for n in ("step", "prefill", "score") if n in program.entries}
+    if "step" in found:
+        found[DECODE] = committed(found["step"])
+    return found
+
+
+def committed(step: Graph) -> Graph:
+    """``step`` over tokens that are committed already: they join the caches at once. For roots of trees, which are accepted
+    whatever else is, that is `step` and then `commit` of the root."""
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        if v.op != "input" or not isinstance(v.type, Tensor):
+            return None
+        axes = [Axis(d.name) if isinstance(d, Axis) else d for d in v.type.axes]
+        return b.input(v.attr("name"), v.type.with_axes(*axes))
+
+    return replace(rewrite(step, rule), name=DECODE)
 
 
 def flatten(program: Program, entry: str) -> Graph:

@@ -72,9 +72,9 @@ def _append(kernels: Kernels, plan: Planner, value: Value, k: Value, v: Value, b
         plan.cache(value)
     else:
         plan.follow(value, before)
-    share = abi.LAST if axis.drafted else plan.share
+    share = plan.share if plan.many else abi.LAST
     # Drafted rows are written and read by the last thread alone, so nobody waits for them.
-    touched = [] if axis.drafted and not plan.many else [plan.state(value)]
+    touched = [plan.state(value)] if plan.many else []
     operands = [("axis", plan.axis(k)), *keys, *values, ("state", plan.state(value)), ("int", share)]
     plan.row(name, *operands, writes=touched)
 
@@ -108,7 +108,7 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
         name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
         ("tensor", tiles, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
         ("int", int(mask.kind == "full")), *more,
-        reads=[] if drafted and not plan.many else [plan.state(cached)], writes=[part, scratch, tiles],
+        reads=[plan.state(cached)] if plan.many else [], writes=[part, scratch, tiles],
     )  # fmt: skip
     out = plan.new(value)
     more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []

@@ -13,7 +13,7 @@ from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, regions
 from elision.ir import schedule as abi
-from elision.ir.flatten import flatten
+from elision.ir.flatten import DECODE, flat_entries
 from elision.ir.program import Program
 from elision.ir.states import KV
 from elision.llvm.processor import host_level, machine
@@ -29,9 +29,8 @@ def compile_program(program: Program) -> abi.NativeCode:
     schedules: dict[str, abi.Schedule] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
-    for entry in [name for name in ("step", "prefill", "score") if name in program.entries]:
-        graph = flatten(program, entry)
-        plan = Planner(graph, entry != "step", kernels.signatures.__getitem__)
+    for entry, graph in flat_entries(program).items():
+        plan = Planner(graph, entry not in ("step", DECODE), kernels.signatures.__getitem__)
         plan.schedule.packings = packings
         schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
@@ -61,7 +60,7 @@ def _advance_all(plan: Planner, kernels: Kernels) -> None:
     for _, operands in done:
         name = next(o for o in operands if o[0] == "state")[1]
         axis = operands[0]
-        if plan.many and name not in plan.schedule.caches:
+        if not plan.drafted(axis[1]) and name not in plan.schedule.caches:
             kernel = kernels.add(("advance",), cache.advance)
             plan.row(kernel, axis, ("state", name), ("int", abi.LAST), reads=[name], writes=[name])
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from elision.ir import schedule as abi
-from elision.ir.flatten import flatten
+from elision.ir.flatten import DECODE, flat_entries
 from elision.ir.interp import Native, operand
 from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
@@ -50,7 +50,7 @@ class Engine:
         self._code = load(native.code)
         names = {r.kernel for s in self.schedules.values() for r in s.rows if r.kernel}
         self._kernels = {name: self._code.address(name) for name in names}
-        self._graphs = {name: flatten(program, name) for name in self.schedules if name in program.entries}
+        self._graphs = {name: graph for name, graph in flat_entries(program).items() if name in self.schedules}
         self._outputs = {name: list(_outputs(graph, self.schedules[name])) for name, graph in self._graphs.items()}
         self._tables: dict[str, Table] = {}
         self._caches: dict[str, dict[str, KVStore]] = {}
@@ -88,7 +88,7 @@ class Engine:
 
     def natives(self) -> dict[str, Native]:
         """What the interpreter runs in the place of entries."""
-        found: dict[str, Native] = {name: partial(self.run, name) for name in self._graphs}
+        found: dict[str, Native] = {name: partial(self.run, name) for name in self._graphs if name != DECODE}
         graph = self.program.round
         if graph is not None and "step" in self._graphs and has_form(graph, self.schedules):
             found[graph.name] = Round(self, graph)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from elision.errors import ArtefactError
 from elision.ir import schedule as abi
-from elision.ir.flatten import flatten
+from elision.ir.flatten import flat_entries
 from elision.ir.program import Program
 from elision.ir.states import KV, Dense
 from elision.ir.types import DTYPES, Tensor
@@ -35,11 +35,11 @@ def read_schedules(
         schedules = {name: _schedule(name, fields) for name, fields in document["schedules"].items()}
     except (TypeError, KeyError, AttributeError, ValueError) as err:
         _refuse(f"fields of another kind ({err!r:.80})")
-    if set(schedules) - {"commit"} != {"step", "prefill", "score"} & set(program.entries):
+    graphs = flat_entries(program)
+    if set(schedules) - {"commit"} != set(graphs):
         _refuse(f"the entries {', '.join(schedules)}")
     for name, schedule in schedules.items():
-        graph = flatten(program, name) if name in program.entries else None
-        _Check(schedule, signatures, program, packings, graph).all()
+        _Check(schedule, signatures, program, packings, graphs.get(name)).all()
     return schedules, hosts, signatures
 
 

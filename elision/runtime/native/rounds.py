@@ -1,4 +1,4 @@
-"""A round of generation on native code: two calls into it, and as little Python between them as there can be.
+"""A round of generation on native code: one call into it (two if there are drafts), and as little Python around as there can be.
 
 It does what the round's graph says (`elision.ir.program.round_of`), for rounds of that form only; any other round is left to the
 interpreter, which runs the same entries through `Engine.run`.
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from elision.ir import schedule as abi
-from elision.ir.drafting.run import DraftRun
+from elision.ir.flatten import DECODE
 from elision.ir.op import lookup
 from elision.ir.states import KV
 from elision.ir.tokens import Tokens
+from elision.ir.tree import roots
 from elision.ir.value import Graph
 from elision.runtime.native.table import Table
 
@@ -33,7 +34,7 @@ def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
     ops = [v.op for v in graph.values if v.op not in ("input", "param")]
     plain = set(ops) <= _FORM and ops.count("call") == ops.count("verify") == 1
     caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
-    return plain and caches and "commit" in schedules and all(row.host < 0 for row in schedules["step"].rows)
+    return plain and caches and "commit" in schedules and all(row.host < 0 for name in ("step", DECODE) for row in schedules[name].rows)
 
 
 class _Arrays:
@@ -59,56 +60,70 @@ class _Arrays:
             context[word] = address
 
 
+class _Entry:
+    """``step`` or ``decode``: where its table has the ids, the logits and the likeliest tokens."""
+
+    def __init__(self, engine: Engine, schedule: abi.Schedule) -> None:
+        self._engine, self.schedule = engine, schedule
+        self._table: Table | None = None
+
+    def table(self, ids: Longs) -> Table:
+        """The entry's table with these ids in it."""
+        table = self._engine.table(self.schedule, [len(ids)] * len(self.schedule.axes))
+        if table is not self._table:
+            place = ("view", self.schedule.inputs[0], 0, (), (), "i64", self.schedule.buffers[self.schedule.inputs[0]].axis)
+            self._ids = table.view(place, table.capacity[0]).numpy()
+            self.logits, self.best = (table.view(place, table.capacity[0]) for place in self.schedule.outputs)
+            self._table = table
+        self._ids[: len(ids)] = ids
+        return table
+
+
 class Round:
     """The native form of a program's round. Called as the interpreter calls any: operands in order, tokens of their axis."""
 
     def __init__(self, engine: Engine, graph: Graph) -> None:
-        self._engine, self._step, self._commit = engine, engine.schedules["step"], engine.schedules["commit"]
+        self._engine, self._commit = engine, engine.schedules["commit"]
+        self._step, self._decode = (_Entry(engine, engine.schedules[name]) for name in ("step", DECODE))
         self._names = [graph.names[v] for v in graph.inputs]
         self._caches = [graph.names[v] for v in graph.inputs if v.is_state]
-        self._draft = next(v for v in graph.values if v.op in ("root", "draft"))
         self._arrays = _Arrays(0, 0)
-        self._table: Table | None = None
-        self._ids: Longs = np.zeros(0, np.int64)
-        self._logits = self._best = torch.zeros(0)
 
     def __call__(self, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         given = dict(zip(self._names, args, strict=True))
-        requests, drafts = given["requests"], given.get("drafts")
-        if drafts is None:
-            ids, nodes = lookup("root").body(given["last"], axis="d", at=at)
-        else:
-            ids, nodes = drafts.propose(given["last"], requests, at)
+        requests, drafts, last = given["requests"], given.get("drafts"), given["last"]
+        ids, nodes = (last, roots(at)) if drafts is None else drafts.propose(last, requests, at)
         states = {name: given[name] for name in self._caches}
         with self._engine.lock:
             start = time.perf_counter()
-            self._run_step(ids, nodes, states)
             n = len(ids)
-            best = self._best[:n]
-            paths, drawn = requests.verify(ids, self._logits[:n], best, nodes)
+            entry = self._decode if n == len(last) else self._step
+            self._run(entry, ids, nodes, states)
+            best = entry.best[:n]
+            paths, drawn = requests.verify(ids, entry.logits[:n], best, nodes)
             middle = time.perf_counter()
-            self._run_commit(paths, states)
+            if entry is self._step:
+                self._accept(paths, states)
             if drafts is not None:
+                drafts.verify_seconds += middle - start
+                drafts.commit_seconds += time.perf_counter() - middle
                 drafts.learn(ids, best, paths)
-                _count(drafts, middle - start, time.perf_counter() - middle)
         tokens = lookup("emit").body(ids, paths, drawn, at=nodes)
         return (tokens, drawn, *states.values(), *(() if drafts is None else (drafts,)))
 
-    def _run_step(self, ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]) -> None:
-        n, engine = len(ids), self._engine
+    def _run(self, entry: _Entry, ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]) -> None:
+        n = len(ids)
         if self._arrays.n < n or self._arrays.rows != nodes.rows:
             self._arrays = _Arrays(max(64, 1 << (n - 1).bit_length()), nodes.rows)
-        table = engine.table(self._step, [n] * len(self._step.axes))
-        if table is not self._table:
-            self._look(table)
-        self._ids[:n] = ids.numpy()
+        table = entry.table(ids.numpy())
         row = nodes.row.numpy()
         assert nodes.anc is not None
         place = np.arange(n) if nodes.rows == 1 else np.arange(n) - np.searchsorted(row, row)
-        self._arrays.place(engine.context, row, place, pos=nodes.pos.numpy(), anc=nodes.anc.numpy())
-        self._launch(self._step, table, states, nodes.rows)
+        self._arrays.place(self._engine.context, row, place, pos=nodes.pos.numpy(), anc=nodes.anc.numpy())
+        self._launch(entry.schedule, table, states, nodes.rows)
 
-    def _run_commit(self, paths: list[list[int]], states: Mapping[str, Any]) -> None:
+    def _accept(self, paths: list[list[int]], states: Mapping[str, Any]) -> None:
+        """The accepted nodes of every row join its caches."""
         row = np.repeat(np.arange(len(paths)), [len(p) for p in paths])
         node = np.array([i for p in paths for i in p], np.int64)
         self._arrays.place(self._engine.context, row, node)
@@ -120,16 +135,3 @@ class Round:
         context[abi.THREADS], context[abi.SEQUENCES] = engine.threads, rows
         context[abi.TABLE], context[abi.STATES] = table.words.ctypes.data, described.ctypes.data
         engine.launch(0)
-
-    def _look(self, table: Table) -> None:
-        """Find the inputs and outputs of ``step`` in its table's memory."""
-        room = table.capacity[0]
-        axis = self._step.buffers[self._step.inputs[0]].axis
-        self._ids = table.view(("view", self._step.inputs[0], 0, (), (), "i64", axis), room).numpy()
-        self._logits, self._best = (table.view(place, room) for place in self._step.outputs)
-        self._table = table
-
-
-def _count(drafts: DraftRun, verify: float, commit: float) -> None:
-    drafts.verify_seconds += verify
-    drafts.commit_seconds += commit
