@@ -34,7 +34,8 @@ def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
     ops = [v.op for v in graph.values if v.op not in ("input", "param")]
     plain = set(ops) <= _FORM and ops.count("call") == ops.count("verify") == 1
     caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
-    return plain and caches and "commit" in schedules and all(row.host < 0 for name in ("step", DECODE) for row in schedules[name].rows)
+    native = all(row.host < 0 for name in ("step", DECODE) for row in schedules[name].rows)
+    return plain and caches and native and "commit" in schedules
 
 
 class _Arrays:
