@@ -281,6 +281,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "map": (_map, "expr", "dtype"),
     "view": (_view, "shape"),
     "slice": (_slice, "start", "stop", "axis"),
+    "topk": (_topk, "k"),
     "concat": (_concat,),
     "append": (lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),),
     "attend": (
