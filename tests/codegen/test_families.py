@@ -126,3 +126,14 @@ def test_other_dtypes(options: dict[str, str]) -> None:
     close(*(m(torch.tensor(prompts()[:1])).logits.float() for m in (native, plain)), bound)
     close(fast.prefill(prompts(), 7).float(), slow.prefill(prompts(), 7).float(), bound)
     close(step(fast, native, dict(enumerate(TREES))).float(), step(slow, plain, dict(enumerate(TREES))).float(), bound)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@torch.inference_mode()
+def test_encoded_experts(family: str) -> None:
+    native, plain = both(family, passes=("int8:group=32",))
+    assert native.native is not None and not any(native.native.hosts.values())
+    assert any(len(t.axes) == 3 and t.encoding is not None for t in native.program.params.values())
+    fast, slow = Session(native._interpreter, 3, 64), Session(plain._interpreter, 3, 64)
+    close(fast.prefill(prompts(), 512), slow.prefill(prompts(), 512))
+    close(step(fast, native, dict(enumerate(TREES))), step(slow, plain, dict(enumerate(TREES))))

@@ -311,6 +311,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "map": (_map, "expr", "dtype"),
     "view": (_view, "shape"),
     "slice": (_slice, "start", "stop", "axis"),
+    "topk": (_topk, "k"),
     "concat": (_concat,),
     "fresh": (lambda emitter, plan, value: attention_rules.fresh(emitter.kernels, plan, value), "type"),
     "empty": (lambda emitter, plan, value: attention_rules.empty(emitter.kernels, plan, value), "type"),
