@@ -75,7 +75,7 @@ def outputs(graph: Graph, names: tuple[str, ...], of: Batch, found: tuple[Tensor
     for name, value, x in zip(names, graph.outputs, found, strict=True):
         if _per_sequence(value):
             placed[name] = x
-        elif of.keep is None:
+        elif of.keep is None or len(x) == of.keep.numel():
             placed[name] = x.view(of.rows, -1, *x.shape[1:])
         else:
             placed[name] = x.new_zeros((*of.keep.shape, *x.shape[1:]))

@@ -167,11 +167,11 @@ class Model:
         """
         graph = self.program.entries["score"]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **other}
-        batch = forward.batch(graph, given)
-        self._check_length(batch.positions)
-        with self._threads(self._beside("score")), torch.inference_mode():
+        with self._threads(self._beside("score")), torch.no_grad():
+            batch = forward.batch(graph, given)
+            self._check_length(batch.positions)
             found = self._interpreter.run(graph, batch.inputs, batch.axes)
-        return Output(forward.outputs(graph, self.program.meta["outputs"], batch, found))
+            return Output(forward.outputs(graph, self.program.meta["outputs"], batch, found))
 
     def _prompts(self, inputs: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
         if isinstance(inputs, torch.Tensor):
@@ -197,8 +197,12 @@ class Model:
             raise BadInput(f"{length} positions are needed, but the model has {self.max_context} (max_context)")
 
     def _beside(self, *entries: str) -> int | None:
-        """Torch's threads while these entries run: native code has its own, and two that spin on one core are slow."""
-        return self.threads if self.native is None or any(self.native.hosts.get(e) for e in entries) else 1
+        """Torch's threads while these entries run. Native code has its own, and two that spin on one core are slow: where it does
+        the products, what is left for torch is small."""
+        if self.native is None:
+            return self.threads
+        hosted = (s for e in entries if (s := self.native.schedules.get(e)) is not None and self.native.hosts.get(e))
+        return self.threads if any(not any(r.kernel.startswith("linear") for r in s.rows) for s in hosted) else 1
 
     @contextmanager
     def _threads(self, threads: int | None) -> Any:

@@ -6,12 +6,12 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows, topk
+from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows, token_rules, topk
 from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import Planner, Ref, contiguous
 from elision.codegen.refusal import floats, knows, need
-from elision.codegen.regions import LINEAR, OF_TOKENS, Products, Region
+from elision.codegen.regions import LINEAR, Products, Region
 from elision.ir import schedule as abi
 from elision.ir.packing import packing_of
 from elision.ir.types import Tensor
@@ -128,36 +128,8 @@ def _embed(emitter: Emitter, plan: Planner, value: Value) -> None:
     plan.row(name, *operands, writes=[out.buffer])
 
 
-def _restrict(emitter: Emitter, plan: Planner, value: Value) -> None:
-    source = plan.ref(value.args[0])
-    need(source.contiguous, "an operand with gaps")
-    out, width = plan.new(value), prod(source.shape)
-    name = emitter.kernels.add(("gather", width), lambda n: rows.gather(n, width))
-    plan.row(name, ("axis", plan.axis(value)), plan.tensor(source), plan.tensor(out), ("int", plan.share), writes=[out.buffer])
-
-
-def _gather(emitter: Emitter, plan: Planner, value: Value) -> None:
-    source, index = (plan.ref(a) for a in value.args)
-    need(source.contiguous and value.args[0].tensor.tokens is not None, "rows with gaps, or of a weight")
-    out, width = plan.new(value), prod(source.shape)
-    name = emitter.kernels.add(("take", width), lambda n: rows.take(n, width))
-    operands = [plan.tensor(source), plan.tensor(index, 8), plan.tensor(out), ("int", plan.share)]
-    plan.row(name, ("axis", plan.axis(value)), *operands, writes=[out.buffer])
-
-
 def _expand(emitter: Emitter, plan: Planner, value: Value) -> None:
     _pointwise(emitter, plan, value, "x0")
-
-
-def _prepend(emitter: Emitter, plan: Planner, value: Value) -> None:
-    x, first, index = value.args
-    source = plan.ref(x)
-    need(source.contiguous and index.op in OF_TOKENS, "places that depend on data")
-    floats(first)
-    out, width, count = plan.new(value), prod(source.shape), first.tensor.sizes[0]
-    name = emitter.kernels.add(("prepend", width, count), lambda n: rows.prepend(n, width, count))
-    operands = [plan.tensor(source), plan.packing(first, "plain"), plan.tensor(out), ("int", plan.share)]
-    plan.row(name, ("axis", plan.axis(value)), *operands, writes=[out.buffer])
 
 
 def _norm(emitter: Emitter, plan: Planner, value: Value) -> None:
@@ -301,10 +273,10 @@ def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
 #: The rule of an op, and the attributes that it knows.
 _RULES: dict[str, tuple[Any, ...]] = {
     "embed": (_embed,),
-    "restrict": (_restrict,),
-    "gather": (_gather,),
+    "restrict": (lambda emitter, plan, value: token_rules.restrict(emitter.kernels, plan, value),),
+    "gather": (lambda emitter, plan, value: token_rules.gather(emitter.kernels, plan, value),),
     "expand": (_expand, "shape"),
-    "prepend": (_prepend,),
+    "prepend": (lambda emitter, plan, value: token_rules.prepend(emitter.kernels, plan, value),),
     "norm": (_norm, "kind", "eps", "offset", "cast"),  # of float32 there is nothing to cast
     "reduce": (_reduce, "kind", "keepdim"),
     "rope": (_rope, "style", "scale"),
@@ -324,7 +296,5 @@ _RULES: dict[str, tuple[Any, ...]] = {
         lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
         "k", "kind", "renormalise", "eps", "scale", "groups", "top_groups", "group_best",
     ),
-    "experts": (
-        lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value), "expr", "halves", "weighted",
-    ),
+    "experts": (lambda emitter, plan, value: expert_rules.experts(emitter.kernels, plan, value), "expr", "halves", "weighted"),
 }  # fmt: skip

@@ -34,10 +34,10 @@ def match(
 ) -> torch.Tensor:
     """Bipartite soft matching (ToMe, Bolya et al. 2022): the token that each token joins, itself for most.
 
-    Of every sequence, tokens of even rank (A) look for the most similar one of odd rank (B), by the cosine of the keys ``[t,
-    heads, dim]``, averaged over heads (``heads``: by the mean over heads of their cosines). The ``n`` most similar pairs (or a
-    ``share`` of the sequence's tokens, rounded down) are merged, at most as many as A has; the first ``protect`` tokens join
-    none.
+    Of every sequence, tokens of even rank (A) look for the most similar one of odd rank (B), by the cosine of the keys
+    ``[t, heads, dim]``, averaged over heads (``heads``: by the mean over heads of their cosines). The ``n`` most similar pairs
+    (or a ``share`` of the sequence's tokens, rounded down) are merged, at most as many as A has; the first ``protect`` tokens
+    join none.
     """
     metric = F.normalize(k.float(), dim=-1).flatten(1) if heads else F.normalize(k.float().mean(1), dim=-1)
     rank, counts = counts_of(at)
