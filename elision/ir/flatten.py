@@ -15,7 +15,9 @@ DECODE = "decode"
 
 def flat_entries(program: Program) -> dict[str, Graph]:
     """What is compiled to native code, flat: the program's entries, and `DECODE` beside ``step``."""
-    found: dict[str, Graph] = {n: flatten(program, n) for n in ("step", "prefill", "score") if n in program.entries}
+    order = ("step", "prefill", "score")  # the first that needs a weight says how it is packed
+    names = sorted(program.entries, key=lambda n: order.index(n) if n in order else len(order))
+    found = {name: flatten(program, name) for name in names}
     if "step" in found:
         found[DECODE] = committed(found["step"])
     return found

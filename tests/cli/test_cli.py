@@ -258,7 +258,7 @@ def test_compile_calibrates_on_a_file_or_by_default(folder: Path, run: Run, tmp_
     code, _, err = run(*compile, "--calibration", tmp_path / "none")
     assert code == 2 and "none could not be read as text in UTF-8: No such file" in err
     code, _, err = run(*compile[:4], "--calibration", tmp_path / "text")
-    assert code == 2 and "no pass calibrates; those that do are gptq, smoothquant-plus" in err
+    assert code == 2 and "no pass calibrates; those that do are" in err and "gptq" in err
 
 
 def test_passes(run: Run) -> None:

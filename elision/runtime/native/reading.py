@@ -103,8 +103,8 @@ class _Check:
             legal = legal and self._graph is not None and _count(index, len(self._graph.values))
             self._need(legal and self._begins(index, axis), f"the cache {cache!r:.40}")
         kv |= {cache for cache, (_, axis) in s.caches.items() if axis >= 0}
-        names = isinstance(s.states, list) and all(isinstance(name, str) for name in s.states)
-        self._need(names and len(set(s.states)) == len(s.states), "states twice, or no names")
+        named = isinstance(s.states, list) and all(isinstance(name, str) for name in s.states)
+        self._need(named and len(set(s.states)) == len(s.states), "states twice")
         self._need(set(s.states) <= kv and (self._graph is not None or set(s.states) == kv), f"the states {s.states!r:.60}")
         known = isinstance(s.packings, dict) and all(self._packings.get(n) == how for n, how in s.packings.items())
         self._need(known, "weights that the artefact has not, or in another packing")
