@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ from elision.errors import BadInput
 from elision.ir.types import parse_dtype
 
 if TYPE_CHECKING:
+    from elision.ir.program import Program, Weights
     from elision.passes.base import Pass
     from elision.runtime.model import Model
+    from elision.runtime.text import Tokenizer
 
 log = logging.getLogger("elision")
 
@@ -80,6 +83,7 @@ def compile(
     if raised.program.meta["causal"] and not given:
         chosen.insert(0, InsertCache(parse_dtype(kv_dtype) if kv_dtype is not None else ""))
     tokenizer = Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None
+    raised.program.models = cache(partial(_draft, tokenizer))
     text = Text(calibration, tokenizer.encode if tokenizer else None)
     program, weights = transform(raised.program, raised.weights, chosen, text, stored)
     report = coverage(raised.program, program)
@@ -114,6 +118,16 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     from elision.runtime import artefact
 
     return artefact.load(path, threads, verify, target, _rebuild)
+
+
+def _draft(tokenizer: Tokenizer | None, path: str) -> tuple[Program, Weights]:
+    """A compiled model that is to draft for one with this tokenizer. Raises BadInput for one with another."""
+    from elision.runtime import artefact
+
+    found = artefact.load(path, target="reference")
+    if tokenizer and found.tokenizer and not tokenizer.agrees(found.tokenizer):
+        raise BadInput(f"model={path}: its tokenizer is another one than the model's, so its tokens mean something else")
+    return found.program, found.weights
 
 
 def _rebuild(text: str, level: str) -> bytes:

@@ -51,6 +51,7 @@ class _Step:
     at: Axis | None
     makes: Axis | None
     target: _Target | None
+    own: Mapping[str, _Target]  # what the op runs on tokens of its own
     dead: tuple[int, ...]
 
 
@@ -105,7 +106,10 @@ class Interpreter:
             args = [slots[i] for i in step.args]
             if self._observe is not None:
                 self._observe(step.value, args)
-            if step.target is not None:
+            if step.own:
+                at = {} if step.at is None else {"at": axes[step.at]}
+                result = step.body(*args, run_on=partial(self._run_on, step.own), **at, **step.kwargs)
+            elif step.target is not None:
                 result = step.body(*args, run=partial(self._run_target, step.target, axes), **step.kwargs)
             elif step.at is not None:
                 result = step.body(*args, at=axes[step.at], **step.kwargs)
@@ -133,6 +137,10 @@ class Interpreter:
             axes[substitute(axis, target.axes)] = inner[axis]
         return found
 
+    def _run_on(self, targets: Mapping[str, _Target], name: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
+        """What an op uses to run one of its targets on tokens that it has made itself."""
+        return self._run_target(targets[name], dict.fromkeys(targets[name].axes, at), args)
+
     def _plan(self, graph: Graph, env: Mapping[str, Any]) -> _Plan:
         key = (id(graph), repr(sorted(env.items())) if env else "")
         found = self._plans.get(key)
@@ -141,8 +149,12 @@ class Interpreter:
             self._graphs.append(graph)
         return found
 
-    def _target(self, value: Value, env: Mapping[str, Any]) -> _Target:
-        graph = self._targets[value.attr("target")]
+    def _target(self, value: Value, name: str, env: Mapping[str, Any]) -> _Target:
+        graph = self._targets[name]
+        if lookup(value.op).runs_on:
+            axis = graph.inputs[0].tensor.tokens
+            assert axis is not None
+            return _Target(self.natives.get(graph.name) or self._plan(graph, env), {axis: axis})
         given = value.args[len(value.args) - len(graph.inputs) :]  # `when` takes its condition before them
         axes = bind_axes([v.type for v in graph.inputs], [a.type for a in given])
         return _Target(self.natives.get(graph.name) or self._plan(graph, env), axes)
@@ -151,7 +163,7 @@ class Interpreter:
 def _make_plan(
     graph: Graph,
     env: Mapping[str, Any],
-    target: Callable[[Value, Mapping[str, Any]], _Target],
+    target: Callable[[Value, str, Mapping[str, Any]], _Target],
     commit: NativeCommit | None = None,
 ) -> _Plan:
     slot: dict[Value, int] = {v: i for i, v in enumerate(graph.inputs)}
@@ -177,18 +189,19 @@ def _make_plan(
         out = tuple(parts[v]) if isinstance(v.type, tuple) else (slot[v],)
         kwargs = {k: env[a.name] if isinstance(a, Env) else a for k, a in v.attrs}
         at = _first_axis(v) if op.wants_at else None
-        made = v.type.tokens if op.makes_axis and isinstance(v.type, Tensor) else None
+        made = made_axis(v) if op.makes_axis else None
         dead = tuple(i for i in {slot[a] for a in v.args if a in slot} if last.get(i) is v and i not in keep)
-        inner = target(v, dict(kwargs.get("env", ()))) if op.runs else None
+        inner = target(v, v.attr("target"), dict(kwargs.get("env", ()))) if op.runs else None
+        own = {name: target(v, name, {}) for name in v.attr("targets")} if op.runs_on else {}
         args = tuple(slot[a] for a in v.args)
         if v.op == "commit" and commit is not None:
             before = steps[-1] if steps else None
             if before is not None and before.body is _commit and before.args[-1] == args[-1]:  # all states in one call
                 args, out, dead = (*before.args[:-1], *args), (*before.out, *out), (*before.dead, *dead)
                 steps.pop()
-            steps.append(_Step(v, _commit, args, out, {"native": commit}, None, None, None, dead))
+            steps.append(_Step(v, _commit, args, out, {"native": commit}, None, None, None, {}, dead))
             continue
-        steps.append(_Step(v, op.body, args, out, kwargs, at, made, inner, dead))
+        steps.append(_Step(v, op.body, args, out, kwargs, at, made, inner, own, dead))
     return _Plan(len(slot), weights, tuple(steps), tuple(slot[v] for v in graph.outputs))
 
 
@@ -202,6 +215,12 @@ def _commit(*args: Any, native: NativeCommit) -> Any:
 def operand(weight: torch.Tensor, type: Tensor) -> torch.Tensor | Encoded:
     """A weight as the bodies of ops take it: an encoded one stays so until its op decodes what it needs."""
     return weight if type.encoding is None else Encoded(weight, type.encoding, type.row, DTYPES[type.dtype])
+
+
+def made_axis(value: Value) -> Axis | None:
+    """The token axis that an op makes: that of its (first) result."""
+    first = value.type[0] if isinstance(value.type, tuple) else value.type
+    return first.tokens if isinstance(first, Tensor) else None
 
 
 def _passes_by(value: Value) -> bool:

@@ -2,7 +2,8 @@
 
 The body serves as documentation, as the reference interpreter, as the oracle for every kernel and as the check for raising.
 Beside it stand a type rule and a cost rule. A body may ask for ``at`` (the `Tokens` of its first token axis). An op that makes a
-token axis (attribute ``axis``) returns ``(tensor, tokens)``; one that runs other graphs takes ``run``.
+token axis (attribute ``axis``) returns ``(result, tokens)``; one that runs other graphs takes ``run``, or ``run_on`` to run them
+on tokens of its own: ``run_on(target, operands, tokens)``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Body = TypeVar("Body", bound=Callable[..., Any])
 class Op:
     """``infer(*types, **attrs)`` gives the result type or raises BadInput; ``cost(sizes, types, result, attrs)`` overrides
     the default cost (every operand read once, the result written once, no FLOPs). ``encoded``: operands that may be encoded
-    weights, which the body gets as `elision.ir.weights.Encoded`."""
+    weights, which the body gets as `elision.ir.weights.Encoded`. ``runs_on``: it runs graphs on tokens of its own."""
 
     name: str
     body: Callable[..., Any]
@@ -44,6 +45,7 @@ class Op:
     cost: CostRule | None = None
     wants_at: bool = False
     runs: bool = False
+    runs_on: bool = False
     makes_axis: bool = False
     encoded: tuple[int, ...] = ()
 
@@ -64,7 +66,7 @@ def op(
     def register(body: Body) -> Body:
         key = name or body.__name__
         wants = inspect.signature(body).parameters
-        OPS[key] = Op(key, body, infer, cost, "at" in wants, "run" in wants, makes_axis, encoded)
+        OPS[key] = Op(key, body, infer, cost, "at" in wants, "run" in wants, "run_on" in wants, makes_axis, encoded)
         return body
 
     return register
@@ -87,11 +89,15 @@ def infer_type(name: str, args: tuple[Value, ...], attrs: Mapping[str, Any], tar
     found = lookup(name)
     try:
         for i, t in enumerate(types):
-            plain = found.runs or i in found.encoded or not isinstance(t, Tensor) or t.encoding is None
+            plain = found.runs or found.runs_on or i in found.encoded or not isinstance(t, Tensor) or t.encoding is None
             need(plain, f"operand {i} cannot be a stored weight; keep it as plain numbers")
         if "target" in attrs:
             need(attrs["target"] in targets, f"no template or entry {attrs['target']!r}; there are {', '.join(targets)}")
             return found.infer(*types, graph=targets[attrs["target"]], **attrs)
+        if found.runs_on:
+            missing = [t for t in attrs["targets"] if t not in targets]
+            need(not missing, f"no entry {', '.join(missing)}; there are {', '.join(targets)}")
+            return found.infer(*types, graphs=[targets[t] for t in attrs["targets"]], **attrs)
         return found.infer(*types, **attrs)
     except (BadInput, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
         given = ", ".join(str(t) if isinstance(t, Tensor) else type(t).__name__ for t in types)

@@ -7,13 +7,14 @@ and ``score`` (the model's own forward). ``round`` is generation itself; ``ticks
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from elision.errors import BadInput
+from elision.ir.drafting.growth import growth_of
 from elision.ir.states import StateType
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Builder, Graph, Rule, Value, rewrite
@@ -36,7 +37,8 @@ class Program:
     ``hidden`` ...).
 
     ``stored``: by parameter, the encoding in which the model's file has the weight, for passes that keep it; known while
-    compiling only, hence not printed. ``applied`` is the text of the passes so far, ``quality`` the join of theirs.
+    compiling only, hence not printed; so is ``models``, which opens another compiled model. ``applied`` is the text of the
+    passes so far, ``quality`` the join of theirs.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Program:
     applied: tuple[str, ...] = ()
     quality: str = "exact"
     stored: Mapping[str, WeightEncoding] = field(default_factory=dict, compare=False)
+    models: Callable[[str], tuple[Program, Weights]] | None = field(default=None, compare=False)
 
     def copy(self) -> Program:
         """A program that can be changed without changing this one (graphs are immutable and shared)."""
@@ -162,35 +165,67 @@ def state_inputs(graph: Graph) -> dict[str, Value]:
     return {graph.names[v]: v for v in graph.inputs if v.is_state}
 
 
+def committed_states(program: Program) -> list[str]:
+    """The states that the round commits, in order."""
+    from elision.ir.ops.program import origin  # ops are written in terms of programs, hence not at import
+
+    graph = program.round
+    assert graph is not None
+    return [graph.names[origin(v)] for v in graph.values if v.op == "commit"]
+
+
 def drafting(round: Graph) -> tuple[int, tuple[str, ...]]:
     """The most nodes of a round's trees, and its drafters as text."""
-    draft = next((v for v in round.values if v.op == "draft"), None)
+    draft = next((v for v in round.values if v.op in ("draft", "guess")), None)
     depth = max((v.attr("depth") for v in round.values if v.op == "checkpoint"), default=1)
     return (depth, draft.attr("methods")) if draft is not None else (1, ())
 
 
+def guesses(program: Program) -> tuple[str, ...]:
+    """The entries with which a model drafts: ``draft``, or ``draft_..`` where there are several."""
+    return tuple(name for name in program.entries if name.partition("_")[0] == "draft")
+
+
 def round_of(program: Program, depth: int = 1, methods: tuple[str, ...] = ()) -> Graph:
     """The generation program: checkpoint, draft, step over the tree, verify, commit, learn, emit. Without ``methods`` the draft
-    is empty: the tree is its root. ``methods``: the drafters as text; ``depth``: the most nodes of a tree."""
-    step = program.entries["step"]
+    is empty: the tree is its root. ``methods``: the drafters as text; ``depth``: the most nodes of a tree.
+
+    Drafts come from tables (`draft`), or from a model if the program has entries for it (`guesses`). One with caches of its own
+    has an entry ``feed`` too, which takes committed tokens: these caches are fed before the round and keep nothing of it."""
+    step, targets = program.entries["step"], guesses(program)
+    growth = growth_of(methods[0]) if methods and targets else None
     b = Builder("round", program.targets)
     last = b.input("last", Tensor((Axis("b"),), "i64"))
     requests = b.input("requests", Host("requests"))
-    drafts = b.input("drafts", Host("drafts")) if methods else None
+    drafts = [b.input("drafts", Host("drafts"))] if methods else []
     states = [b.input(n, program.states[n]) for n in state_inputs(step)]
+    own = [b.input(n, program.states[n]) for n in state_inputs(program.entries["feed"])] if "feed" in program.entries else []
+    drawn, kind = [], None
+    if own:
+        fed, *own = b.add("feed", requests, *drafts, last, *own, targets=("feed",))
+        drafts = [b.named(fed, "fed")]
+    own = [b.add("checkpoint", s, depth=depth, name="mark") for s in own]
     marked = [b.add("checkpoint", s, depth=depth, name="mark") for s in states]
-    if drafts is None:
+    if not drafts:
         ids = b.add("root", last, axis="d", name="ids")
+    elif growth is None:
+        ids = b.add("draft", last, requests, *drafts, axis="d", methods=methods, name="ids")
     else:
-        ids = b.add("draft", last, requests, drafts, axis="d", methods=methods, name="ids")
+        kind, rest = growth.kind, own or marked
+        ids, *found = b.add("guess", requests, *drafts, last, *rest, targets=targets, axis="d", methods=methods, kind=kind)
+        b.named(ids, "ids")
+        drawn, rest = found[: len(found) - len(rest)], found[len(found) - len(rest) :]
+        own, marked = (rest, marked) if own else ([], rest)
     logits, best, *written = b.add("call", ids, *marked, target="step")
-    paths, nxt = b.add("verify", ids, b.named(logits, "logits"), b.named(best, "best"), requests, last)
+    rule = {} if kind is None or growth is None else {"kind": kind, "rule": growth.rule}
+    paths, nxt = b.add("verify", ids, b.named(logits, "logits"), b.named(best, "best"), requests, last, *drawn, **rule)
     b.named(paths, "paths")
     b.named(nxt, "next")
     done = [b.add("commit", s, paths, name="done") for s in written]
+    dropped = [b.add("drop", s, name="dropped") for s in own]
     tokens = b.add("emit", ids, paths, nxt, name="tokens")
-    learnt = [] if drafts is None else [b.add("learn", drafts, ids, best, paths, name="learnt")]
-    return b.build(tokens, nxt, *done, *learnt)
+    learnt = [b.add("learn", d, ids, best, paths, name="learnt") for d in drafts]
+    return b.build(tokens, nxt, *done, *dropped, *learnt)
 
 
 Weights = Mapping[str, torch.Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,10 +34,12 @@ class Requests:
         ]
 
     def verify(
-        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Drafted | None = None
-    ) -> tuple[list[list[int]], torch.Tensor]:
+        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Drafted | None = None,
+        rule: str | None = None,
+    ) -> tuple[list[list[int]], torch.Tensor]:  # fmt: skip
         """For each sequence the accepted nodes (empty if it is not in the call), and the next token of each that is.
-        ``best [n, k]``: the likeliest tokens of each node; ``drafted``: of all nodes, what sampled drafts were drawn from."""
+        ``best [n, k]``: the likeliest tokens of each node; ``drafted``: of all nodes, what sampled drafts were drawn from;
+        ``rule``: of all sampled rows, in the place of their requests' own."""
         assert at.parent is not None
         paths: list[list[int]] = [[] for _ in self.items]
         drawn: list[int] = []
@@ -56,7 +58,7 @@ class Requests:
                     int(at.pos[start]),
                     logits[own],
                     self.histories[r],
-                    item,
+                    item if rule is None else replace(item, rule=rule),
                     None if drafted is None else drafted.part(own),
                 )
             drawn.append(token)

@@ -164,6 +164,10 @@ class KVStore:
                 tail.copy(what, scratch, b, self.heads, node, places[what][kept])
         self.index["node_live"].zero_()
 
+    def drop(self) -> None:
+        """Clear Scratch: nothing that was drafted joins."""
+        self.index["node_live"].zero_()
+
     def _node_pos(self) -> torch.Tensor:
         if self.type.scratch is None:
             raise BadInput(

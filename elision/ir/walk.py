@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elision.ir.op import bind_axes, substitute, substitute_type
+from elision.ir.op import bind_axes, lookup, substitute, substitute_type
 from elision.ir.ops.program import consumes, origin
 from elision.ir.program import Program
 from elision.ir.states import KV, Array
@@ -14,8 +14,8 @@ from elision.ir.types import Axis, Tensor
 from elision.ir.value import Env, Graph, Types, Value
 
 #: Ops that run another graph on their last operands, and ops that only mark where a round begins and ends.
-CONTROL = ("call", "when", "repeat")
-MARKS = ("checkpoint", "commit")
+CONTROL = ("call", "when", "repeat", "feed", "guess")
+MARKS = ("checkpoint", "commit", "drop")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,8 @@ class Frame:
     def inside(self, value: Value, target: Graph) -> Frame:
         """The run of ``target`` by a `call`, `when` or `repeat` of this graph."""
         args = value.args[len(value.args) - len(target.inputs) :]
-        bound = bind_axes([v.type for v in target.inputs], [a.type for a in args])
+        own = lookup(value.op).runs_on  # on tokens of its own: the target's axis stands for itself
+        bound = {} if own else bind_axes([v.type for v in target.inputs], [a.type for a in args])
         axes = {formal: substitute(actual, self.axes) for formal, actual in bound.items()}
         return Frame(
             target,
@@ -105,6 +106,12 @@ class Site:
         return consumes(self.value)
 
 
+def ran(value: Value) -> tuple[str, ...]:
+    """The graphs that an op runs."""
+    found: tuple[str, ...] = value.attr("targets", ())
+    return found or ((value.attr("target"),) if value.attr("target") else ())
+
+
 def sites(program: Program, graph: Graph) -> Iterator[Site]:
     """The ops that a run of ``graph`` reaches, in order; a call comes before what it runs."""
     return _sites(program.targets, Frame(graph), None, graph)
@@ -116,5 +123,5 @@ def _sites(targets: Mapping[str, Graph], frame: Frame, top: Value | None, root: 
             continue
         yield Site(value, frame, top or value, root)
         if value.op in CONTROL:
-            target = targets[value.attr("target")]
-            yield from _sites(targets, frame.inside(value, target), top or value, root)
+            for name in ran(value):
+                yield from _sites(targets, frame.inside(value, targets[name]), top or value, root)

@@ -8,8 +8,13 @@ from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
 from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded
+from elision.passes.speculate.dynamic_exit import Del
+from elision.passes.speculate.dyspec import DySpec
+from elision.passes.speculate.layer_skip_draft import LayerSkipDraft
 from elision.passes.speculate.pain_trie import PainTrie
 from elision.passes.speculate.prompt_lookup import PromptLookup
+from elision.passes.speculate.spec_sampling import SpecSampling
+from elision.passes.speculate.spectr import SpecTr
 from elision.passes.speculate.token_recycling import TokenRecycling
 from elision.passes.tokens.evit import EViT
 from elision.passes.tokens.tome import ToMe
@@ -27,18 +32,23 @@ __all__ = [
     "Aded",
     "BFloat16Weights",
     "Clean",
+    "Del",
+    "DySpec",
     "EViT",
     "EvoPress",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
     "Int8Weights",
+    "LayerSkipDraft",
     "PainTrie",
     "Pass",
     "PromptLookup",
     "ShortGPT",
     "SkipLayers",
     "SmoothQuantPlus",
+    "SpecSampling",
+    "SpecTr",
     "StoredWeights",
     "ToMe",
     "TokenRecycling",

@@ -14,6 +14,7 @@ from elision.ir.retype import convert
 from elision.ir.verifier import verify
 from elision.passes.base import CHANGES, REGISTRY, Pass, from_text
 from elision.passes.calibration import Calibrated, Choosing, Text
+from elision.passes.speculate.model import ModelPass
 
 log = logging.getLogger("elision")
 
@@ -64,6 +65,8 @@ def transform(
             log.info("calibrating %s", step.text())
             changed = step.calibrate(before, weights, text)
             params, weights = after.params, {name: changed.get(name, weights[name]) for name in after.params}
+        if isinstance(step, ModelPass) and (brought := step.brought(before)):
+            weights, params = {**weights, **brought}, {**params, **{name: after.params[name] for name in brought}}
         before = after
     return before, convert(weights, params, before.params, stored)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from elision.ir.drafting.run import Counts, Drafting, DraftRun
+from elision.ir.drafting.model import ModelDrafting
+from elision.ir.drafting.run import Counts, Drafting
 from elision.ir.interp import Interpreter
 from elision.ir.requests import Requests
 from elision.ir.verify import Request
@@ -75,13 +76,13 @@ def generate(
     tokenizer: Tokenizer | None,
     limit: int,
     on_tokens: OnTokens | None = None,
-    drafting: Drafting | None = None,
+    drafting: Drafting | ModelDrafting | None = None,
 ) -> tuple[list[Row], Stats]:
     """Continue every prompt by ``options``, up to ``limit`` positions; stops a row at EOS, a stop string or its length."""
     start = time.perf_counter()
     longest = max(map(len, prompts))
     new = min(options.max_new_tokens, limit - longest)
-    drafts = DraftRun(drafting, len(prompts)) if drafting is not None else None
+    drafts = drafting.run(len(prompts)) if drafting is not None else None
     session = Session(interpreter, len(prompts), longest + new, drafts)
     rows = [Row(list(p)) for p in prompts]
     readers = [_Reader(tokenizer, options.stop) if tokenizer is not None else None for _ in rows]

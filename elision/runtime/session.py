@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from elision.errors import BadInput
+from elision.ir.drafting.model import ModelRun
 from elision.ir.drafting.run import DraftRun
 from elision.ir.interp import Interpreter
 from elision.ir.requests import Requests
@@ -25,7 +26,7 @@ class Session:
     Every run has its own, so concurrent runs of one model do not meet.
     """
 
-    def __init__(self, interpreter: Interpreter, rows: int, capacity: int, drafts: DraftRun | None = None) -> None:
+    def __init__(self, interpreter: Interpreter, rows: int, capacity: int, drafts: DraftRun | ModelRun | None = None) -> None:
         self._interpreter, self.rows, self.capacity = interpreter, rows, capacity
         program = interpreter.program
         wide = DTYPES[program.meta["dtype"]]

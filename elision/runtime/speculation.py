@@ -15,11 +15,13 @@ import torch
 
 from elision.ir.drafting import continuations, lookup, recycling, trigrams  # noqa: F401  (they register their drafters)
 from elision.ir.drafting.drafter import make
+from elision.ir.drafting.growth import growth_of
+from elision.ir.drafting.model import ModelDrafting
 from elision.ir.drafting.policy import SIZES, Policy
 from elision.ir.drafting.proposal import Array, chain
 from elision.ir.drafting.run import Drafting
 from elision.ir.interp import Interpreter
-from elision.ir.program import drafting
+from elision.ir.program import drafting, guesses
 from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
 from elision.ir.verify import Request
@@ -29,14 +31,18 @@ log = logging.getLogger("elision")
 _RUNS, _BEFORE = 3, 64
 
 
-def drafting_of(interpreter: Interpreter, key: str) -> Drafting | None:
+def drafting_of(interpreter: Interpreter, key: str) -> Drafting | ModelDrafting | None:
     """The drafters of the interpreter's program with a policy for this machine, or None if its drafts are empty. ``key``: what
     else the time of a call depends on (code, threads); times are kept under it in the user's cache directory."""
     program = interpreter.program
     methods = drafting(program.round)[1] if program.round is not None else ()
     if not methods:
         return None
-    return Drafting([make(m, program.meta["vocab"]) for m in methods], Policy(lambda: step_seconds(interpreter, key)))
+    policy, vocabulary = Policy(lambda: step_seconds(interpreter, key)), program.meta["vocab"]
+    if targets := guesses(program):
+        name, growth = methods[0].partition(":")[0], growth_of(methods[0])
+        return ModelDrafting(name, growth, policy, len(targets), vocabulary, program.meta.get("draft_positions"))
+    return Drafting([make(m, vocabulary) for m in methods], policy)
 
 
 def step_seconds(interpreter: Interpreter, key: str) -> Array:
@@ -83,6 +89,13 @@ class _Chain:
         tree = chain(0, np.arange(1, self._n), np.zeros(self._n - 1, np.int64))
         nodes = [torch.from_numpy(x) for x in (tree.token, np.zeros(self._n, np.int64), int(at.pos[0]) + tree.depth, tree.parent)]
         return nodes[0], Tokens(nodes[1], nodes[2], 1, nodes[3], torch.from_numpy(tree.ancestors()))
+
+    def feed(self, *round: object) -> None:
+        pass
+
+    def grow(self, last: torch.Tensor, requests: Requests, at: Tokens, *rest: object) -> tuple[object, ...]:
+        ids, nodes = self.propose(last, requests, at)
+        return ids, (), nodes
 
     def learn(self, *round: object) -> None:
         pass

@@ -54,6 +54,10 @@ class Tokenizer:
             "text.json": json.dumps(settings, indent=1).encode(),
         }
 
+    def agrees(self, other: Tokenizer) -> bool:
+        """Whether both have the same tokens under the same ids."""
+        return self._core.get_vocab(with_added_tokens=True) == other._core.get_vocab(with_added_tokens=True)
+
     def special_id(self, role: str) -> int | None:
         """The id of the special token of a role such as ``eos_token``, or None."""
         text = self.special_tokens.get(role)

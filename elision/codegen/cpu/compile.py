@@ -14,13 +14,13 @@ from elision.codegen.refusal import NotNative
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, regions
 from elision.ir import schedule as abi
 from elision.ir.flatten import DECODE, flat_entries
-from elision.ir.program import Program
+from elision.ir.program import Program, committed_states, guesses
 from elision.ir.states import KV
 from elision.llvm.processor import host_level, machine
 
 
 def compile_program(program: Program) -> abi.NativeCode:
-    """Compile the entries (``step`` and ``prefill`` of generation, the model's own forward ``score``) and the commit of a round.
+    """Compile the entries (of generation, of a model that drafts, the model's own forward ``score``) and the commit of a round.
 
     Raises BadInput without the MLIR bindings.
     """
@@ -30,7 +30,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
     for entry, graph in flat_entries(program).items():
-        plan = Planner(graph, entry not in ("step", DECODE), kernels.signatures.__getitem__)
+        plan = Planner(graph, entry not in ("step", DECODE, *guesses(program)), kernels.signatures.__getitem__)
         plan.schedule.packings = packings
         schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
@@ -68,7 +68,9 @@ def _advance_all(plan: Planner, kernels: Kernels) -> None:
 def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     """Every cache takes its accepted nodes, then counts them. Axis 0 is that of the accepted tokens."""
     rows: list[abi.Row] = []
-    for name, state in program.states.items():
+    names = committed_states(program)
+    for name in names:
+        state = program.states[name]
         assert isinstance(state, KV)
         key = ("commit", state.heads, state.dim, state.vdim, forms(state))
         make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=key[-1])
@@ -76,6 +78,6 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     kernel = kernels.add(("advance",), cache.advance)
-    for name in program.states:
+    for name in names:
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
-    return abi.Schedule("commit", ["accepted"], rows=rows, states=list(program.states))
+    return abi.Schedule("commit", ["accepted"], rows=rows, states=names)

@@ -58,6 +58,6 @@ def make(text: str, vocabulary: int) -> Drafter:
         raise BadInput(f"drafter {text!r}: {err}; its fields are {', '.join(list(takes)[1:]) or 'none'}, integers") from None
 
 
-def text_of(name: str, fields: Sequence[tuple[str, int]]) -> str:
+def text_of(name: str, fields: Sequence[tuple[str, object]]) -> str:
     """The description that `make` reads."""
     return name + ":" + ",".join(f"{key}={value}" for key, value in fields) if fields else name

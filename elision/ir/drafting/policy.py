@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -44,6 +44,26 @@ class Policy:
         best = int(rate.argmax())
         return best + 1 if rate[best] > _LEAST * rows / times[0] else 0
 
+    def levels(self, chance: float, step: float, rows: int, most: int, width: float = 1.0) -> tuple[int, float]:
+        """How many levels to draft by a model, at most ``most``, and the gain that is expected of it (tokens per second, over
+        none): each level takes ``step`` seconds and adds ``width`` nodes a row, one of which is accepted with ``chance`` if its
+        parent is."""
+        n = np.arange(most + 1)
+        times = self._of(rows * (1 + n * width)) + n * step
+        gain = np.cumsum(chance**n) * times[0] / times
+        best = int(gain.argmax())
+        return best, float(gain[best])
+
+    def another(self, chances: Sequence[float], next: float, step: float, rows: int, width: float = 1.0) -> bool:
+        """Whether one more level pays after those whose nodes have been accepted with ``chances``, if its own is ``next``."""
+        n = len(chances)
+        before, after = (float(self._of(np.array([rows * (1 + k * width)]))[0]) + k * step for k in (n, n + 1))
+        return next * before > (1 + sum(chances)) * (after - before)
+
+    def pays(self, gain: float) -> bool:
+        """Whether an expected gain is worth its risk."""
+        return gain > _LEAST
+
     def took(self, seconds: float) -> None:
         """A round spent so long on drafting and learning."""
         self.overhead += 0.1 * (min(seconds, 10 * self.overhead + 1e-3) - self.overhead)  # a pause is not what a round costs
@@ -58,3 +78,9 @@ class Always(Policy):
 
     def nodes(self, chances: Array, rows: int) -> int:
         return min(len(chances), self._most * rows)
+
+    def levels(self, chance: float, step: float, rows: int, most: int, width: float = 1.0) -> tuple[int, float]:
+        return min(most, self._most), 2 * _LEAST
+
+    def another(self, chances: Sequence[float], next: float, step: float, rows: int, width: float = 1.0) -> bool:
+        return True

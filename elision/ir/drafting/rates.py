@@ -24,10 +24,12 @@ class Rates:
     def count(self, proposal: Proposal, tokens: Array) -> None:
         """Count a proposal's guesses that the tokens after its root settle."""
         settled, right = proposal.outcomes(tokens)
-        kinds = len(self.tried)
-        tried = np.bincount(proposal.kind[settled], minlength=kinds)
+        self.add(proposal.kind[settled], right[settled])
+
+    def add(self, kinds: Array, right: Array) -> None:
+        """Count guesses ``[n]`` of these kinds."""
+        n = len(self.tried)
+        tried = np.bincount(kinds, minlength=n)
         fade = _MEMORY**tried
         self.tried = self.tried * fade + tried
-        self.right = self.right * fade + np.bincount(proposal.kind[settled & right], minlength=kinds)
-
-
+        self.right = self.right * fade + np.bincount(kinds[right], minlength=n)

@@ -39,6 +39,10 @@ class Drafting:
     policy: Policy
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def run(self, rows: int) -> DraftRun:
+        """For one run over some rows."""
+        return DraftRun(self, rows)
+
     def nbytes(self) -> int:
         """Bytes of the drafters' tables."""
         return sum(d.nbytes() for d in self.drafters)

@@ -18,6 +18,7 @@ from elision.ir.store import ArrayStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Graph, Type, Types, Value
+from elision.ir.verify import RULES
 
 Run = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # the op's target on these operands
 
@@ -156,13 +157,15 @@ def warp(ids: torch.Tensor, logits: torch.Tensor, requests: Requests, *, at: Tok
 
 
 def _verify_type(
-    ids: Tensor, logits: Tensor, best: Tensor, requests: Host, last: Tensor, *drawn: Tensor, kind: str | None = None
-) -> tuple[Host, Tensor]:
+    ids: Tensor, logits: Tensor, best: Tensor, requests: Host, last: Tensor, *drawn: Tensor, kind: str | None = None,
+    rule: str | None = None,
+) -> tuple[Host, Tensor]:  # fmt: skip
     axis = token_axis(ids, logits, best, *drawn)
     need(axis == axis.root, "the tokens that verify reads cannot be restricted (rule axis)")
     need(kind is None or kind in KINDS, f"kind={kind!r}; expected one of {', '.join(KINDS)}")
     counts = {"point": (0,), "iid": (1, 2), "wor": (1,)}.get(kind or "point", ())
     need(len(drawn) in counts, f"{len(drawn)} operands on drafts of kind {kind}; point has none, iid q and draws, wor q")
+    need(rule is None or rule in RULES, f"rule={rule!r}; expected one of {', '.join(RULES)}")
     if drawn:
         need(drawn[0] == logits.with_dtype("f32"), f"expected q like the logits, {logits.with_dtype('f32')}, got {drawn[0]}")
     if len(drawn) > 1:
@@ -179,15 +182,17 @@ def verify(
     last: torch.Tensor,
     *drawn: torch.Tensor,
     kind: str | None = None,
+    rule: str | None = None,
     at: Tokens,
 ) -> Any:
     """Accept a path of each row's tree by its request's rule and draw the token after it: ``(paths, next [b])``.
 
     ``best [t, k]``: the likeliest tokens of each node, the first of which is what greedy rows without penalties need.
     ``paths``: for each sequence, the accepted node indices, the root first (`elision.ir.verify`); empty for one not in the call.
-    ``kind`` and ``drawn``, ``q [d, vocab]`` and ``draws [d]``, make the `Drafted` that some rules need.
+    ``kind`` and ``drawn``, ``q [d, vocab]`` and ``draws [d]``, make the `Drafted` that some rules need; ``rule``: of all
+    sampled rows, in the place of their requests' own.
     """
-    return requests.verify(ids, logits, best, at, None if kind is None else Drafted(kind, *drawn))
+    return requests.verify(ids, logits, best, at, None if kind is None else Drafted(kind, *drawn), rule)
 
 
 def _commit_type(S: KV | Array, paths: Host) -> KV | Array:

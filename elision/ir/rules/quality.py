@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
-from elision.ir.program import QUALITIES
+from elision.ir.program import QUALITIES, guesses, state_inputs
 from elision.ir.rules.view import View
 from elision.ir.states import KV, Int, Ring
 
@@ -36,14 +36,18 @@ def _illegal(claimed: str, where: str, because: str) -> IllegalProgram:
 
 
 def _lossy(view: View) -> Iterator[tuple[str, str]]:
+    drafts = {*guesses(view.program), "feed"} & set(view.program.entries)  # a drafter may do what it likes
+    kept = {n for e, g in view.program.entries.items() if e not in drafts for n in state_inputs(g)}
     for name, type in view.program.states.items():
-        if isinstance(type, KV):
+        if isinstance(type, KV) and (name in kept or not drafts):
             for i, segment in enumerate(type.main):
                 for e in (segment.k, segment.v):
                     if isinstance(e, Int):
                         yield f"state {name}: segment {i}", f"its rows are rounded to {e.bits} bits"
     for site in view.once("linear", "select", "recode", "merge", "append", "attend", "restrict", "when"):
         value = site.value
+        if site.root.name in drafts:
+            continue
         if value.op == "linear" and site.attr("a8"):
             yield f"{site.where}: linear", "activations are rounded to integers"
         elif value.op == "select":

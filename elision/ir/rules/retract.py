@@ -37,8 +37,8 @@ def retract(view: View) -> Iterator[IllegalProgram]:
         depth_now: int | None = None  # None outside of checkpoint .. commit
         while (after := following.get(state)) is not None:
             state = after
-            if state.op in ("checkpoint", "commit"):
-                if (state.op == "commit") == (depth_now is None):
+            if state.op in ("checkpoint", "commit", "drop"):
+                if (state.op != "checkpoint") == (depth_now is None):
                     yield _unpaired(graph, name, state.op)
                 depth_now = state.attr("depth") if state.op == "checkpoint" else None
                 continue

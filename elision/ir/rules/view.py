@@ -11,7 +11,7 @@ from elision.ir.op import lookup
 from elision.ir.program import Program
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Graph
-from elision.ir.walk import Site, sites
+from elision.ir.walk import Site, ran, sites
 
 #: What the reference kernels can do, by op: results of `attend` besides the output, and caches kept per head.
 REFERENCE: Mapping[str, frozenset[str]] = {"attend": frozenset({"lse", "mass", "per_head"})}
@@ -38,7 +38,7 @@ class View:
         """The sites of these ops over all runs; what the round runs of an entry is given for the entry only."""
         for found in self.sites.values():
             for site in found:
-                if site.value.op in ops and site.top.attr("target") not in self.program.entries:
+                if site.value.op in ops and not set(ran(site.top)) & set(self.program.entries):
                     yield site
 
     @cached_property
@@ -48,6 +48,7 @@ class View:
         for name, reached in self.sites.items():
             for site in reached:
                 made = site.actual(site.value)
+                made = made[0] if isinstance(made, tuple) else made
                 if lookup(site.value.op).makes_axis and isinstance(made, Tensor) and made.tokens is not None:
                     found[name, made.tokens] = site.value.op
         return found

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from elision.errors import ArtefactError
 from elision.ir import schedule as abi
 from elision.ir.flatten import flat_entries
-from elision.ir.program import Program
+from elision.ir.program import Program, committed_states
 from elision.ir.states import KV, Dense
 from elision.ir.types import DTYPES, Tensor
 from elision.ir.value import Graph, Value
@@ -105,7 +105,8 @@ class _Check:
         kv |= {cache for cache, (_, axis) in s.caches.items() if axis >= 0}
         named = isinstance(s.states, list) and all(isinstance(name, str) for name in s.states)
         self._need(named and len(set(s.states)) == len(s.states), "states twice")
-        self._need(set(s.states) <= kv and (self._graph is not None or set(s.states) == kv), f"the states {s.states!r:.60}")
+        closes = self._graph is not None or set(s.states) == set(committed_states(self._program))
+        self._need(set(s.states) <= kv and closes, f"the states {s.states!r:.60}")
         known = isinstance(s.packings, dict) and all(self._packings.get(n) == how for n, how in s.packings.items())
         self._need(known, "weights that the artefact has not, or in another packing")
         self._buffers()

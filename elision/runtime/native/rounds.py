@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from elision.ir import schedule as abi
+from elision.ir.drafted import Drafted
 from elision.ir.flatten import DECODE
 from elision.ir.op import lookup
+from elision.ir.program import committed_states
 from elision.ir.states import KV
 from elision.ir.tokens import Tokens
 from elision.ir.tree import roots
@@ -25,7 +27,7 @@ from elision.runtime.native.table import Table
 if TYPE_CHECKING:
     from elision.runtime.native.engine import Engine
 
-_FORM = {"checkpoint", "root", "draft", "call", "item", "verify", "commit", "emit", "learn"}
+_FORM = {"checkpoint", "root", "draft", "feed", "guess", "call", "item", "verify", "commit", "drop", "emit", "learn"}
 Longs = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -88,29 +90,54 @@ class Round:
         self._step, self._decode = (_Entry(engine, engine.schedules[name]) for name in ("step", DECODE))
         self._names = [graph.names[v] for v in graph.inputs]
         self._caches = [graph.names[v] for v in graph.inputs if v.is_state]
+        self._feed, self._guess, self._verify = (
+            next((v for v in graph.values if v.op == op), None) for op in ("feed", "guess", "verify")
+        )
+        assert self._verify is not None
+        self._kind, self._rule = self._verify.attr("kind"), self._verify.attr("rule")
+        self._committed = committed_states(engine.program)
+        self._dropped = [name for name in self._caches if name not in self._committed]
         self._arrays = _Arrays(0, 0)
 
     def __call__(self, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         given = dict(zip(self._names, args, strict=True))
         requests, drafts, last = given["requests"], given.get("drafts"), given["last"]
-        ids, nodes = (last, roots(at)) if drafts is None else drafts.propose(last, requests, at)
-        states = {name: given[name] for name in self._caches}
+        states, drawn_from = {name: given[name] for name in self._caches}, None
         with self._engine.lock:
+            if drafts is None:
+                ids, nodes = last, roots(at)
+            elif self._guess is None:
+                ids, nodes = drafts.propose(last, requests, at)
+            else:
+                ids, nodes, drawn_from = self._grow(given, at)
             start = time.perf_counter()
             n = len(ids)
             entry = self._decode if n == len(last) else self._step
             self._run(entry, ids, nodes, states)
             best = entry.best[:n]
-            paths, drawn = requests.verify(ids, entry.logits[:n], best, nodes)
+            paths, drawn = requests.verify(ids, entry.logits[:n], best, nodes, drawn_from, self._rule)
             middle = time.perf_counter()
             if entry is self._step:
                 self._accept(paths, states)
+            for name in self._dropped:
+                states[name].drop()
             if drafts is not None:
                 drafts.verify_seconds += middle - start
                 drafts.commit_seconds += time.perf_counter() - middle
                 drafts.learn(ids, best, paths)
         tokens = lookup("emit").body(ids, paths, drawn, at=nodes)
         return (tokens, drawn, *states.values(), *(() if drafts is None else (drafts,)))
+
+    def _grow(self, given: dict[str, Any], at: Tokens) -> tuple[torch.Tensor, Tokens, Drafted | None]:
+        """Drafts of a model: its entries run as any other."""
+        operands = (given["requests"], given["drafts"], given["last"])
+        caches = [given[name] for name in self._dropped or self._committed]
+        for value in (self._feed, self._guess):
+            if value is not None:
+                found = lookup(value.op).body(*operands, *caches, run_on=self._engine.run, at=at, **dict(value.attrs))
+        (ids, *rest), nodes = found
+        drawn = rest[: len(rest) - len(caches)]
+        return ids, nodes, Drafted(self._kind, *drawn) if drawn else None
 
     def _run(self, entry: _Entry, ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]) -> None:
         n = len(ids)
