@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from elision.errors import BadInput
 from elision.ir.drafting.drafter import text_of
-from elision.ir.program import Program, drafting, round_of
+from elision.ir.program import Program, drafting, guesses, round_of
 from elision.passes.base import Pass
 from elision.passes.cache import SCRATCH, with_best
 
@@ -43,6 +43,8 @@ class TablePass(Pass):
             if not least <= value <= most:
                 raise BadInput(f"{self.name}: {field}={value}; expected {least} to {most}")
         _, methods = drafting(program.round)
+        if guesses(program):
+            raise BadInput(f"{self.name}: drafts come from {methods[0]} already; a model drafts alone: leave one out")
         names = [m.partition(":")[0] for m in methods]
         if self.name in names:
             raise BadInput(f"{self.name} is given twice; give it once, or other drafters beside it")
