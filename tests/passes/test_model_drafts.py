@@ -149,7 +149,8 @@ def test_caches_are_those_of_a_prefill(plain: elision.Model, drafted: elision.Mo
         assert torch.equal(one.totals(), two.totals()) and not one.index["node_live"].any()
         for what in "kv":
             for r, s in enumerate(said):
-                torch.testing.assert_close(one.entries(what, len(s) - 1)[r], two.entries(what, len(s) - 1)[r], atol=1e-4, rtol=1e-4)
+                got, wanted = (store.entries(what, len(s) - 1)[r] for store in (one, two))
+                torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     for name in set(drafted.program.states) - set(states):
         store = session._stores[name]
         assert not store.index["node_live"].any()

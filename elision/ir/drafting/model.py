@@ -128,7 +128,8 @@ class ModelDrafting:
             t.right, t.tried = t.right * _KEEP + right, t.tried * _KEEP + tried
             t.rates.add(np.array(kinds, np.int64), np.array(came, bool))
             for seconds, nodes, _ in done.levels:
-                t.took(seconds)
+                if seconds:
+                    t.took(seconds)
                 t.width += 0.1 * (nodes - t.width)
 
 
@@ -138,7 +139,7 @@ class _Round:
     def __init__(self, forest: Forest | None = None, target: int = 0) -> None:
         self.forest = forest or Forest(torch.zeros(0), Tokens(torch.zeros(0), torch.zeros(0), 0))
         self.target = target
-        self.levels: list[tuple[float, float, float]] = []  # seconds, nodes of a row, and how many of them will be accepted
+        self.levels: list[tuple[float, float, float]] = []  # seconds (0: unknown), nodes a row, those expected to come true
         self.state: dict[Node, float] = {}  # what the growth remembers
         self.sure: dict[Node, float] = {}  # the draft's probability
         self.chance: dict[Node, float] = {}  # to be accepted
@@ -177,6 +178,7 @@ class ModelRun:
         self.counts = {drafting.name: Counts()}
         self._chosen: tuple[int, int] | None = None
         self._fed: dict[int, torch.Tensor] | None = None  # by row the draft's logits after the root, if its caches are its own
+        self._late = 0.0  # seconds of `feed` for what a round left
         self._round = _Round()
 
     def feed(self, requests: Requests, at: Tokens, have: Sequence[int], run: Run) -> None:
@@ -185,6 +187,7 @@ class ModelRun:
         rows = self._rows(requests, at)
         self._chosen, self._fed, begin = self._all.choose(len(rows)), {}, list(have)
         left = {r: requests.histories[r][have[r] :] for r in rows} if self._chosen[1] else {}
+        usual = all(len(part) <= self._all.growth.length + 1 for part in left.values())
         while left:
             parts = [left[r][:CHUNK] if r in left else torch.zeros(0, dtype=torch.int64) for r in range(at.rows)]
             logits = run(torch.cat(parts), Tokens.chunk([len(p) for p in parts], begin))
@@ -193,6 +196,7 @@ class ModelRun:
                 if not len(left[r]):
                     self._fed[r] = line
                     del left[r]
+        self._late = time.perf_counter() - start if usual else 0.0
         self.seconds += time.perf_counter() - start
 
     def grow(
@@ -226,7 +230,10 @@ class ModelRun:
             if kind is not None:
                 done.q |= dict(zip(frontier, lines, strict=True))
             chances = self._all.chances(target, done, born)
-            done.levels.append((time.perf_counter() - begun, len(born) / len(rows), sum(chances) / len(rows)))
+            took = time.perf_counter() - begun
+            if self._fed is not None and not done.levels:  # its call was that of `feed`; of a prompt, it says nothing of a level
+                took = took + self._late if self._late else 0.0
+            done.levels.append((took, len(born) / len(rows), sum(chances) / len(rows)))
             depth = len(done.levels)
             frontier = [n for n in born if requests.room[forest.rows[n[0]]] > depth and growth.goes_on(n, done.state)]
             if depth == levels or not self._all.another(target, done, frontier, len(rows)):
