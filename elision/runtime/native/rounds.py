@@ -103,13 +103,13 @@ class Round:
         given = dict(zip(self._names, args, strict=True))
         requests, drafts, last = given["requests"], given.get("drafts"), given["last"]
         states, drawn_from = {name: given[name] for name in self._caches}, None
+        if drafts is None:
+            ids, nodes = last, roots(at)
+        elif self._guess is None:
+            ids, nodes = drafts.propose(last, requests, at)
+        else:
+            ids, nodes, drawn_from = self._grow(given, at)
         with self._engine.lock:
-            if drafts is None:
-                ids, nodes = last, roots(at)
-            elif self._guess is None:
-                ids, nodes = drafts.propose(last, requests, at)
-            else:
-                ids, nodes, drawn_from = self._grow(given, at)
             start = time.perf_counter()
             n = len(ids)
             entry = self._decode if n == len(last) else self._step
