@@ -97,7 +97,7 @@ class ModelDrafting:
             if self._wait:
                 self._wait -= 1
                 return best, 0
-            self._wait, self._rest = self._rest, min(2 * self._rest, _LONGEST)
+            self._wait, self._rest = self._rest, min(4 * self._rest, _LONGEST)
             return other, min(most, 2)
 
     def chances(self, target: int, done: _Round, born: list[Node]) -> list[float]:
