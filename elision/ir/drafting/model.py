@@ -120,10 +120,9 @@ class ModelDrafting:
         kinds, came = [], []
         for p, r in enumerate(forest.rows):
             path = set(paths[r])
-            above = [n for n in forest.parent[p][1:] if n in path]
             kinds += [done.bin((p, i)) for i in range(1, forest.size(p)) if forest.parent[p][i] in path]
             came += [i in path for i in range(1, forest.size(p)) if forest.parent[p][i] in path]
-            tried, right = tried + len(set(above)), right + len(path) - 1
+            tried, right = tried + min(len(path), len(done.levels)), right + len(path) - 1
         with self.lock:
             t.right, t.tried = t.right * _KEEP + right, t.tried * _KEEP + tried
             t.rates.add(np.array(kinds, np.int64), np.array(came, bool))
@@ -178,6 +177,7 @@ class ModelRun:
         self.counts = {drafting.name: Counts()}
         self._chosen: tuple[int, int] | None = None
         self._fed: dict[int, torch.Tensor] | None = None  # by row the draft's logits after the root, if its caches are its own
+        self._verified = 0.0  # of `verify_seconds`, what the policy has been told
         self._late = 0.0  # seconds of `feed` for what a round left
         self._round = _Round()
 
@@ -247,6 +247,9 @@ class ModelRun:
         """Count what was accepted (``paths``: by row, empty if it took no part)."""
         start, done, counts = time.perf_counter(), self._round, self.counts[self._all.name]
         self.sizes[len(ids)] += 1
+        if self.verify_seconds > self._verified:
+            self._all.policy.called(len(ids), self.verify_seconds - self._verified)
+            self._verified = self.verify_seconds
         if done.levels:
             drafted = len(ids) - len(done.forest.rows)
             self.drafted += drafted

@@ -18,6 +18,7 @@ class Policy:
     def __init__(self, measure: Callable[[], Array]) -> None:
         self._measure, self._times = measure, np.zeros(0)
         self.overhead = 0.0  # seconds that drafting and learning add to a round
+        self._drift = 1.0  # what a call takes now, of what it took when it was measured
 
     def seconds(self, n: int) -> float:
         """A call over n nodes, by the line between the sizes that were measured and on beyond them."""
@@ -49,7 +50,7 @@ class Policy:
         none): each level takes ``step`` seconds and adds ``width`` nodes a row, one of which is accepted with ``chance`` if its
         parent is."""
         n = np.arange(most + 1)
-        times = self._of(rows * (1 + n * width)) + n * step
+        times = self._of(rows * (1 + n * width)) * self._drift + n * step
         gain = np.cumsum(chance**n) * times[0] / times
         best = int(gain.argmax())
         return best, float(gain[best])
@@ -57,8 +58,12 @@ class Policy:
     def another(self, chances: Sequence[float], next: float, step: float, rows: int, width: float = 1.0) -> bool:
         """Whether one more level pays after those whose nodes have been accepted with ``chances``, if its own is ``next``."""
         n = len(chances)
-        before, after = (float(self._of(np.array([rows * (1 + k * width)]))[0]) + k * step for k in (n, n + 1))
-        return next * before > (1 + sum(chances)) * (after - before)
+        before, after = self._of(rows * (1 + np.array([n, n + 1]) * width)) * self._drift + np.array([n, n + 1]) * step
+        return bool(next * before > (1 + sum(chances)) * (after - before))
+
+    def called(self, n: int, seconds: float) -> None:
+        """A call over n nodes took so long: contexts grow, and the machine is not always as free."""
+        self._drift += 0.1 * (min(seconds / self.seconds(n), 3.0) - self._drift)
 
     def pays(self, gain: float) -> bool:
         """Whether an expected gain is worth its risk."""
