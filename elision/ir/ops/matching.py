@@ -11,10 +11,6 @@ from elision.ir.tokens import Tokens
 from elision.ir.types import Tensor
 
 
-def _share_of(counts: torch.Tensor, n: int, share: float) -> torch.Tensor:
-    return torch.full_like(counts, n) if n else (counts.double() * share).long()
-
-
 def _match_type(k: Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1, heads: bool = False) -> Tensor:
     axis = token_axis(k)
     need(len(k.axes) == 3, f"expected keys [t, heads, dim], got {k}")
@@ -40,28 +36,15 @@ def match(
     join none.
     """
     metric = F.normalize(k.float(), dim=-1).flatten(1) if heads else F.normalize(k.float().mean(1), dim=-1)
-    rank, counts = counts_of(at)
-    width = int(counts.max())
-    width += width % 2
-    grid, token = metric, torch.arange(len(at))
-    if len(at) != at.rows * width:
-        grid, place = metric.new_zeros(at.rows * width, metric.shape[1]), at.row * width + rank
-        grid[place] = metric
-        token = torch.zeros(at.rows * width, dtype=torch.int64)  # of each place, its token
-        token[place] = torch.arange(len(at))
-    a, b = grid.view(at.rows, width // 2, 2, -1).unbind(2)
-    ranks = torch.arange(0, width, 2)
-    score = a @ b.mT
-    score.masked_fill_((ranks + 1 >= counts[:, None])[:, None], -torch.inf)  # no destination there
-    best, to = score.max(-1)
-    able = (ranks < counts[:, None]) & (ranks >= protect) & (best > -torch.inf)
-    best = torch.where(able, best, -torch.inf)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    most = torch.minimum(_share_of(counts, n, share), able.sum(-1))
-    row, i = (torch.arange(width // 2) < most[:, None]).nonzero(as_tuple=True)
-    i = order[row, i]
-    assign = torch.arange(len(at))
-    assign[token[row * width + 2 * i]] = token[row * width + 2 * to[row, i] + 1]
+    assign, free, start = torch.arange(len(at)), -(-protect // 2), 0
+    for length in counts_of(at)[1].tolist():
+        keys = metric[start : start + length]
+        most = min(n or int(length * share), (length + 1) // 2 - free)
+        if length > 1 and most > 0:
+            best, to = (keys[::2] @ keys[1::2].T).max(-1)
+            chosen = free + best[free:].argsort(descending=True, stable=True)[:most]
+            assign[start + 2 * chosen] = start + 2 * to[chosen] + 1
+        start += length
     return assign
 
 

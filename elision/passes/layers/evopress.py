@@ -16,7 +16,7 @@ from elision.ir.program import Program, Weights
 from elision.passes.base import Pass, register
 from elision.passes.calibration import Choosing, Text, run_score
 from elision.passes.layers.evolution import evolve
-from elision.passes.layers.shortgpt import left_out
+from elision.passes.layers.shortgpt import block_influence, left_out
 
 log = logging.getLogger("elision")
 
@@ -31,7 +31,8 @@ class EvoPress(Choosing):
     """Leave out as many attention as MLP halves, chosen by an evolutionary search (EvoPress, Sieberling et al. 2024).
 
     The rewrite in one sentence: the sets of halves whose removal moves the model's distribution least, KL(full, pruned) on
-    calibration text, are left out as by skip-layers. ``share``: of the halves of each kind, rounded down. ``generations`` of
+    calibration text, are left out as by skip-layers. The search starts from the best of random sets and of the layers with the
+    least block influence (the paper: of random sets). ``share``: of the halves of each kind, rounded down. ``generations`` of
     ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens meet their parent on ``large`` tokens.
     The paper: 32 children, 2048 and 32768 tokens; the defaults are for two cores (about 15 minutes for 135M parameters).
     ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity setting: share=0.
@@ -69,7 +70,9 @@ class EvoPress(Choosing):
             took = time.monotonic() - began
             log.info("evopress: generation %d of %d, KL %.4f, %.0f s", generation, self.generations, loss, took)
 
-        start = [_draw(layers, count, random) for _ in range(self.offspring)]
+        influence = block_influence(program, weights, text.sequences(program, self.large))
+        least = frozenset(sorted(influence, key=influence.__getitem__)[:count])
+        start = [(least, least), *(_draw(layers, count, random) for _ in range(self.offspring - 1))]
         best = evolve(
             start, lambda parent, random: _mutated(parent, layers, random), measure, generations=self.generations,
             offspring=self.offspring, stages=((self.small, 2), (self.large, 1)), random=random, report=told,
