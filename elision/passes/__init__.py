@@ -5,6 +5,10 @@ from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.layers.evopress import EvoPress
 from elision.passes.layers.shortgpt import ShortGPT
+from elision.passes.kv.a2sf import A2SF
+from elision.passes.kv.h2o import H2O
+from elision.passes.kv.snapkv import SnapKV
+from elision.passes.kv.streaming_llm import StreamingLLM
 from elision.passes.layers.skip_layers import SkipLayers
 from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded
@@ -22,7 +26,9 @@ from elision.passes.weights.smoothquant_plus import SmoothQuantPlus
 from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
+    "A2SF",
     "GPTQ",
+    "H2O",
     "REGISTRY",
     "Aded",
     "BFloat16Weights",
@@ -39,8 +45,10 @@ __all__ = [
     "ShortGPT",
     "SkipLayers",
     "SmoothQuantPlus",
+    "SnapKV",
     "StoredWeights",
     "ToMe",
+    "StreamingLLM",
     "TokenRecycling",
     "UnifiedSkip",
     "from_text",
