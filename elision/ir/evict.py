@@ -108,6 +108,8 @@ def _loose(store: KVStore) -> bool:
 def _fill_gaps(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
     """Keep ``keep [R, G, N]`` by moving no more entries than are evicted: those beyond the new length take the free slots."""
     left = (keep >= 0).sum(-1, keepdim=True)
+    if bool((left == store.totals()[rows][..., None]).all()):
+        return
     slot = torch.arange(int(store.totals()[rows].max()) + 1 if len(rows) else 1)  # the last one takes what is -1
     kept = torch.zeros(*keep.shape[:2], len(slot), dtype=torch.bool)
     kept.scatter_(2, torch.where(keep >= 0, keep, len(slot) - 1), True)

@@ -256,8 +256,8 @@ def index_spec(type: KV, rows: int, capacity: int, prompt: int | None = 0) -> Sp
 
 def score_spec(type: KV, scores: Scores, rows: int, entries: int) -> Spec:
     """The score of every entry; of every drafted node that waits for `commit` its logits, by query head, of the entries and of
-    the nodes, and what turns them into probabilities: the largest one and the share of its weight. Whole vectors of 16."""
-    wide, nodes = -(-entries // 16) * 16, -(-scores.depth // 16) * 16
+    the nodes, and what turns them into probabilities: the largest one and the share of its weight. Whole blocks."""
+    wide, nodes = (-(-n // LANES) * LANES for n in (entries, slot_count(type.scratch.slots, 0) if type.scratch else 0))
     spec: Spec = {"score": ((rows, type.heads, wide), torch.float32)}
     if scores.depth:
         waiting = (rows, scores.depth, type.heads * scores.group)

@@ -53,7 +53,7 @@ def _wait(store: KVStore, scores: Scores, tokens: Tokens, found: Weighed) -> Non
     rank, _ = counts_of(tokens)
     logits = found.weight.log().flatten(1, 2)[tokens.row, :, rank]  # [n, Hq, entries + nodes]
     share = found.share.flatten(1, 2)[tokens.row, :, rank]
-    index, n, nodes = store.index, found.entries, min(logits.shape[-1] - found.entries, scores.depth)
+    index, n, nodes = store.index, found.entries, logits.shape[-1] - found.entries
     index["waiting"][tokens.row, node, :, :n] = logits[..., :n].float()
     index["waiting_nodes"][tokens.row, node, :, :nodes] = logits[..., n : n + nodes].float()
     index["waiting_norm"][tokens.row, node] = torch.cat((torch.zeros_like(share), 1 / share), -1).float()

@@ -3,12 +3,12 @@
 from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
-from elision.passes.layers.evopress import EvoPress
-from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.kv.a2sf import A2SF
 from elision.passes.kv.h2o import H2O
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
+from elision.passes.layers.evopress import EvoPress
+from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
 from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from elision.codegen.cpu import cache
+from elision.codegen.cpu import cache, observe
 from elision.codegen.cpu.attention_rules import forms
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
@@ -74,6 +74,11 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=key[-1])
         kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
+    for name, state in program.states.items():
+        if isinstance(state, KV) and state.scores is not None and state.scores.depth:
+            made = partial(observe.credit, heads=state.heads, group=state.scores.group)
+            kernel = kernels.add(("credit", state.heads, state.scores.group), made)
+            rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", state.scores.decay))))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     kernel = kernels.add(("advance",), cache.advance)
     for name in program.states:

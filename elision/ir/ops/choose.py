@@ -63,13 +63,21 @@ def keep(score: torch.Tensor, pos: torch.Tensor, *, n: int, recent: int = 0, sin
     """Which ``n`` entries to keep: the first ``sinks`` and last ``recent`` positions, then the largest scores, ties to
     the smaller position. Logical indices ``[b, heads, n]``, ascending; -1 where there are fewer entries."""
     there = pos >= 0
-    newest = torch.where(there, pos, -1).amax(-1, keepdim=True)
-    protect = there & ((pos < sinks) | (pos > newest - recent))
-    rank = torch.where(protect, torch.inf, torch.where(there, score.double(), -torch.inf))
-    by_pos = torch.argsort(torch.where(there, pos, torch.iinfo(torch.int64).max), dim=-1, stable=True)
-    order = torch.argsort(rank.gather(-1, by_pos), dim=-1, descending=True, stable=True)
-    best = by_pos.gather(-1, order)[..., :n]
-    best = torch.where(there.gather(-1, best), best, torch.iinfo(torch.int64).max).sort(-1).values
-    best = torch.where(best == torch.iinfo(torch.int64).max, -1, best)
-    short = n - best.shape[-1]
-    return best if short <= 0 else torch.nn.functional.pad(best, (0, short), value=-1)
+    count = int(there.sum(-1).max()) if there.numel() else 0
+    index = torch.arange(pos.shape[-1])
+    kept = there
+    if count > n:
+        newest = pos.amax(-1, keepdim=True)
+        protect = (pos < sinks) | (pos > newest - recent)
+        rank = torch.where(there, torch.where(protect, torch.inf, score.double()), -torch.inf)
+        least = rank.topk(n, -1).values[..., -1:]
+        above, level = rank > least, there & (rank == least)
+        room = n - above.sum(-1, keepdim=True)
+        if bool((level.sum(-1, keepdim=True) > room).any()):
+            place = torch.where(level, pos, torch.iinfo(torch.int64).max).argsort(-1).argsort(-1)
+            level &= place < room
+        kept = above | level
+    end = len(index)
+    best = torch.where(kept, index, end).sort(-1).values[..., :n]
+    best = torch.where(best == end, -1, best)
+    return torch.nn.functional.pad(best, (0, n - best.shape[-1]), value=-1)

@@ -18,7 +18,7 @@ class A2SF(Pass):
     have seen, have no advantage over new ones.
 
     ``alpha`` in (0, 1]: 1 is `h2o`; towards 0 only the latest query counts. The authors' code uses 0.95 with 16 recent of 256
-    tokens. The other fields, the identity setting and the memory are those of `h2o`.
+    tokens. ``budget``, ``recent``, ``sinks``, ``every``, the identity setting and the memory are those of `h2o`.
     """
 
     budget: int = 1024

@@ -19,9 +19,9 @@ class SnapKV(Pass):
     """After the prompt keep ``budget`` of its tokens: the last ``window``, and those that they look at, with their neighbours.
 
     The rewrite in one sentence: the probabilities that an entry receives from the last ``window`` queries of the prompt are
-    summed and averaged over ``pool`` neighbouring positions, and the cache keeps the window and the largest of them. Tokens after the
-    prompt are all kept. The heads of a layer keep the same entries, by the sum over them. Published defaults: windows of 32 or
-    64, pools of 5 or 7, budgets of 1024 to 4096. Identity setting: a ``budget`` of at least the prompt. Memory for a
+    summed and averaged over ``pool`` neighbouring positions, and the cache keeps the window and the largest of them. Tokens
+    after the prompt are all kept. The heads of a layer keep the same entries, by the sum over them. Published defaults: windows
+    of 32 or 64, pools of 5 or 7, budgets of 1024 to 4096. Identity setting: a ``budget`` of at least the prompt. Memory for a
     sequence: ``budget`` entries and one for every new token (the prompt's own length while it comes in).
     """
 
