@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def credit(store: KVStore, paths: Sequence[Sequence[int]], before: torch.Tensor) -> None:
-    """The accepted nodes of each row have been appended after its ``before [B]`` entries: what they gave counts now."""
-    scores, index = scores_of(store), store.index
+    """The accepted nodes of each row have been appended after its ``before [B, 1 or heads]`` entries: what they gave counts
+    now."""
+    scores, index, heads = scores_of(store), store.index, store.type.heads
     if not scores.depth:
         return
     for b, path in enumerate(paths):
@@ -29,15 +30,15 @@ def credit(store: KVStore, paths: Sequence[Sequence[int]], before: torch.Tensor)
             continue
         if max(path) >= scores.depth:
             raise BadInput(f"commit of node {max(path)}, but {scores} keeps what nodes below its depth gave")
-        n, nodes = int(before[b]), torch.tensor(path)
+        nodes = torch.tensor(path)
         norm = index["waiting_norm"][b, nodes]  # [m, Hq, 2]
-        kept = [index[name][b, nodes][..., pick] for name, pick in (("waiting", slice(n)), ("waiting_nodes", nodes))]
-        p = (torch.cat(kept, -1) - norm[..., :1]).exp() * norm[..., 1:]
-        p = p.view(len(path), store.type.heads, scores.group, -1).sum(2)
-        score = index["score"][b, :, : n + len(path)]
-        for i in range(len(path)):
-            score *= scores.decay
-            score += p[i]
+        given = [(index[name][b, nodes] - norm[..., :1]).exp() * norm[..., 1:] for name in ("waiting", "waiting_nodes")]
+        old, new = (torch.unflatten(p, 1, (heads, scores.group)).sum(2) for p in given)  # [m, heads, entries or nodes]
+        for h, n in enumerate(before[b].expand(heads).tolist()):
+            score = index["score"][b, h, : n + len(path)]
+            for i in range(len(path)):
+                score *= scores.decay
+                score += torch.cat((old[i, h, :n], new[i, h, nodes]))
 
 
 def begin(store: KVStore, row: torch.Tensor, entry: torch.Tensor) -> None:

@@ -159,7 +159,7 @@ class KVStore:
         moved unchanged, so the result is that of having appended them."""
         tokens, node = path_tokens(paths, self._node_pos(), self.index["node_live"])
         if len(tokens):
-            before = self.totals()[:, 0].clone()
+            before = self.totals().clone()
             kept, places = self._advance(tokens, *counts_of(tokens))
             b, node = tokens.row[kept][:, None, None], node[kept][:, None, None]
             tail, scratch = self.segments[self.tail], self.segments[-1]

@@ -21,7 +21,7 @@ from elision.llvm.processor import LEVELS, host_features, needs
 FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
 ROWS, CAPACITY = 4, 200
 PLAIN = {"heads": 2, "group": 2, "dim": 16, "vdim": 24, "mask": Mask(), "softcap": None, "extras": (), "keyed_by": "position",
-         "observed": None}  # fmt: skip
+         "observed": None, "keep": "per_layer"}  # fmt: skip
 FLOATS = {"k": "f32", "v": "f32"}
 INT8 = {**PLAIN, "k": "i8", "v": "i8"}
 masks = st.one_of(
@@ -44,6 +44,7 @@ def sites(draw: st.DrawFn) -> dict[str, Any]:
         "v": draw(st.sampled_from(["f32", "bf16", "f16", "i8", "i8"])),
         "mask": Mask() if scored else draw(masks),
         "observed": scored,
+        "keep": draw(st.sampled_from(["per_layer", "per_head"])),
         "softcap": draw(st.sampled_from([None, None, 1.5])),
         "extras": draw(st.sampled_from([(), ("sinks",), ("slopes",)])),
         "keyed_by": "explicit" if scored else draw(st.sampled_from(["position", "explicit"])),
@@ -62,7 +63,7 @@ def attention(site: dict[str, Any]) -> Any:
         scores = Scores(site["group"], 64, decay) if site["observed"] else None
         slots = Budget(CAPACITY) if scores else Dense()
         segments = (Segment(slots, k, v), Segment(Scratch(64), k, v))
-        type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], scores=scores)
+        type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], keep=site["keep"], scores=scores)
         queries, keys, values = m.x(heads * site["group"], dim), m.x(heads, dim), m.x(heads, vdim)
         state = m("append", m.state(type), keys, values)
         extra = [m.weight(name, heads * site["group"]) for name in site["extras"]]
@@ -103,6 +104,8 @@ def scenario(
         each(prefill, Tokens.chunk(part, committed), f"prefill {part}")
         committed = [a + b for a, b in zip(committed, part, strict=True)]
         same(fast, slow)
+        for store in (*fast.values(), *slow.values()):
+            thin(store)
     for drafted in trees:
         each(step, nodes(drafted, committed), f"trees {drafted}")
         paths = [drafted[r].path(len(drafted[r].parent) // 2) if r in drafted else [] for r in range(ROWS)]
@@ -112,6 +115,16 @@ def scenario(
             store.commit(paths)
         committed = [a + len(p) for a, p in zip(committed, paths, strict=True)]
         same(fast, slow)
+
+
+def thin(store: KVStore) -> None:
+    """Evict about a third of a cache that allows it, other entries of each of its lists."""
+    if store.type.keyed_by == "explicit":
+        n = store.pos.shape[2]
+        there = torch.arange(n) < store.totals()[..., None]
+        lost = (store.pos * 7919 + torch.arange(len(store.groups))[:, None] * 31) % 3 == 0
+        kept = torch.where(there & ~lost, torch.arange(n), n).sort(-1).values
+        store.select(torch.where(kept == n, -1, kept))
 
 
 def stored(store: KVStore, what: str, n: int) -> dict[str, torch.Tensor]:
@@ -172,9 +185,9 @@ def test_attention(threads: int) -> None:
 def test_scores_of_entries(threads: int) -> None:
     bench = Bench()
     forms = (("f32", {"extras": ("sinks",)}), ("bf16", {"extras": ("slopes",), "group": 7}), ("i8", {"softcap": 1.5}))
-    for decay, last in ((1.0, 0), (0.9, 0), (1.0, 7)):
+    for decay, last, keep in ((1.0, 0, "per_head"), (0.9, 0, "per_layer"), (1.0, 7, "per_layer")):
         for form, more in forms:
-            how = {"k": form, "v": form, "keyed_by": "explicit", "observed": (decay, last)}
+            how = {"k": form, "v": form, "keyed_by": "explicit", "observed": (decay, last), "keep": keep}
             bench.add(attention({**PLAIN, "group": 3, **how, **more}))
     bench.compile()
     trees = [{0: chain(1), 2: chain(1)}, {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 3: chain(12)}, {1: chain(1)}]

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mistra
 
 import elision
 from elision.errors import BadInput
-from elision.ir.layout import nbytes
+from elision.ir.layout import LANES, nbytes
 from elision.ir.states import KV
 from elision.runtime.session import Session
 
@@ -80,32 +80,35 @@ def test_streaming_is_a_mask_of_sinks_and_window() -> None:
     assert torch.equal(best[:, PROMPT - 1 : -1], sequence[:, PROMPT:])
 
 
-def oracle(decay: float, last: int, pool: int, budget: int, recent: int, sinks: int, every: int) -> torch.Tensor:
+def oracle(
+    per_head: bool, decay: float, last: int, pool: int, budget: int, recent: int, sinks: int, every: int
+) -> torch.Tensor:
     """A one-layer model that evicts, by transformers alone: every step runs the whole text, with a mask of what was still there
-    when each token came, and sums the probabilities that it gives."""
+    when each token came, for each query head, and sums the probabilities that it gives."""
     model, text = llama(1), ids()[0].tolist()
-    seen = torch.ones(CONTEXT, CONTEXT).tril().bool()
+    lists = torch.ones(2 if per_head else 1, CONTEXT, CONTEXT).tril().bool()
     while len(text) < PROMPT + NEW:
         n = len(text)
-        mask = torch.where(seen[:n, :n], 0.0, torch.finfo(torch.float32).min)[None, None]
+        seen = lists[:, :n, :n].repeat_interleave(4 // len(lists), 0)
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None]
         with torch.no_grad():
             found = model(torch.tensor([text]), attention_mask=mask, output_attentions=True)
         if n == PROMPT or (every and n % every == 0):
-            p = found.attentions[0][0].double().sum(0)  # [query, key]: the heads keep together
             weight = decay ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
             if last:
                 weight = weight * (torch.arange(n - 1, -1, -1) < last)
-            score = (p * weight[:, None]).sum(0)
-            there = seen[n - 1, :n].clone()
-            if pool > 1:
-                score = torch.cat((score[:-last], torch.zeros(last)))
-                score = torch.nn.functional.avg_pool1d(score[None, None], pool, 1, pool // 2)[0, 0]
-            protect = (torch.arange(n) < sinks) | (torch.arange(n) >= n - recent)
-            rank = torch.where(there, torch.where(protect, torch.inf, score), -torch.inf)
-            best = torch.argsort(rank, descending=True, stable=True)[: min(budget, int(there.sum()))]
-            kept = torch.zeros(n, dtype=torch.bool)
-            kept[best] = True
-            seen[n:, :n] &= kept
+            received = (found.attentions[0][0].double() * weight[:, None]).sum(1)  # [query head, key]
+            for here, score in zip(lists, received.view(len(lists), -1, n).sum(1), strict=True):
+                there = here[n - 1, :n].clone()
+                if pool > 1:
+                    score = torch.cat((score[:-last], torch.zeros(last)))
+                    score = torch.nn.functional.avg_pool1d(score[None, None], pool, 1, pool // 2)[0, 0]
+                protect = (torch.arange(n) < sinks) | (torch.arange(n) >= n - recent)
+                rank = torch.where(there, torch.where(protect, torch.inf, score), -torch.inf)
+                best = torch.argsort(rank, descending=True, stable=True)[: min(budget, int(there.sum()))]
+                kept = torch.zeros(n, dtype=torch.bool)
+                kept[best] = True
+                here[n:, :n] &= kept
         text.append(int(found.logits[0, -1].argmax()))
     return torch.tensor([text])
 
@@ -117,10 +120,13 @@ ORACLES = {
 }
 
 
+@pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("text", ORACLES)
-def test_what_is_kept_is_what_the_method_says(text: str) -> None:
+def test_what_is_kept_is_what_the_method_says(text: str, per_head: bool) -> None:
     arguments: Any = ORACLES[text]
-    assert torch.equal(generated(compiled(text, layers=1), ids()), oracle(**arguments))
+    want = oracle(per_head, **arguments)
+    text += "" if per_head else ",per_head=false"
+    assert torch.equal(generated(compiled(text, layers=1), ids()), want)
 
 
 def test_no_forgetting_is_h2o() -> None:
@@ -145,7 +151,7 @@ def test_bytes_are_those_of_the_budget(text: str, slots: int, target: str) -> No
     for store in session._stores.values():
         assert store.segments[0].slots == slots and int(store.totals().max()) <= slots
         used = sum(p.arrays["codes"].nbytes for p in store.segments[0].planes.values())
-        assert used == -(-slots // 8) * 8 * next(iter(rows))
+        assert used == -(-slots // LANES) * LANES * next(iter(rows))
 
 
 def test_a_prompt_comes_in_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:

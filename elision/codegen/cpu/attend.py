@@ -73,12 +73,13 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
         count = (end - begin) * site.group
         tiles = (count + (TILE - 1)) // TILE
-        length = fn.load(state.address("len_k"), "i64", row)
-        if not site.drafted:
-            length = length + (end - begin)
-        blocks = (length + (LANES - 1)) // LANES
         with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads:
             head = row * site.heads + heads.index
+            line = head if site.apart else row
+            length = fn.load(state.address("len_k"), "i64", line)
+            if not site.drafted:
+                length = length + (end - begin)
+            blocks = (length + (LANES - 1)) // LANES
             turn = (kernel.tid + head) % kernel.threads  # who has one tile more differs from head to head
             first = fn.select(split, zero, turn)
 
@@ -153,7 +154,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                 at = head * state.number("blocks") * LANES
                 visit(
                     fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size)),
-                    fn.at(state.address("pos"), row * state.number("entries"), "i32"), *mine, length,
+                    fn.at(state.address("pos"), line * state.number("entries"), "i32"), *mine, length,
                     [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled], False,
                 )  # fmt: skip
                 if site.drafted:

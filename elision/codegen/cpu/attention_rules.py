@@ -25,9 +25,13 @@ def forms(state: KV) -> tuple[str, str]:
     main = state.main[0]
     need(len(state.main) == 1 and not main.shared, "a cache of several segments")
     need(isinstance(main.slots, Dense | Budget), f"slots of the kind {main.slots}")
-    need(state.keep != "per_head", "heads that keep different entries")
     need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
     return form(main.k, state.dim), form(main.v, state.vdim)
+
+
+def lists_of(state: KV) -> int:
+    """Lists of entries for a sequence: one for all heads, or one for each."""
+    return state.heads if state.keep == "per_head" else 1
 
 
 def _read_natively(plan: Planner, state: Value) -> None:
@@ -69,7 +73,7 @@ def _append(kernels: Kernels, plan: Planner, value: Value, k: Value, v: Value, b
     axis = k.tensor.tokens
     assert axis is not None
     (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
-    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted)
+    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted, lists_of(state))
     name = kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
     if before is None:
         plan.cache(value)
@@ -98,7 +102,7 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     site = Site(
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
         ordered, together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, own,
-        mask.sinks, drafted and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
+        mask.sinks, lists_of(state) > 1, drafted and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
     )  # fmt: skip
     name = kernels.add(("attend", site), lambda n: made.attend(n, site))
     joined = kernels.add(("combine", site), lambda n: made.combine(n, site))
@@ -130,6 +134,7 @@ def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     cached, q, *extra = value.args
     state, mask = cached.type, value.attr("mask")
     assert isinstance(state, KV) and state.scores is not None
+    kinds = forms(state)  # else the host appends and attends too
     attended = plan.tables.get(("attended", q, plan.state(cached)))
     decay, last = state.scores.decay, value.attr("last", 0)
     if attended is None or mask != Mask() or (last and decay != 1):
@@ -143,8 +148,8 @@ def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     named = dict(zip(value.attr("extras") or (), extra, strict=True))
     queries, outer, _ = plan.view(plan.ref(q))
     site = Site(
-        state.heads, outer // state.heads, state.dim, state.vdim, forms(state), False, False, together(level),
-        float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named,
+        state.heads, outer // state.heads, state.dim, state.vdim, kinds, False, False, together(level),
+        float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, apart=lists_of(state) > 1,
     )  # fmt: skip
     name = kernels.add(("observe", site), lambda n: light.observe(n, site))
     scores = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)

@@ -36,6 +36,7 @@ class Site:
     sinks: bool = False
     own: bool = False  # the cache holds just the tokens of the call, which may skip positions
     first: int = 0  # positions that a window shows besides
+    apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
 
     @property

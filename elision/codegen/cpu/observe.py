@@ -40,62 +40,65 @@ def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
     with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows:
         row = rows.index
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
-        length = fn.load(state.address("len_k"), "i64", row)
-        limit = length + (end - begin)
         ahead = fn.load(axis.array("ahead"), "i64", fn.maximum(end - 1, 0))
         left_out = fn.maximum((end - begin) - fn.maximum(last - ahead, 0), 0)
         first = begin + fn.select(fn.compare(last, "sgt", 0), left_out, zero)
         count = (end - first) * site.group
-        low, high = kernel.part((limit + (LANES - 1)) // LANES)
-        positions = fn.at(state.address("pos"), row * state.number("entries"), "i32")
-        with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads, fn.loop(low, high, CHUNK) as chunks:
-            at = (row * site.heads + heads.index) * state.number("blocks") * LANES
+        with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads:
+            head = row * site.heads + heads.index
+            line = head if site.apart else row
+            length = fn.load(state.address("len_k"), "i64", line)
+            limit = length + (end - begin)
+            low, high = kernel.part((limit + (LANES - 1)) // LANES)
+            positions = fn.at(state.address("pos"), line * state.number("entries"), "i32")
+            at = head * state.number("blocks") * LANES
             keys = fn.at(state.address("k"), at * (site.dim * k_size))
             key_scales = [fn.at(state.address("k_scale"), at, "f32")] if "k" in site.scaled else []
-            score = fn.at(state.address("score"), (row * site.heads + heads.index) * wide, "f32")
-            stop = fn.minimum(chunks.index + CHUNK, high)
-            with fn.loop(chunks.index, stop) as blocks:  # entries of this call begin at 0
-                old, place = fn.load(score, VF, blocks.index * LANES, "f32"), blocks.index * LANES
-                fn.store(fn.select(_below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
-            unseen = (chunks.index * LANES - length) - (first - begin)  # queries that come before all of these entries
-            begins = fn.maximum(unseen, 0) * site.group // TILE * TILE
-            with fn.loop(begins, count, TILE) as tiles:
-                left = count - tiles.index
-                with fn.loop(0, TILE) as loop:
-                    i = fn.minimum(tiles.index + loop.index, count - 1)
-                    token, query = first + i // site.group, heads.index * site.group + i % site.group
-                    fn.store(q.place(token, query), words.base, loop.index * WORDS + QUERY, "i64")
-                less: Val | int = 0
-                for many, helper in inner.items():
-                    fits = fn.compare(left, "sgt", less)
-                    if many < TILE:
-                        fits = both(fn, fits, fn.compare(left, "sle", many))
-                    with fn.when(fits):
-                        fn.call(helper.name, words.base, scores.base, keys, chunks.index, stop, scale, *key_scales)
-                    less = many
-                with fn.loop(0, fn.minimum(left, TILE)) as loop:
-                    i = tiles.index + loop.index
-                    token, query = first + i // site.group, heads.index * site.group + i % site.group
-                    line = fn.at(scores.base, loop.index * (CHUNK * LANES), "f32")
-                    where = fn.splat(fn.i32(fn.load(axis.array("pos"), "i64", token)), LANES)
-                    top, share = (fn.splat(x, LANES) for x in norm(token, query))
-                    kept = fn.splat(fn.select(fn.compare(i % site.group, "eq", 0), decay, fn.const(1.0, "f32")), LANES)
-                    with fn.loop(chunks.index, stop) as blocks:
-                        place = blocks.index * LANES
-                        pos = fn.load(positions, VI, place, "i32")
-                        x = fn.load(line, VF, (blocks.index - chunks.index) * LANES, "f32")
-                        if site.softcap:
-                            x = vm.tanh(fn, x * (1 / site.softcap)) * site.softcap
-                        if slopes is not None:
-                            slope = fn.splat(fn.load(slopes, "f32", query), LANES)
-                            x = fn.fma(fn.cast(pos - where, "arith.sitofp", VF), slope, x)
-                        seen = both(fn, _below(fn, blocks.index, limit), fn.compare(pos, "sle", where))
-                        p = fn.select(seen, vm.exp(fn, x - top) * share, fn.const(0.0, VF))
-                        fn.store(fn.fma(fn.load(score, VF, place, "f32"), kept, p), score, place, "f32")
+            score = fn.at(state.address("score"), head * wide, "f32")
+            with fn.loop(low, high, CHUNK) as chunks:
+                stop = fn.minimum(chunks.index + CHUNK, high)
+                with fn.loop(chunks.index, stop) as blocks:  # entries of this call begin at 0
+                    old, place = fn.load(score, VF, blocks.index * LANES, "f32"), blocks.index * LANES
+                    fn.store(fn.select(_below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
+                unseen = (chunks.index * LANES - length) - (first - begin)  # queries that come before all of these entries
+                begins = fn.maximum(unseen, 0) * site.group // TILE * TILE
+                with fn.loop(begins, count, TILE) as tiles:
+                    left = count - tiles.index
+                    with fn.loop(0, TILE) as loop:
+                        i = fn.minimum(tiles.index + loop.index, count - 1)
+                        token, query = first + i // site.group, heads.index * site.group + i % site.group
+                        fn.store(q.place(token, query), words.base, loop.index * WORDS + QUERY, "i64")
+                    less: Val | int = 0
+                    for many, helper in inner.items():
+                        fits = fn.compare(left, "sgt", less)
+                        if many < TILE:
+                            fits = both(fn, fits, fn.compare(left, "sle", many))
+                        with fn.when(fits):
+                            fn.call(helper.name, words.base, scores.base, keys, chunks.index, stop, scale, *key_scales)
+                        less = many
+                    with fn.loop(0, fn.minimum(left, TILE)) as loop:
+                        i = tiles.index + loop.index
+                        token, query = first + i // site.group, heads.index * site.group + i % site.group
+                        line = fn.at(scores.base, loop.index * (CHUNK * LANES), "f32")
+                        where = fn.splat(fn.i32(fn.load(axis.array("pos"), "i64", token)), LANES)
+                        top, share = (fn.splat(x, LANES) for x in norm(token, query))
+                        kept = fn.splat(fn.select(fn.compare(i % site.group, "eq", 0), decay, fn.const(1.0, "f32")), LANES)
+                        with fn.loop(chunks.index, stop) as blocks:
+                            place = blocks.index * LANES
+                            pos = fn.load(positions, VI, place, "i32")
+                            x = fn.load(line, VF, (blocks.index - chunks.index) * LANES, "f32")
+                            if site.softcap:
+                                x = vm.tanh(fn, x * (1 / site.softcap)) * site.softcap
+                            if slopes is not None:
+                                slope = fn.splat(fn.load(slopes, "f32", query), LANES)
+                                x = fn.fma(fn.cast(pos - where, "arith.sitofp", VF), slope, x)
+                            seen = both(fn, _below(fn, blocks.index, limit), fn.compare(pos, "sle", where))
+                            p = fn.select(seen, vm.exp(fn, x - top) * share, fn.const(0.0, VF))
+                            fn.store(fn.fma(fn.load(score, VF, place, "f32"), kept, p), score, place, "f32")
     return kernel, list(inner.values())
 
 
-def credit(name: str, heads: int, group: int) -> Kernel:
+def credit(name: str, heads: int, group: int, lists: int) -> Kernel:
     """What accepted nodes gave counts, before they are counted into the length. The axis is that of the accepted tokens."""
     kernel = Kernel(name)
     fn = kernel.fn
@@ -111,7 +114,7 @@ def credit(name: str, heads: int, group: int) -> Kernel:
     with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows, fn.loop(0, heads) as head_loop:
         row, head = rows.index, head_loop.index
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
-        length = fn.load(state.address("len_k"), "i64", row)
+        length = fn.load(state.address("len_k"), "i64", row * heads + head if lists > 1 else row)
         score = fn.at(state.address("score"), (row * heads + head) * wide, "f32")
         with fn.when(fn.compare(end, "sgt", begin)):
             low, high = kernel.part((length + (LANES - 1)) // LANES)

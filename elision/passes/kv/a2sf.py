@@ -18,13 +18,14 @@ class A2SF(Pass):
     have seen, have no advantage over new ones.
 
     ``alpha`` in (0, 1]: 1 is `h2o`; towards 0 only the latest query counts. The authors' code uses 0.95 with 16 recent of 256
-    tokens. ``budget``, ``recent``, ``sinks``, ``every``, the identity setting and the memory are those of `h2o`.
+    tokens. ``budget``, ``recent``, ``sinks``, ``every``, ``per_head``, the identity setting and the memory are those of `h2o`.
     """
 
     budget: int = 1024
     recent: int = 64
     sinks: int = 4
     every: int = 16
+    per_head: bool = True
     alpha: float = 0.95
 
     name: ClassVar[str] = "a2sf"
@@ -34,4 +35,4 @@ class A2SF(Pass):
     def apply(self, program: Program) -> None:
         if not 0 < self.alpha <= 1:
             raise BadInput(f"{self.name}: alpha={self.alpha}; expected a factor above 0 and at most 1")
-        keep_heavy(program, self.name, self.budget, self.recent, self.sinks, self.every, float(self.alpha))
+        keep_heavy(program, self.name, self.budget, self.recent, self.sinks, self.every, self.per_head, float(self.alpha))

@@ -28,6 +28,9 @@ class Cached:
     def __post_init__(self) -> None:
         if "step" not in self.program.entries or not self.states:
             raise BadInput(f"{self.by}: {self.program.name} has no cache that decoding reads (is it an encoder?)")
+
+    def evictable(self) -> None:
+        """Raises BadInput where entries cannot be left out as eviction does: in layers with a window, and once again."""
         for site in self._attends("step"):
             mask, (name, type) = site.attr("mask"), site.state(site.value.args[1])
             if not isinstance(mask, Mask) or mask.kind != "causal":
@@ -58,17 +61,35 @@ class Cached:
         return (s for s in sites(self.program, self.program.entries[entry]) if s.value.op == "attend")
 
     def become(
-        self, slots: Slots, scores: Scores | None = None, observe: tuple[str, ...] = (), last: int = 0, mask: Mask | None = None
+        self,
+        slots: Slots,
+        scores: Scores | None = None,
+        observe: tuple[str, ...] = (),
+        last: int = 0,
+        mask: Mask | None = None,
+        per_head: bool = False,
     ) -> None:
         """Give every cache explicit positions in ``slots``, with ``scores`` that attention in the entries ``observe`` adds to
-        (``last``: that of the prompt's last queries only); attend by another ``mask``. The model's own forward stays."""
+        (``last``: that of the prompt's last queries only); attend by another ``mask``. ``per_head``: heads keep entries of their
+        own."""
+        self.evictable()
+
+        def changed(type: KV) -> KV:
+            found = type.with_segment(0, replace(type.main[0], slots=slots))
+            return replace(found, keyed_by="explicit", keep="per_head" if per_head else "per_layer", scores=scores)
+
+        self.retype(changed, observe, last, mask)
+
+    def retype(self, change: Callable[[KV], KV], observe: tuple[str, ...] = (), last: int = 0, mask: Mask | None = None) -> None:
+        """Change the type of every cache. The model's own forward stays as it is."""
         program = self.program
-        types = {n: _with(t, slots, scores) for n, t in self.states.items()}
+        types = {n: change(t) for n, t in self.states.items()}
         program.states = {**program.states, **types}
         for entry in ("prefill", "step"):
             work = _Templates(program, types, entry in observe, last, mask)
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
+        program.ticks = tuple(replace(t, graph=_Templates(program, types).entry(t.graph)) for t in program.ticks)
         depth = max((v.attr("depth") for v in program.round.values if v.op == "checkpoint"), default=1) if program.round else 1
         program.round = round_of(program, depth)
 
@@ -81,19 +102,15 @@ class Cached:
         self.program.ticks = (*self.program.ticks, Tick(every, b.build(*done), chunks))
 
 
-def _with(type: KV, slots: Slots, scores: Scores | None) -> KV:
-    return replace(type.with_segment(0, replace(type.main[0], slots=slots)), keyed_by="explicit", scores=scores)
-
-
 @dataclass
 class _Templates:
     """The blocks of one entry on caches of other types. Templates that other entries call stay as they are."""
 
     program: Program
     types: dict[str, KV]
-    observe: bool
-    last: int
-    mask: Mask | None
+    observe: bool = False
+    last: int = 0
+    mask: Mask | None = None
     made: dict[str, Graph] = field(default_factory=dict)
     names: dict[tuple[str, tuple[KV, ...]], str] = field(default_factory=dict)
 

@@ -20,14 +20,16 @@ class SnapKV(Pass):
 
     The rewrite in one sentence: the probabilities that an entry receives from the last ``window`` queries of the prompt are
     summed and averaged over ``pool`` neighbouring positions, and the cache keeps the window and the largest of them. Tokens
-    after the prompt are all kept. The heads of a layer keep the same entries, by the sum over them. Published defaults: windows
-    of 32 or 64, pools of 5 or 7, budgets of 1024 to 4096. Identity setting: a ``budget`` of at least the prompt. Memory for a
-    sequence: ``budget`` entries and one for every new token (the prompt's own length while it comes in).
+    after the prompt are all kept. Every key head keeps entries of its own, or, without ``per_head``, the heads of a layer the
+    same ones, by the sum over them. Published defaults: windows of 32 or 64, pools of 5 or 7, budgets of 1024 to 4096. Identity
+    setting: a ``budget`` of at least the prompt. Memory for a sequence: ``budget`` entries and one for every new token (the
+    prompt's own length while it comes in).
     """
 
     budget: int = 1024
     window: int = 32
     pool: int = 5
+    per_head: bool = True
 
     name: ClassVar[str] = "snapkv"
     family: ClassVar[str] = "kv"
@@ -39,7 +41,7 @@ class SnapKV(Pass):
             raise BadInput(f"{self.name}: pool={self.pool}; expected an odd number of positions")
         cached = Cached(program, self.name)
         slots = Budget(self.budget, -1, open=True)
-        cached.become(slots, Scores(cached.group, depth=0), observe=("prefill",), last=self.window)
+        cached.become(slots, Scores(cached.group, depth=0), observe=("prefill",), last=self.window, per_head=self.per_head)
 
         def evict(b: Builder, rows: Value, cache: Value, pos: Value) -> Value:
             score = b.add("pool", b.add("scored", cache, rows), pos, size=self.pool, recent=self.window)
