@@ -80,7 +80,7 @@ class Session:
     def _room(self, position: int) -> int:
         """How many levels of drafts a sequence with so many committed tokens may have: a round commits the root and the accepted
         drafts, which must neither pass the capacity nor cross a tick of the clock."""
-        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks]
+        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks if tick.every]
         return min([self.capacity - position, *every]) - 1
 
     def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:

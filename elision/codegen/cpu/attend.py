@@ -128,7 +128,8 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                         left = count - query0
                         begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
                         masked, nodes = begins, fn.const(int(drafted), "i1")
-                        if site.ordered and not (site.first or drafted):  # blocks that no query sees, and those before ``masked`` that all see
+                        if site.ordered and not (site.first or drafted):
+                            # blocks that no query sees, and those before ``masked`` that all see
                             sight = [fn.load(tile, "i64", SIGHT + i) for i in range(4)]
                             begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
                             ends = fn.minimum(ends, sight[3] // LANES + 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from elision.errors import BadInput
 from elision.ir.mask import Mask
-from elision.ir.program import Program, Tick, round_of, state_inputs
+from elision.ir.program import Program, Tick, drafting, round_of, state_inputs
 from elision.ir.states import KV, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
@@ -90,8 +90,13 @@ class Cached:
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
         program.ticks = tuple(replace(t, graph=_Templates(program, types).entry(t.graph)) for t in program.ticks)
-        depth = max((v.attr("depth") for v in program.round.values if v.op == "checkpoint"), default=1) if program.round else 1
-        program.round = round_of(program, depth)
+        assert program.round is not None
+        program.round = round_of(program, *drafting(program.round))
+
+    def deepen(self, nodes: int) -> None:
+        """Let scores keep what up to ``nodes`` drafted nodes give until they are accepted."""
+        if any(t.scores is not None and 0 < t.scores.depth < nodes for t in self.states.values()):
+            self.retype(lambda type: replace(type, scores=type.scores and replace(type.scores, depth=nodes)))
 
     def on_tick(self, every: int, change: Change, chunks: bool = False) -> None:
         """Change every cache on the clock (`Tick`)."""
