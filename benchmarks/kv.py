@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -77,7 +77,9 @@ class Forced(Requests):
     targets: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     loss: list[float] = field(default_factory=list)
 
-    def verify(self, ids: torch.Tensor, logits: torch.Tensor, at: Tokens) -> tuple[list[list[int]], torch.Tensor]:
+    def verify(
+        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Any = None
+    ) -> tuple[list[list[int]], torch.Tensor]:
         wanted = self.targets[torch.arange(len(at.row)), at.pos + 1]
         loss = -logits.float().log_softmax(-1).gather(1, wanted[:, None])
         self.loss += loss[:, 0].tolist()
@@ -94,7 +96,8 @@ def perplexity(model: elision.Model, text: torch.Tensor) -> float:
     """Of the last `NEW` tokens of the rows of ``text``, read one by one after the prompt."""
     session = Session(model._interpreter, len(text), CONTEXT)
     session.prefill(text[:, : CONTEXT - NEW].tolist())
-    requests = Forced([Request(Warp(), True, 0, r) for r in range(len(text))], list(text), text)
+    items = [Request(Warp(), True, 0, r) for r in range(len(text))]
+    requests = Forced(items, list(text), [CONTEXT - NEW] * len(text), targets=text)
     for i in range(CONTEXT - NEW, CONTEXT - 1):
         session.round({r: int(text[r, i]) for r in range(len(text))}, requests)
     return math.exp(statistics.mean(requests.loss))

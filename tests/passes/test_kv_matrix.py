@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from elision.errors import IllegalProgram
 from elision.ir.drafting.policy import Always
 from elision.ir.drafting.run import Drafting
 from elision.ir.layout import nbytes
+from elision.ir.parser import parse_program
+from elision.ir.printer import print_program
 from elision.ir.requests import Requests
 from elision.ir.states import KV
 from elision.ir.tokens import Tokens
@@ -162,6 +165,19 @@ def test_weight_formats_and_skipped_layers(name: str) -> None:
         if whole:
             plain = tokens(compiled("skip-layers:layers=1", *formats))
             assert torch.equal(tokens(compiled(whole, "skip-layers:layers=1", *formats)), plain)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_as_text_and_back(name: str) -> None:
+    program = compiled(METHODS[name][0]).program
+    assert parse_program(print_program(program)) == program
+
+
+def test_an_artefact_holds_it_all(tmp_path: Path) -> None:
+    model = compiled(METHODS["h2o"][0], "kv-quant", target="cpu")
+    model.save(tmp_path / "small.elision")
+    again = elision.load(tmp_path / "small.elision")
+    assert torch.equal(tokens(again), tokens(model)) and again.program.ticks == model.program.ticks
 
 
 def test_what_does_not_compose_is_named() -> None:
