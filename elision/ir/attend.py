@@ -4,6 +4,7 @@ Scratch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -41,13 +42,64 @@ def attend(
     the cache head. A query that sees nothing gives zeros and an lse of -inf (of the sink, if there is one).
     Raises IllegalProgram (rule validity) if the store is poisoned and something visible was never written.
     """
+    if any(r not in RESULTS for r in results):
+        raise BadInput(f"attend: unknown results {list(results)}; expected some of {', '.join(RESULTS)}")
+    found = weigh(q, store, tokens, mask, scale, softcap, sinks, slopes)
+    weight, n = found.weight, found.entries
+    values = store.entries("v", n, weight.dtype)
+    if drafts := weight.shape[-1] - n:
+        values = torch.cat((values, store.drafted("v", drafts, weight.dtype)), 2)
+    out = (weight.flatten(2, 3) @ values).view(*weight.shape[:4], -1) / found.share
+    given = [found.tokens_of(out).to(q.dtype)]
+    for name in results:
+        if name == "lse":
+            given.append(found.tokens_of(found.top + found.total.log()))
+        else:
+            mass = weight.new_zeros(*weight.shape[:2], store.pos.shape[2])
+            mass[:, :, :n] = (weight / found.share)[..., :n].sum((2, 3))
+            given.append(mass)
+    return tuple(given)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The weights ``exp(s - top)`` that queries give, ``[B, H, group, T, entries + nodes]`` on a grid of the tokens of each row,
+    0 for what is hidden; ``top`` and ``total`` (the denominator) ``[B, H, group, T]``."""
+
+    weight: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+    entries: int  # of the logical list; the drafted nodes follow
+    place: torch.Tensor  # of each token in the grid
+    full: bool  # whether tokens fill it
+
+    @property
+    def share(self) -> torch.Tensor:
+        """What weights are divided by, ``[B, H, group, T, 1]``; 1 where nothing is seen."""
+        return torch.where(self.total > 0, self.total, 1)[..., None]
+
+    def tokens_of(self, y: torch.Tensor) -> torch.Tensor:
+        """``[B, H, group, T, ...]`` to ``[n, Hq, ...]``"""
+        flat = y.movedim(3, 1).flatten(2, 3).flatten(0, 1)
+        return flat if self.full else flat[self.place]
+
+
+def weigh(
+    q: torch.Tensor,
+    store: KVStore,
+    tokens: Tokens,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> Weighed:
+    """The softmax of `attend` before its division."""
     heads, group = store.type.heads, q.shape[1] // store.type.heads
     if q.shape[1] % heads or q.shape[2] != store.type.dim:
         raise BadInput(
             f"attend: queries {list(q.shape)} do not fit a cache of {heads} heads of {store.type.dim}"
         )
-    if any(r not in RESULTS for r in results):
-        raise BadInput(f"attend: unknown results {list(results)}; expected some of {', '.join(RESULTS)}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows, n = store.rows, int(store.totals().max())
     rank, counts = counts_of(tokens)
@@ -61,14 +113,12 @@ def attend(
 
     q_pos = grid(tokens.pos)[:, None, :, None]  # [B, 1, T, 1]
     seen, k_pos = _main_visible(store, mask, q_pos, n), store.pos[:, :, None, :n]
-    keys, values = store.entries("k", n, wide), store.entries("v", n, wide)
+    keys = store.entries("k", n, wide)
     if tokens.anc is not None and store.type.scratch is not None:
-        nodes = store.index["node_pos"].shape[1]
         visible, node_pos = _draft_visible(store, mask, q_pos, grid(tokens.anc))
         seen = torch.cat((seen, visible.expand(-1, seen.shape[1], -1, -1)), -1)
         k_pos = torch.cat((k_pos, node_pos.expand(-1, k_pos.shape[1], -1, -1)), -1)
-        keys = torch.cat((keys, store.drafted("k", nodes, wide)), 2)
-        values = torch.cat((values, store.drafted("v", nodes, wide)), 2)
+        keys = torch.cat((keys, store.drafted("k", node_pos.shape[-1], wide)), 2)
     if not full:
         seen = seen & grid(torch.ones_like(tokens.row)).bool()[:, None, :, None]
     if store.poison is not None:
@@ -93,22 +143,7 @@ def attend(
     total = weight.sum(-1)
     if sink is not None:
         total = total + torch.exp(sink - top)
-    share = torch.where(total > 0, total, 1)[..., None]
-    out = (weight.flatten(2, 3) @ values).view(rows, heads, group, width, -1) / share
-
-    def tokens_of(y: torch.Tensor) -> torch.Tensor:  # [B, H, group, T, ...] -> [n, Hq, ...]
-        flat = y.movedim(3, 1).flatten(2, 3).flatten(0, 1)
-        return flat if full else flat[place]
-
-    found = [tokens_of(out).to(q.dtype)]
-    for name in results:
-        if name == "lse":
-            found.append(tokens_of(top + total.log()))
-        else:
-            mass = weight.new_zeros(rows, heads, store.pos.shape[2])
-            mass[:, :, :n] = (weight / share)[..., :n].sum((2, 3))
-            found.append(mass)
-    return tuple(found)
+    return Weighed(weight, top, total, n, place, full)
 
 
 def _main_visible(store: KVStore, mask: Mask, q_pos: torch.Tensor, n: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ def canonical(program: Program) -> Any:
     templates = [_graph(program.templates[t], names) for t in list(names.of["target"]) if t in program.templates]
     params = [program.params[p] for p in names.of["param"]]
     states = [program.states[s] for s in names.of["state"]]
-    ticks = [(t.every, _graph(t.graph, names)) for t in program.ticks]
+    ticks = [(t.every, t.chunks, _graph(t.graph, names)) for t in program.ticks]
     round_ = _graph(program.round, names) if program.round is not None else None
     return list(program.entries), entries, templates, params, states, ticks, round_
 

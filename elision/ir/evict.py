@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elision.errors import BadInput, IllegalProgram
-from elision.ir.states import Encoding, Ring
+from elision.ir.states import Budget, Encoding, Ring
 
 if TYPE_CHECKING:
     from elision.ir.store import KVStore
@@ -76,18 +76,59 @@ def select(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
     ascending = (keep[..., 1:] < 0) | ((keep[..., :-1] >= 0) & (keep[..., 1:] > keep[..., :-1]))
     if not bool(ascending.all()) or bool((keep >= store.totals()[rows][..., None]).any()):
         raise BadInput("select: expected ascending entries below the cache's length, then -1")
+    if _loose(store):
+        _fill_gaps(store, keep, rows)
+        return
     plans = [(what, s, *_kept(store, what, s, rows, keep)) for what in "kv" for s in range(store.tail + 1)]
     pos = store.pos[rows]
     pos[..., : keep.shape[2]] = torch.where(
         keep >= 0, pos.gather(2, keep.clamp(min=0)), pos[..., : keep.shape[2]]
     )
     store.pos[rows] = pos
+    if store.type.scores is not None:
+        score = store.index["score"]
+        moved = keep.expand(-1, store.type.heads, -1).clamp(min=0)
+        score[rows, :, : keep.shape[2]] = score[rows].gather(2, moved)
     for what, s, src, valid in plans:
         _compact(store, what, s, rows, src, valid)
         store.len[what][s, rows] = valid.sum(-1)
     for s in range(store.tail + 1):
         if not store.segments[s].segment.shared:
             store.resize(s)
+
+
+def _loose(store: KVStore) -> bool:
+    """Whether the order of the entries means nothing: nothing is flushed from this one segment, and every entry says its
+    position."""
+    main = store.type.main
+    single = len(main) == 1 and max(main[0].k.token_group, main[0].v.token_group) == 1
+    return single and isinstance(main[0].slots, Budget) and store.type.keyed_by == "explicit"
+
+
+def _fill_gaps(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
+    """Keep ``keep [R, G, N]`` by moving no more entries than are evicted: those beyond the new length take the free slots."""
+    left = (keep >= 0).sum(-1, keepdim=True)
+    if bool((left == store.totals()[rows][..., None]).all()):
+        return
+    slot = torch.arange(int(store.totals()[rows].max()) + 1 if len(rows) else 1)  # the last one takes what is -1
+    kept = torch.zeros(*keep.shape[:2], len(slot), dtype=torch.bool)
+    kept.scatter_(2, torch.where(keep >= 0, keep, len(slot) - 1), True)
+    kept[..., -1] = False
+    r, g, free = (~kept & (slot < left)).nonzero(as_tuple=True)
+    _, _, source = (kept & (slot >= left)).nonzero(as_tuple=True)  # as many for every row and group
+    segment, b = store.segments[0], rows[r]
+    if len(r):
+        h = store.heads if len(store.groups) == 1 else g[:, None, None]
+        for what in "kv":
+            segment.copy(what, segment, b[:, None, None], h, source[:, None, None], free[:, None, None])
+        store.pos[b, g, free] = store.pos[b, g, source]
+        if store.type.scores is not None:
+            heads = torch.arange(store.type.heads) if len(store.groups) == 1 else g[:, None]
+            score = store.index["score"]
+            score[b[:, None], heads, free[:, None]] = score[b[:, None], heads, source[:, None]]
+    for length in store.len.values():
+        length[0, rows] = left[..., 0]
+    store.resize(0)
 
 
 def recode(store: KVStore, segment: int, k: Encoding, v: Encoding) -> None:

@@ -14,11 +14,12 @@ DECODE = "decode"
 
 
 def flat_entries(program: Program) -> dict[str, Graph]:
-    """What is compiled to native code, flat: the program's entries, and `DECODE` beside ``step``."""
+    """What is compiled to native code, flat: the program's entries, and `DECODE` beside ``step`` unless it keeps scores, which
+    cost less when a commit adds what the step left (`elision.ir.scores`)."""
     order = ("step", "prefill", "score")  # the first that needs a weight says how it is packed
     names = sorted(program.entries, key=lambda n: order.index(n) if n in order else len(order))
     found = {name: flatten(program, name) for name in names}
-    if "step" in found:
+    if "step" in found and not any(v.op == "observe" for v in found["step"].values):
         found[DECODE] = committed(found["step"])
     return found
 

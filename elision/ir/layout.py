@@ -27,6 +27,7 @@ from elision.ir.states import (
     Journal,
     Paged,
     Ring,
+    Scores,
     Scratch,
     Segment,
     Slots,
@@ -155,6 +156,15 @@ class Plane:
         if self.written is not None and seen is not None:
             self.written[b, h, slots] = seen
 
+    def take(self, other: Plane) -> None:
+        """Copy as many slots of a plane of the same encoding as this one has, or as there are."""
+        pairs = [(a, other.arrays[name]) for name, a in self.arrays.items()]
+        if self.written is not None and other.written is not None:
+            pairs.append((self.written, other.written))
+        for mine, its in pairs:
+            n = min(mine.shape[2], its.shape[2])
+            mine[:, :, :n] = its[:, :, :n]
+
     def nbytes(self) -> int:
         """Bytes that are allocated."""
         return sum(a.numel() * a.element_size() for a in self.arrays.values())
@@ -199,21 +209,26 @@ class Plane:
 # --- whole states ---------------------------------------------------------------------------------
 
 
-def slot_count(slots: Slots, capacity: int) -> int:
-    """Slots of a segment per row, for a run that asks for ``capacity`` tokens."""
+def slot_count(slots: Slots, capacity: int, prompt: int | None = 0) -> int:
+    """Slots of a segment per row, for a run that asks for ``capacity`` tokens. ``prompt``: how many of them a row has at the
+    least before decoding begins; None while they come in."""
     match slots:
         case Ring(window, sinks, chunk):
             return sinks + window + chunk - 1
-        case Budget(n) | Scratch(n):
+        case Budget(n, more, open):
+            if prompt is None and more:
+                return capacity if more < 0 else min(n + more, capacity)
+            return min(n + (capacity - (prompt or 0) if open else 0), capacity)
+        case Scratch(n):
             return n
         case Dense() | Paged():
             return capacity
 
 
-def segment_specs(type: KV, segment: Segment, rows: int, capacity: int) -> list[Spec]:
+def segment_specs(type: KV, segment: Segment, rows: int, capacity: int, prompt: int | None = 0) -> list[Spec]:
     """Keys, values and, if paged, the page table of one segment. A shared segment is stored once for all
     rows."""
-    n, plane_rows = slot_count(segment.slots, capacity), 1 if segment.shared else rows
+    n, plane_rows = slot_count(segment.slots, capacity, prompt), 1 if segment.shared else rows
     tables: list[Spec] = []
     if isinstance(segment.slots, Paged):
         pages = -(-n // segment.slots.page)
@@ -223,10 +238,10 @@ def segment_specs(type: KV, segment: Segment, rows: int, capacity: int) -> list[
     return [*(plane_spec(enc, plane_rows, type.heads, n, dim, keys) for enc, dim, keys in planes), *tables]
 
 
-def index_spec(type: KV, rows: int, capacity: int) -> Spec:
-    """Positions and lengths: per head only where heads keep different entries."""
+def index_spec(type: KV, rows: int, capacity: int, prompt: int | None = 0) -> Spec:
+    """Positions and lengths, per head only where heads keep different entries; scores (`elision.ir.scores`)."""
     heads = type.heads if type.keep == "per_head" else 1
-    entries = sum(slot_count(s.slots, capacity) for s in type.main)
+    entries = sum(slot_count(s.slots, capacity, prompt) for s in type.main)
     lengths = ((len(type.main), rows, heads), torch.int64)
     spec: Spec = {"pos": ((rows, heads, entries), torch.int32), "len_k": lengths, "len_v": lengths}
     if isinstance(type.main[-1].slots, Ring):
@@ -234,6 +249,23 @@ def index_spec(type: KV, rows: int, capacity: int) -> Spec:
     if type.scratch is not None:
         nodes = (rows, slot_count(type.scratch.slots, capacity))
         spec |= {"node_pos": (nodes, torch.int32), "node_live": (nodes, torch.bool)}
+    if type.scores is not None:
+        spec |= score_spec(type, type.scores, rows, entries)
+    return spec
+
+
+def score_spec(type: KV, scores: Scores, rows: int, entries: int) -> Spec:
+    """The score of every entry; of every drafted node that waits for `commit` its logits, by query head, of the entries and of
+    the nodes, and what turns them into probabilities: the largest one and the share of its weight. Whole blocks."""
+    wide, nodes = (-(-n // LANES) * LANES for n in (entries, slot_count(type.scratch.slots, 0) if type.scratch else 0))
+    spec: Spec = {"score": ((rows, type.heads, wide), torch.float32)}
+    if scores.depth:
+        waiting = (rows, scores.depth, type.heads * scores.group)
+        spec |= {
+            "waiting": ((*waiting, wide), torch.float32),
+            "waiting_nodes": ((*waiting, nodes), torch.float32),
+            "waiting_norm": ((*waiting, 2), torch.float32),
+        }
     return spec
 
 
@@ -258,9 +290,9 @@ def array_spec(type: Array, rows: int) -> Spec:
     return spec
 
 
-def nbytes(type: KV | Array, rows: int, capacity: int = 0) -> int:
-    """Bytes of a state over ``rows`` sequences of up to ``capacity`` tokens, from its type alone."""
+def nbytes(type: KV | Array, rows: int, capacity: int = 0, prompt: int | None = 0) -> int:
+    """Bytes of a state over ``rows`` sequences of up to ``capacity`` tokens, from its type alone (``prompt``: `slot_count`)."""
     if isinstance(type, Array):
         return spec_bytes(array_spec(type, rows))
-    specs = [s for segment in type.segments for s in segment_specs(type, segment, rows, capacity)]
-    return sum(map(spec_bytes, [*specs, index_spec(type, rows, capacity)]))
+    specs = [s for segment in type.segments for s in segment_specs(type, segment, rows, capacity, prompt)]
+    return sum(map(spec_bytes, [*specs, index_spec(type, rows, capacity, prompt)]))

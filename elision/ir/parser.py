@@ -26,7 +26,7 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         states.Float, states.Int, states.Dense, states.Ring, states.Budget, states.Paged, states.Scratch, states.Segment,
-        states.Present, states.KV, states.Journal, states.Snapshot, states.Array, Host,
+        states.Present, states.Scores, states.KV, states.Journal, states.Snapshot, states.Array, Host,
     )
 }  # fmt: skip
 
@@ -109,9 +109,10 @@ class _Reader:
             self.program.round = graph
         elif isinstance(mark, ast.Call):
             name, args, kwargs = self._call(mark)
-            every = kwargs.get("every")
-            _need(name == "tick" and not args and set(kwargs) == {"every"} and _is_int(every), "expected @tick(every=n)")
-            self.program.ticks = (*self.program.ticks, Tick(every, graph))  # type: ignore[arg-type]
+            every, chunks = kwargs.pop("every", None), kwargs.pop("chunks", False)
+            given = name == "tick" and not args and not kwargs and _is_int(every) and isinstance(chunks, bool)
+            _need(given, "expected @tick(every=n) or @tick(every=n, chunks=True)")
+            self.program.ticks = (*self.program.ticks, Tick(every, graph, chunks))
         else:
             raise BadInput("expected @template, @entry, @round or @tick(every=n) before def")
 
@@ -213,6 +214,8 @@ class _Reader:
         name, args, kwargs = self._call(node)
         if name in ("window", "chunk") and len(args) == 1 and not kwargs and _is_int(args[0]):
             return Mask(name, args[0])
+        if name == "window" and len(args) == 2 and not kwargs and all(map(_is_int, args)):
+            return Mask(name, *args)
         _need(name in _CLASSES and not args, f"unknown type {name!r}")
         cls = _CLASSES[name]
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -266,6 +269,8 @@ def _fits(value: Any, hint: str) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, inner) and not isinstance(v, bool) for v in value)
     if hint.startswith("Undo"):
         return value is None or isinstance(value, states.Undo)
+    if hint.startswith("Scores"):
+        return value is None or isinstance(value, states.Scores)
     return isinstance(value, kinds[hint]) and (hint == "bool" or not isinstance(value, bool))
 
 

@@ -40,7 +40,9 @@ def print_program(program: Program) -> str:
     parts += ["@entry\n" + _function(g, aliases) for g in program.entries.values()]
     if program.round is not None:
         parts.append("@round\n" + _function(program.round, aliases))
-    parts += [f"@tick(every={t.every})\n" + _function(t.graph, aliases) for t in program.ticks]
+    for tick in program.ticks:
+        chunks = ", chunks=True" if tick.chunks else ""
+        parts.append(f"@tick(every={tick.every}{chunks})\n" + _function(tick.graph, aliases))
     return "\n\n".join(parts) + "\n"
 
 

@@ -25,10 +25,12 @@ QUALITIES = ("exact", "distribution", "approximate")
 
 @dataclass(frozen=True)
 class Tick:
-    """Run ``graph`` for the sequences whose committed position is 0 mod ``every``, and once after prefill."""
+    """Run ``graph`` for the sequences whose committed position is 0 mod ``every`` (0: not while decoding), and once after
+    prefill; with ``chunks`` also after every part of a prompt."""
 
     every: int
     graph: Graph
+    chunks: bool = False
 
 
 @dataclass

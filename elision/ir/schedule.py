@@ -28,8 +28,9 @@ BARRIER, HOST = 1, 2  # flags: wait for all threads after the row; return to the
 # Words of the context, the one argument that a run has.
 THREADS, TABLE, STATES, SEQUENCES, COUNTER, AXES = 0, 1, 2, 3, 8, 24
 #: Words of a token axis in the context: how many tokens, then addresses of int64 arrays: the sequence, position, ancestor bits
-#: and node of each token, the first token of each sequence (one more than there are), the token of the parent axis.
-AXIS = {"count": 0, "row": 1, "pos": 2, "anc": 3, "node": 4, "start": 5, "index": 6}
+#: and node of each token, the first token of each sequence (one more than there are), the token of the parent axis, how many
+#: tokens of the prompt come after each.
+AXIS = {"count": 0, "row": 1, "pos": 2, "anc": 3, "node": 4, "start": 5, "index": 6, "ahead": 7}
 AXIS_WORDS, MAX_AXES = 8, 64
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
 
@@ -40,6 +41,7 @@ STATE = {
     for i, name in enumerate(
         ("k", "v", "k_scale", "v_scale", "pos", "len_k", "len_v", "blocks", "entries")
         + ("draft_k", "draft_v", "draft_k_scale", "draft_v_scale", "node_pos", "node_live", "draft_blocks", "nodes", "sequences")
+        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth")
     )
 }
 STATE_WORDS = 32

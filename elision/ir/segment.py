@@ -14,11 +14,13 @@ class SegmentRows:
     """Slots ``0 .. slots - 1`` of each row b. Slot s of a paged segment lies in page ``table[b, s // page]``,
     taken from the pool by `reserve`; a shared segment lies once for all rows."""
 
-    def __init__(self, type: KV, segment: Segment, rows: int, capacity: int, poison: float | None) -> None:
-        self.segment, self.rows, self.slots = segment, rows, slot_count(segment.slots, capacity)
+    def __init__(
+        self, type: KV, segment: Segment, rows: int, capacity: int, poison: float | None, prompt: int | None = 0
+    ) -> None:
+        self.segment, self.rows, self.slots = segment, rows, slot_count(segment.slots, capacity, prompt)
         self.heads = torch.arange(type.heads)
         page = segment.slots.page if isinstance(segment.slots, Paged) else 0
-        specs = segment_specs(type, segment, rows, capacity)
+        specs = segment_specs(type, segment, rows, capacity, prompt)
         self.planes: dict[str, Plane] = {}
         for name, enc, dim, spec in (
             ("k", segment.k, type.dim, specs[0]),

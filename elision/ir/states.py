@@ -74,9 +74,19 @@ class Ring:
 
 @dataclass(frozen=True)
 class Budget:
-    """At most ``n`` rows; `select` makes room, and an append that does not fit is an error."""
+    """At most ``n`` rows; `select` makes room, and an append that does not fit is an error.
+
+    While the prompt comes in there is room for ``prompt`` rows more, or, with -1, for as many as the run asks for; that memory
+    is given back when it is in (`KVStore.settled`). ``open``: what comes after the prompt is kept beside the ``n``.
+    """
 
     n: int
+    prompt: int = 0
+    open: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.prompt < -1:
+            raise BadInput(f"Budget(n={self.n}, prompt={self.prompt}); expected n >= 1, and prompt >= 0 or -1")
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,23 @@ class Present:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """A number of fp32 per entry and head: the probability that it received (`observe`). It moves with the entry.
+
+    ``group``: query heads of a cache head, which are summed. ``decay``: what remains of a score when one more token is
+    observed. ``depth``: nodes of a draft that can be observed before `commit` takes the accepted ones (0: none).
+    """
+
+    group: int
+    depth: int = 1
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or not 0 <= self.depth <= 64 or not 0 < self.decay <= 1:
+            raise BadInput(f"{self}: expected group >= 1, depth 0 to 64 and 0 < decay <= 1")
+
+
+@dataclass(frozen=True)
 class KV:
     """A key/value cache of one attention site. Per row b and head h: ``pos [B, heads, C]``, ``len [B, heads]``.
 
@@ -130,7 +157,7 @@ class KV:
     ``keyed_by``: ``position`` (entry i holds position i) or ``explicit`` (once entries can be evicted).
     ``keep``: entries are chosen for all layers (``shared``), ``per_layer`` or ``per_head``.
     ``rope``: keys are rotated ``on_write`` or ``on_read``. ``ragged``: rows may differ in length.
-    ``storage``: ``owned``, or ``external`` (the caller's tensors).
+    ``storage``: ``owned``, or ``external`` (the caller's tensors). ``scores``: what is counted beside each entry.
     """
 
     heads: int
@@ -143,6 +170,7 @@ class KV:
     present: Present = Present()
     ragged: bool = True
     storage: str = "owned"
+    scores: Scores | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in _CHOICES.items():
@@ -161,6 +189,8 @@ class KV:
                 raise BadInput(f"KV: rows are appended one by one, so {s.slots} cannot have token-grouped encodings")
         if any(isinstance(s.slots, Ring) for s in main[:-1]):
             raise BadInput("KV: a Ring overwrites its oldest row, so only the last main segment can be one")
+        if self.scores is not None and isinstance(tail.slots, Ring):
+            raise BadInput("KV: the rows of a Ring are overwritten, so they have no scores")
 
     @property
     def main(self) -> tuple[Segment, ...]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from elision.errors import BadInput
-from elision.ir import evict
+from elision.ir import evict, scores
 from elision.ir.array_store import ArrayStore
-from elision.ir.layout import allocate, copied, index_spec
+from elision.ir.layout import allocate, copied, index_spec, slot_count
 from elision.ir.nodes import counts_of, nodes_of, path_tokens
 from elision.ir.segment import SegmentRows
 from elision.ir.states import KV, Encoding, Ring
@@ -32,7 +32,8 @@ class KVStore:
 
     ``pos [B, G, C]``, ``len["k"]`` and ``len["v"] [S, B, G]`` (rows per main segment) have G = heads if
     ``keep`` is per_head, else 1. With ``poison`` (finite), storage starts filled with it and every read
-    checks that what is visible was written.
+    checks that what is visible was written. ``prompt``: tokens of the shortest prompt, None while they come in
+    (`elision.ir.layout.slot_count`, `settled`).
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class KVStore:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         poison: float | None = None,
+        prompt: int | None = None,
     ) -> None:
         if type.storage != "owned":
             raise BadInput(f"KVStore owns its memory; a cache with storage={type.storage!r} is the caller's")
@@ -51,8 +53,8 @@ class KVStore:
                 f"Scratch is encoded as {scratch.k}/{scratch.v}; expected as the tail, {tail.k}/{tail.v}"
             )
         self.type, self.rows, self.capacity, self.dtype, self.poison = type, rows, capacity, dtype, poison
-        self.segments = [SegmentRows(type, s, rows, capacity, poison) for s in type.segments]
-        self.index = allocate(index_spec(type, rows, capacity))
+        self.segments = [SegmentRows(type, s, rows, capacity, poison, prompt) for s in type.segments]
+        self.index = allocate(index_spec(type, rows, capacity, prompt))
         self.pos = self.index["pos"]
         self.len = {"k": self.index["len_k"], "v": self.index["len_v"]}
         self.heads = torch.arange(type.heads)[:, None]
@@ -157,11 +159,14 @@ class KVStore:
         moved unchanged, so the result is that of having appended them."""
         tokens, node = path_tokens(paths, self._node_pos(), self.index["node_live"])
         if len(tokens):
+            before = self.totals().clone()
             kept, places = self._advance(tokens, *counts_of(tokens))
             b, node = tokens.row[kept][:, None, None], node[kept][:, None, None]
             tail, scratch = self.segments[self.tail], self.segments[-1]
             for what in ("k", "v"):
                 tail.copy(what, scratch, b, self.heads, node, places[what][kept])
+            if self.type.scores is not None:
+                scores.credit(self, paths, before)
         self.index["node_live"].zero_()
 
     def drop(self) -> None:
@@ -216,6 +221,7 @@ class KVStore:
                 length[t] += counts[:, None]
             self.resize(t)
         self.pos[row[kept, None], self.groups, entry[kept]] = tokens.pos[kept, None].to(self.pos.dtype)
+        scores.begin(self, row[kept], entry[kept])
         return kept, places
 
     def resize(self, segment: int) -> None:
@@ -257,14 +263,32 @@ class KVStore:
 
     def select(self, keep: torch.Tensor, rows: Rows | None = None) -> None:
         """Keep exactly the entries ``keep [R, 1 or H, N]`` of some rows (all by default): ascending indices
-        into the logical list, then -1. Raises IllegalProgram as `flush` does, and (rule address) for sets per
-        head without keep=per_head."""
+        into the logical list, then -1. They stay in order, but in a cache of one Budget segment the last ones fill
+        the gaps. Raises IllegalProgram as `flush` does, and (rule address) for sets per head without
+        keep=per_head."""
         evict.select(self, keep, torch.arange(self.rows) if rows is None else _rows(rows))
 
     def recode(self, segment: int, k: Encoding, v: Encoding) -> None:
         """Store a segment in another encoding; ``type`` changes with it, and Scratch changes with the tail.
         Raises IllegalProgram (rule encoding) when a token group would be incomplete."""
         evict.recode(self, segment, k, v)
+
+    def settled(self, prompt: int) -> KVStore:
+        """The cache as it is while decoding goes on after prompts of at least ``prompt`` tokens: a copy in less memory, or
+        itself if it needs no less. Raises BadInput when its entries do not fit."""
+        type, capacity = self.type, self.capacity
+        if all(slot_count(s.slots, capacity, prompt) == r.slots for s, r in zip(type.main, self.segments, strict=False)):
+            return self
+        new = KVStore(type, self.rows, capacity, self.dtype, self.poison, prompt)
+        for old, segment, length in zip(self.segments, new.segments, self.len["k"], strict=False):
+            if int(length.max()) > segment.slots:
+                raise BadInput(f"{int(length.max())} entries after the prompt, but {segment.segment.slots} holds {segment.slots}")
+            for name, plane in segment.planes.items():
+                plane.take(old.planes[name])
+        for name, array in new.index.items():
+            source = self.index[name]
+            array.copy_(source[tuple(slice(n) for n in array.shape)])
+        return new
 
     def fork(self) -> KVStore:
         """An independent copy, with the same memory for shared segments."""

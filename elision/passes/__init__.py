@@ -3,6 +3,11 @@
 from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
+from elision.passes.kv.a2sf import A2SF
+from elision.passes.kv.h2o import H2O
+from elision.passes.kv.kv_quant import QuantisedKV
+from elision.passes.kv.snapkv import SnapKV
+from elision.passes.kv.streaming_llm import StreamingLLM
 from elision.passes.layers.evopress import EvoPress
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
@@ -27,7 +32,9 @@ from elision.passes.weights.smoothquant_plus import SmoothQuantPlus
 from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
+    "A2SF",
     "GPTQ",
+    "H2O",
     "REGISTRY",
     "Aded",
     "BFloat16Weights",
@@ -45,12 +52,15 @@ __all__ = [
     "Pass",
     "PromptLookup",
     "ShortGPT",
+    "QuantisedKV",
     "SkipLayers",
     "SmoothQuantPlus",
     "SpecSampling",
     "SpecTr",
+    "SnapKV",
     "StoredWeights",
     "ToMe",
+    "StreamingLLM",
     "TokenRecycling",
     "UnifiedSkip",
     "from_text",

@@ -34,7 +34,8 @@ class Row:
 
 @dataclass
 class Stats:
-    """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated.
+    """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated while tokens are generated,
+    ``prompt_state_bytes`` those while the prompts came in.
 
     ``drafted``, ``accepted``: nodes beside the roots that were run, and those that became tokens; ``drafters`` has the same by
     drafter, and ``sizes`` counts the rounds by their nodes. ``draft_time``, ``verify_time``, ``commit_time`` are parts of
@@ -49,6 +50,7 @@ class Stats:
     time_to_first_token: float = 0.0
     decode_time: float = 0.0
     state_bytes: int = 0
+    prompt_state_bytes: int = 0
     draft_time: float = 0.0
     verify_time: float = 0.0
     commit_time: float = 0.0
@@ -91,7 +93,7 @@ def generate(
     for line, prompt in zip(known, prompts, strict=True):
         line[: len(prompt)] = torch.tensor(prompt)
     lengths = [len(p) for p in prompts]
-    stats = Stats(prompt_tokens=sum(lengths), state_bytes=session.bytes())
+    stats = Stats(prompt_tokens=sum(lengths), prompt_state_bytes=session.bytes())
 
     def requests() -> Requests:
         return Requests(items, [history(r) for r in range(len(rows))], lengths)
@@ -125,6 +127,7 @@ def generate(
             drafts.finish(r, history(r).numpy(), lengths[r])
 
     logits = session.prefill(prompts)
+    stats.state_bytes = session.bytes()
     first = requests().first(logits)
     stats.time_to_first_token = time.perf_counter() - start
     begun = time.perf_counter()

@@ -45,17 +45,20 @@ class Session:
         graph = self._interpreter.program.entries["prefill"]
         final: list[torch.Tensor | None] = [None] * self.rows
         done = [0] * self.rows
+        ends = [n + len(p) for n, p in zip(self.committed, prompts, strict=True)]
         for counts in _portions([len(p) for p in prompts], chunk, together="prefill" in self._interpreter.natives):
             parts = [p[i : i + n] for p, i, n in zip(prompts, done, counts, strict=True)]
             done = [i + n for i, n in zip(done, counts, strict=True)]
-            at = Tokens.chunk([len(p) for p in parts], self.committed)
+            at = Tokens.chunk([len(p) for p in parts], self.committed, ends)
             ids = torch.tensor([t for p in parts for t in p], dtype=torch.int64)
             logits, *_ = self._run(graph, {"ids": ids}, at)
             there = [r for r in range(self.rows) if parts[r]]
             for r, row_logits in zip(there, logits, strict=True):
                 final[r] = row_logits
                 self.committed[r] += len(parts[r])
+            self._tick(there, within=True)
         self._tick(range(self.rows), always=True)
+        self._stores = {n: s.settled(min(ends)) if isinstance(s, KVStore) else s for n, s in self._stores.items()}
         return torch.stack([f for f in final if f is not None])
 
     def round(self, last: dict[int, int], requests: Requests) -> list[list[int]]:
@@ -78,7 +81,7 @@ class Session:
     def _room(self, position: int) -> int:
         """How many levels of drafts a sequence with so many committed tokens may have: a round commits the root and the accepted
         drafts, which must neither pass the capacity nor cross a tick of the clock."""
-        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks]
+        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks if tick.every]
         return min([self.capacity - position, *every]) - 1
 
     def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:
@@ -87,10 +90,14 @@ class Session:
         axis = next(d for d in graph.inputs[0].tensor.axes)
         return self._interpreter.run(graph, {**self._stores, **inputs}, {axis.name: at})
 
-    def _tick(self, rows: Iterable[int], always: bool = False) -> None:
-        """Run what is due on the clock: for the rows whose committed position is 0 mod every, after prefill for all."""
+    def _tick(self, rows: Iterable[int], always: bool = False, within: bool = False) -> None:
+        """Run what is due on the clock: for the rows whose committed position is 0 mod every, after prefill for all, and
+        ``within`` it what runs after every part of a prompt."""
         for tick in self._interpreter.program.ticks:
-            due = [r for r in rows if always or self.committed[r] % tick.every == 0]
+            if within:
+                due = list(rows) if tick.chunks else []
+            else:
+                due = [r for r in rows if always or (tick.every and self.committed[r] % tick.every == 0)]
             if due:
                 at = Tokens(torch.tensor(due), torch.tensor([self.committed[r] for r in due]), self.rows)
                 self._run(tick.graph, {"rows": torch.tensor(due)}, at)

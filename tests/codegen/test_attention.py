@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elision.ir import tree
 from elision.ir.mask import Mask
-from elision.ir.states import KV, Dense, Encoding, Float, Int, Scratch, Segment
+from elision.ir.states import KV, Budget, Dense, Encoding, Float, Int, Scores, Scratch, Segment
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
@@ -20,17 +20,21 @@ from elision.llvm.processor import LEVELS, host_features, needs
 
 FEW = settings(max_examples=max(1, settings.default.max_examples // 12))  # type: ignore[union-attr]
 ROWS, CAPACITY = 4, 200
-PLAIN = {"heads": 2, "group": 2, "dim": 16, "vdim": 24, "mask": Mask(), "softcap": None, "extras": (), "keyed_by": "position"}
+PLAIN = {"heads": 2, "group": 2, "dim": 16, "vdim": 24, "mask": Mask(), "softcap": None, "extras": (), "keyed_by": "position",
+         "observed": None, "keep": "per_layer"}  # fmt: skip
 FLOATS = {"k": "f32", "v": "f32"}
 INT8 = {**PLAIN, "k": "i8", "v": "i8"}
 masks = st.one_of(
     st.just(Mask()), st.just(Mask("full")), st.builds(Mask, st.just("window"), st.integers(1, 40)),
     st.builds(Mask, st.just("chunk"), st.integers(1, 40)),
+    st.builds(Mask, st.just("window"), st.integers(1, 40), st.integers(0, 9)),
 )  # fmt: skip
+observed = st.tuples(st.sampled_from([1.0, 0.9]), st.just(0)) | st.tuples(st.just(1.0), st.integers(1, 40))  # decay, last
 
 
 @st.composite
 def sites(draw: st.DrawFn) -> dict[str, Any]:
+    scored = draw(st.none() | observed)
     return {
         "heads": draw(st.integers(1, 3)),
         "group": draw(st.integers(1, 9)),
@@ -38,10 +42,12 @@ def sites(draw: st.DrawFn) -> dict[str, Any]:
         "vdim": draw(st.sampled_from([8, 16, 40])),
         "k": draw(st.sampled_from(["f32", "bf16", "f16", "i8", "i8"])),
         "v": draw(st.sampled_from(["f32", "bf16", "f16", "i8", "i8"])),
-        "mask": draw(masks),
+        "mask": Mask() if scored else draw(masks),
+        "observed": scored,
+        "keep": draw(st.sampled_from(["per_layer", "per_head"])),
         "softcap": draw(st.sampled_from([None, None, 1.5])),
         "extras": draw(st.sampled_from([(), ("sinks",), ("slopes",)])),
-        "keyed_by": draw(st.sampled_from(["position", "explicit"])),
+        "keyed_by": "explicit" if scored else draw(st.sampled_from(["position", "explicit"])),
     }
 
 
@@ -53,12 +59,19 @@ def attention(site: dict[str, Any]) -> Any:
     def make(m: Maker) -> tuple[Value, ...]:
         heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
         k, v = encoding(site["k"], dim), encoding(site["v"], vdim)
-        type = KV(heads, dim, vdim, (Segment(Dense(), k, v), Segment(Scratch(64), k, v)), keyed_by=site["keyed_by"])
+        decay, last = site["observed"] or (1.0, 0)
+        scores = Scores(site["group"], 64, decay) if site["observed"] else None
+        slots = Budget(CAPACITY) if scores else Dense()
+        segments = (Segment(slots, k, v), Segment(Scratch(64), k, v))
+        type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], keep=site["keep"], scores=scores)
         queries, keys, values = m.x(heads * site["group"], dim), m.x(heads, dim), m.x(heads, vdim)
         state = m("append", m.state(type), keys, values)
         extra = [m.weight(name, heads * site["group"]) for name in site["extras"]]
         softcap = {"softcap": site["softcap"]} if site["softcap"] else {}
-        found = m("attend", queries, state, *extra, mask=site["mask"], scale=0.3, extras=site["extras"], **softcap)
+        how = {"mask": site["mask"], "scale": 0.3, "extras": site["extras"], **softcap}
+        found = m("attend", queries, state, *extra, **how)
+        if scores:
+            state = m("observe", state, queries, *extra, **how, last=last)
         return found, state
 
     return make
@@ -91,6 +104,8 @@ def scenario(
         each(prefill, Tokens.chunk(part, committed), f"prefill {part}")
         committed = [a + b for a, b in zip(committed, part, strict=True)]
         same(fast, slow)
+        for store in (*fast.values(), *slow.values()):
+            thin(store)
     for drafted in trees:
         each(step, nodes(drafted, committed), f"trees {drafted}")
         paths = [drafted[r].path(len(drafted[r].parent) // 2) if r in drafted else [] for r in range(ROWS)]
@@ -100,6 +115,16 @@ def scenario(
             store.commit(paths)
         committed = [a + len(p) for a, p in zip(committed, paths, strict=True)]
         same(fast, slow)
+
+
+def thin(store: KVStore) -> None:
+    """Evict about a third of a cache that allows it, other entries of each of its lists."""
+    if store.type.keyed_by == "explicit":
+        n = store.pos.shape[2]
+        there = torch.arange(n) < store.totals()[..., None]
+        lost = (store.pos * 7919 + torch.arange(len(store.groups))[:, None] * 31) % 3 == 0
+        kept = torch.where(there & ~lost, torch.arange(n), n).sort(-1).values
+        store.select(torch.where(kept == n, -1, kept))
 
 
 def stored(store: KVStore, what: str, n: int) -> dict[str, torch.Tensor]:
@@ -126,6 +151,9 @@ def same(fast: Any, slow: Any) -> None:
                 zero = torch.zeros((), dtype=have[array].dtype)
                 pair = [torch.where(there, x[array], zero) for x in (have, want)]
                 assert torch.equal(*pair), f"{name}: {array} of {what}"
+        if a.type.scores is not None:
+            have, want = (torch.where(there[..., 0], x.index["score"][..., :n], 0) for x in (a, b))
+            close(have, want, 1e-3, f"{name}: scores")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -151,6 +179,19 @@ def test_attention(threads: int) -> None:
         scenario(bench, lengths, trees, threads)
 
     run()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_scores_of_entries(threads: int) -> None:
+    bench = Bench()
+    forms = (("f32", {"extras": ("sinks",)}), ("bf16", {"extras": ("slopes",), "group": 7}), ("i8", {"softcap": 1.5}))
+    for decay, last, keep in ((1.0, 0, "per_head"), (0.9, 0, "per_layer"), (1.0, 7, "per_layer")):
+        for form, more in forms:
+            how = {"k": form, "v": form, "keyed_by": "explicit", "observed": (decay, last), "keep": keep}
+            bench.add(attention({**PLAIN, "group": 3, **how, **more}))
+    bench.compile()
+    trees = [{0: chain(1), 2: chain(1)}, {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 3: chain(12)}, {1: chain(1)}]
+    scenario(bench, [[120, 0, 17, 2], [3, 40, 1, 0]], trees, threads)
 
 
 @pytest.mark.parametrize("level", [x for x in LEVELS if host_features().issuperset(needs(x))][1:])

@@ -48,6 +48,11 @@ def is_ring(type: KV) -> bool:
     return isinstance(type.main[-1].slots, Ring)
 
 
+def loose(store: KVStore) -> bool:
+    """Whether evictions leave the entries in any order: in a cache of one Budget segment."""
+    return len(store.type.main) == 1 and isinstance(store.type.main[0].slots, Budget)
+
+
 def content(pos: torch.Tensor, width: int, salt: int) -> torch.Tensor:
     """Rows ``[n, heads, width]`` that are a function of the position, so that entries can be recognised."""
     x = (

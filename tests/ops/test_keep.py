@@ -87,7 +87,7 @@ def test_entries_are_the_positions_in_logical_order() -> None:
     given_rows = {"S": store, "rows": torch.tensor([2, 0, 1])}
     found = run(b.build(b.add("entries", cache, rows)), given_rows, {"b": Tokens.chunk([1] * 3, [0] * 3)})
     assert found[:, 0, :4].tolist() == [[1, 2, -1, -1], [4, 5, 6, -1], [-1] * 4]
-    assert torch.equal(found[:, 0], found[:, 1]) and not (found[:, :, 4:] >= 0).any()
+    assert found.shape[1] == 1 and not (found[:, :, 4:] >= 0).any()  # the heads share them
     refused("expected one token axis, got none", "entries", CACHE, i64(3))
 
 

@@ -57,10 +57,11 @@ def ticking(program: Program, edit: Edit, every: int = 16) -> Program:
     return program
 
 
-def evict(b: Builder, rows: Value, state: Value, **attrs: Any) -> Value:
+def evict(b: Builder, rows: Value, state: Value, heads: int = 1, **attrs: Any) -> Value:
     """Keep the four entries of the latest positions."""
     pos = b.add("entries", state, rows)
     kept = b.add("keep", b.add("map", pos, expr="x0", dtype="f32"), pos, n=4)
+    kept = b.add("expand", kept, shape=(heads, 4)) if heads > 1 else kept
     return b.add("select", state, kept, rows, **attrs)  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ def test_eviction_needs_explicit_positions(keyed_by: str, legal: bool) -> None:
     ("heads", "keep", "legal"), [(2, "per_layer", False), (2, "shared", False), (2, "per_head", True), (1, "per_layer", True)]
 )
 def test_sets_per_head_are_declared(heads: int, keep: str, legal: bool) -> None:
-    program = ticking(cached(kv_heads=heads, keyed_by="explicit", keep=keep), evicting())
+    program = ticking(cached(kv_heads=heads, keyed_by="explicit", keep=keep), evicting(heads=heads))
     assert names(program) == (set() if legal else {"address"})
 
 

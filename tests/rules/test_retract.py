@@ -92,7 +92,7 @@ def test_a_round_has_checkpoint_and_commit(checkpoint: bool, commit: bool) -> No
     assert names(program) == {"retract"}
 
 
-@pytest.mark.parametrize(("every", "depth", "legal"), [(1, 4, False), (1, 1, True), (16, 4, True), (0, 1, False)])
+@pytest.mark.parametrize(("every", "depth", "legal"), [(1, 4, False), (1, 1, True), (16, 4, True), (0, 4, True), (-1, 1, False)])
 def test_no_clock_ticks_inside_a_round(every: int, depth: int, legal: bool) -> None:
     program = ticking(cached(depth, keyed_by="explicit"), evicting(), every)
     assert names(program) == (set() if legal else {"retract"})

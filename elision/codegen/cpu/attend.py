@@ -14,11 +14,14 @@ from elision.codegen.cpu.cache_rows import BYTES
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.flash import CHUNK, Site, both, flash, weigh
 from elision.codegen.cpu.kernel import Kernel
+from elision.codegen.cpu.observe import padded, waiting
 from elision.codegen.cpu.rows import channels
 from elision.codegen.cpu.tile import (
     BITS,
     HIDDEN,
     HIGH,
+    LEFT,
+    LEFT_NODES,
     LOW,
     PAD,
     POS,
@@ -70,12 +73,13 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
         count = (end - begin) * site.group
         tiles = (count + (TILE - 1)) // TILE
-        length = fn.load(state.address("len_k"), "i64", row)
-        if not site.drafted:
-            length = length + (end - begin)
-        blocks = (length + (LANES - 1)) // LANES
         with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads:
             head = row * site.heads + heads.index
+            line = head if site.apart else row
+            length = fn.load(state.address("len_k"), "i64", line)
+            if not site.drafted:
+                length = length + (end - begin)
+            blocks = (length + (LANES - 1)) // LANES
             turn = (kernel.tid + head) % kernel.threads  # who has one tile more differs from head to head
             first = fn.select(split, zero, turn)
 
@@ -94,6 +98,10 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                         items[BITS] = fn.load(axis.array("anc"), "i64", token)
                     if slopes is not None:
                         items[SLOPE] = fn.cast(fn.load(slopes, "i32", query), "arith.extui", "i64")
+                    if site.observed:
+                        place = waiting(axis, state, row, token) * site.queries + query
+                        for word, name, width in ((LEFT, "waiting", "entries"), (LEFT_NODES, "waiting_nodes", "nodes")):
+                            items[word] = fn.at(state.address(name), place * padded(state.number(width)), "f32")
                     put(fn, tile, loop.index, items)
                     if site.own:  # entries are told by their numbers, which are the tokens'
                         low, high = bounds(fn, token - begin, window, chunk, full)
@@ -120,7 +128,8 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                         left = count - query0
                         begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
                         masked, nodes = begins, fn.const(int(drafted), "i1")
-                        if site.ordered and not drafted:  # blocks that no query sees, and those before ``masked`` that all see
+                        if site.ordered and not (site.first or drafted):
+                            # blocks that no query sees, and those before ``masked`` that all see
                             sight = [fn.load(tile, "i64", SIGHT + i) for i in range(4)]
                             begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
                             ends = fn.minimum(ends, sight[3] // LANES + 1)
@@ -137,7 +146,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                             less = many
 
                 low, high = zero, blocks
-                if site.ordered:  # nothing before the first position that the first token sees
+                if site.ordered and not site.first:  # nothing before the first position that the first token sees
                     seen = bounds(fn, fn.load(axis.array("pos"), "i64", begin), window, chunk, full)[0]
                     low = fn.minimum(fn.maximum(seen, 0) // LANES, high)
                 a, b = kernel.part(high - low)
@@ -146,7 +155,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                 at = head * state.number("blocks") * LANES
                 visit(
                     fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size)),
-                    fn.at(state.address("pos"), row * state.number("entries"), "i32"), *mine, length,
+                    fn.at(state.address("pos"), line * state.number("entries"), "i32"), *mine, length,
                     [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled], False,
                 )  # fmt: skip
                 if site.drafted:
@@ -171,6 +180,7 @@ def combine(name: str, site: Site) -> Kernel:
     part, apart, stride = kernel.parts("part")
     split = kernel.integer("parts")
     sinks = kernel.weight("sinks") if site.sinks else None
+    state = kernel.state("S") if site.observed else None
     parts = fn.select(fn.compare(split, "eq", 0), kernel.threads, split)
     size = site.vdim + PAD
     with kernel.tokens(axis) as t, fn.loop(0, site.queries) as heads:
@@ -185,6 +195,10 @@ def combine(name: str, site: Site) -> Kernel:
             scale = vm.exp(fn, fn.load(p, "f32", site.vdim) - top)
             loop.give(loop.carried[0] + scale * fn.load(p, "f32", site.vdim + 1))
         share = 1.0 / fn.maximum(loop.results[0], 1e-30)
+        if state is not None:
+            place = waiting(axis, state, fn.load(axis.array("row"), "i64", t), t) * site.queries + heads.index
+            for i, x in enumerate((top, share)):
+                fn.store(x, state.address("waiting_norm"), place * 2 + i)
         target = fn.at(out.token(t), heads.index * site.vdim, "f32")
         with fn.loop(0, parts) as loop:
             p = fn.at(here, loop.index * apart)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from elision.codegen.cpu import attend as made
 from elision.codegen.cpu import cache
+from elision.codegen.cpu import observe as light
 from elision.codegen.cpu.cache_rows import form
 from elision.codegen.cpu.flash import CHUNK, Site, together
 from elision.codegen.cpu.kernels import Kernels
-from elision.codegen.cpu.tile import PAD, TILE
-from elision.codegen.planner import Planner
+from elision.codegen.cpu.tile import PAD, TILE, WORDS
+from elision.codegen.planner import Planner, Ref
 from elision.codegen.refusal import floats, need
+from elision.errors import IllegalProgram
 from elision.ir import schedule as abi
 from elision.ir.layout import LANES
 from elision.ir.mask import Mask
 from elision.ir.ops.program import origin
-from elision.ir.states import KV, Dense
+from elision.ir.states import KV, Budget, Dense
 from elision.ir.value import Value
 
 
@@ -22,9 +24,14 @@ def forms(state: KV) -> tuple[str, str]:
     """The forms of a cache's keys and values. Raises NotNative for a cache that kernels cannot read."""
     main = state.main[0]
     need(len(state.main) == 1 and not main.shared, "a cache of several segments")
-    need(isinstance(main.slots, Dense) and state.keep != "per_head", "slots that are not dense")
+    need(isinstance(main.slots, Dense | Budget), f"slots of the kind {main.slots}")
     need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
     return form(main.k, state.dim), form(main.v, state.vdim)
+
+
+def lists_of(state: KV) -> int:
+    """Lists of entries for a sequence: one for all heads, or one for each."""
+    return state.heads if state.keep == "per_head" else 1
 
 
 def _read_natively(plan: Planner, state: Value) -> None:
@@ -66,7 +73,7 @@ def _append(kernels: Kernels, plan: Planner, value: Value, k: Value, v: Value, b
     axis = k.tensor.tokens
     assert axis is not None
     (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
-    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted)
+    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted, lists_of(state))
     name = kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
     if before is None:
         plan.cache(value)
@@ -95,6 +102,7 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     site = Site(
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
         ordered, together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, own,
+        mask.sinks, lists_of(state) > 1, drafted and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
     )  # fmt: skip
     name = kernels.add(("attend", site), lambda n: made.attend(n, site))
     joined = kernels.add(("combine", site), lambda n: made.combine(n, site))
@@ -110,9 +118,45 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
         ("int", int(mask.kind == "full")), *more,
         reads=[plan.state(cached)] if plan.many else [], writes=[part, scratch, tiles],
     )  # fmt: skip
+    plan.tables["attended", q, plan.state(cached)] = Ref(part, 0, (1,), (1,))
     out = plan.new(value)
     more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []
+    more += [("state", plan.state(cached))] if site.observed else []
     plan.row(
         joined, ("axis", axis), plan.tensor(out), ("tensor", part, 0, 4), ("int", int(plan.many)), *more, ("int", plan.share),
         writes=[out.buffer],
+    )  # fmt: skip
+
+
+def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
+    """After the attention that it observes, which leaves what drafted tokens gave. Raises IllegalProgram for what has no kernel:
+    the host would find the cache without the tokens of the call, which native code counts last."""
+    cached, q, *extra = value.args
+    state, mask = cached.type, value.attr("mask")
+    assert isinstance(state, KV) and state.scores is not None
+    kinds = forms(state)  # else the host appends and attends too
+    attended = plan.tables.get(("attended", q, plan.state(cached)))
+    decay, last = state.scores.decay, value.attr("last", 0)
+    if attended is None or mask != Mask() or (last and decay != 1):
+        raise IllegalProgram(
+            "demand", "observe has no kernel here", sides=f"{plan.graph.name}: observe by {mask}, last={last}, decay={decay}",
+            because="kernels observe what causal attention before them saw", help="compile with target='reference'",
+        )  # fmt: skip
+    plan.follow(value, cached)
+    if q.tensor.tokens is not None and q.tensor.tokens.drafted:
+        return
+    named = dict(zip(value.attr("extras") or (), extra, strict=True))
+    queries, outer, _ = plan.view(plan.ref(q))
+    site = Site(
+        state.heads, outer // state.heads, state.dim, state.vdim, kinds, False, False, together(level),
+        float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, apart=lists_of(state) > 1,
+    )  # fmt: skip
+    name = kernels.add(("observe", site), lambda n: light.observe(n, site))
+    scores = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
+    words = plan.buffer(-1, TILE * WORDS * 8, private=True)
+    more = [plan.packing(named[n], "plain") for n in ("slopes", "sinks") if n in named]
+    plan.row(
+        name, ("axis", plan.axis(q)), *queries, ("state", plan.state(cached)), ("tensor", attended.buffer, 0, 4),
+        ("tensor", scores, 0, 4), ("tensor", words, 0, 4), ("float", float(value.attr("scale"))),
+        ("float", decay), ("int", last), *more, reads=[plan.state(cached)], writes=[scores, words],
     )  # fmt: skip

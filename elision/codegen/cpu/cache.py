@@ -8,8 +8,9 @@ from elision.codegen.cpu.kernel import Kernel
 from elision.ir.layout import LANES
 
 
-def append(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], drafted: bool) -> Kernel:
-    """`append`: committed tokens after the entries of their sequence, drafted ones to Scratch at their node."""
+def append(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], drafted: bool, lists: int) -> Kernel:
+    """`append`: committed tokens after the entries of their sequence, drafted ones to Scratch at their node. ``lists``: of
+    entries for a sequence, one for all heads or one for each."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, k, v, state = kernel.axis(), kernel.view("k"), kernel.view("v"), kernel.state("S")
@@ -26,18 +27,24 @@ def append(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], d
             fn.store(fn.i32(place), state.address("node_pos"), at)
             fn.store(fn.const(1, "i8"), state.address("node_live"), at)
         else:
-            slot = fn.load(state.address("len_k"), "i64", row) + t - fn.load(axis.array("start"), "i64", row)
-            fn.store(fn.i32(place), state.address("pos"), row * state.number("entries") + slot)
-        block, lane = slot // LANES, slot % LANES
+            after = t - fn.load(axis.array("start"), "i64", row)
+            with fn.loop(0, lists) as each:
+                line = row * lists + each.index
+                slot = fn.load(state.address("len_k"), "i64", line) + after
+                fn.store(fn.i32(place), state.address("pos"), line * state.number("entries") + slot)
+            slot = fn.load(state.address("len_k"), "i64", row * lists) + after
         with fn.loop(0, heads) as loop:
+            if lists > 1 and not drafted:
+                slot = fn.load(state.address("len_k"), "i64", row * lists + loop.index) + after
+            block, lane = slot // LANES, slot % LANES
             first = (row * heads + loop.index) * blocks + block
 
-            def key(c: Val | int, codes: Val, first: Val = first) -> None:
+            def key(c: Val | int, codes: Val, first: Val = first, lane: Val = lane) -> None:
                 at = (first * dim + c) * LANES + lane
                 for i in range(lanes(codes.type)):
                     fn.store(fn.extract(codes, i) if codes.type.startswith("vector") else codes, keys, at + i * LANES)
 
-            def value(c: Val | int, codes: Val, first: Val = first) -> None:
+            def value(c: Val | int, codes: Val, first: Val = first, lane: Val = lane) -> None:
                 fn.store(codes, values, (first * LANES + lane) * vdim + c, unit(forms[1]))
 
             found = (
@@ -50,7 +57,7 @@ def append(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], d
     return kernel
 
 
-def commit(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str]) -> Kernel:
+def commit(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str], lists: int) -> Kernel:
     """The accepted nodes join the cache: codes move unchanged. The axis is that of the accepted tokens; threads share heads."""
     kernel = Kernel(name)
     fn = kernel.fn
@@ -65,11 +72,13 @@ def commit(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str]) -
     with fn.loop(0, axis.count) as loop:
         t = loop.index
         row, node = fn.load(axis.array("row"), "i64", t), fn.load(axis.array("node"), "i64", t)
-        slot = fn.load(state.address("len_k"), "i64", row) + t - fn.load(axis.array("start"), "i64", row)
+        after = t - fn.load(axis.array("start"), "i64", row)
         place = fn.load(state.address("node_pos"), "i32", row * state.number("nodes") + node)
-        fn.store(place, state.address("pos"), row * state.number("entries") + slot)
         with fn.loop(low, high) as heads_loop:
             head = row * heads + heads_loop.index
+            line = head if lists > 1 else row
+            slot = fn.load(state.address("len_k"), "i64", line) + after
+            fn.store(place, state.address("pos"), line * state.number("entries") + slot)
             source = head * state.number("draft_blocks") + node // LANES
             target = head * state.number("blocks") + slot // LANES
             with fn.loop(0, dim) as d:
@@ -83,7 +92,7 @@ def commit(name: str, heads: int, dim: int, vdim: int, forms: tuple[str, str]) -
     return kernel
 
 
-def advance(name: str) -> Kernel:
+def advance(name: str, lists: int) -> Kernel:
     """Count the tokens of the axis into the lengths of their sequences and clear Scratch; the last thread does it."""
     kernel = Kernel(name)
     fn = kernel.fn
@@ -93,9 +102,11 @@ def advance(name: str) -> Kernel:
     with fn.loop(low, high) as loop:
         row = loop.index
         count = fn.load(starts, "i64", row + 1) - fn.load(starts, "i64", row)
-        for length in ("len_k", "len_v"):
-            base = state.address(length)
-            fn.store(fn.load(base, "i64", row) + count, base, row)
+        with fn.loop(0, lists) as each:
+            line = row * lists + each.index
+            for length in ("len_k", "len_v"):
+                base = state.address(length)
+                fn.store(fn.load(base, "i64", line) + count, base, line)
         with fn.loop(0, state.number("nodes")) as nodes:
             fn.store(fn.const(0, "i8"), state.address("node_live"), row * state.number("nodes") + nodes.index)
     return kernel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from elision.codegen.cpu import cache
-from elision.codegen.cpu.attention_rules import forms
+from elision.codegen.cpu import cache, observe
+from elision.codegen.cpu.attention_rules import forms, lists_of
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
@@ -57,12 +57,19 @@ def _plain(state: object) -> bool:
 def _advance_all(plan: Planner, kernels: Kernels) -> None:
     """Committed tokens are counted once everything has been read."""
     done = [r for r in plan.kernels() if r[0].startswith("append_")]
+    types = {plan.state(v): v.type for v in plan.graph.inputs if isinstance(v.type, KV)}
     for _, operands in done:
         name = next(o for o in operands if o[0] == "state")[1]
         axis = operands[0]
         if not plan.drafted(axis[1]) and name not in plan.schedule.caches:
-            kernel = kernels.add(("advance",), cache.advance)
+            kernel = _advance(kernels, types[name])
             plan.row(kernel, axis, ("state", name), ("int", abi.LAST), reads=[name], writes=[name])
+
+
+def _advance(kernels: Kernels, state: object) -> str:
+    assert isinstance(state, KV)
+    lists = lists_of(state)
+    return kernels.add(("advance", lists), partial(cache.advance, lists=lists))
 
 
 def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
@@ -72,12 +79,19 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     for name in names:
         state = program.states[name]
         assert isinstance(state, KV)
-        key = ("commit", state.heads, state.dim, state.vdim, forms(state))
-        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=key[-1])
+        kinds, lists = forms(state), lists_of(state)
+        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists)
+        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists)
         kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
-    rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
-    kernel = kernels.add(("advance",), cache.advance)
     for name in names:
+        state = program.states[name]
+        if isinstance(state, KV) and state.scores is not None and state.scores.depth:
+            made = partial(observe.credit, heads=state.heads, group=state.scores.group, lists=lists_of(state))
+            kernel = kernels.add(("credit", state.heads, state.scores.group, lists_of(state)), made)
+            rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", state.scores.decay))))
+    rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
+    for name in names:
+        kernel = _advance(kernels, program.states[name])
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
     return abi.Schedule("commit", ["accepted"], rows=rows, states=names)

@@ -292,6 +292,10 @@ _RULES: dict[str, tuple[Any, ...]] = {
         lambda emitter, plan, value: attention_rules.attend(emitter.kernels, emitter.level, plan, value),
         "mask", "scale", "softcap", "extras", "results",
     ),
+    "observe": (
+        lambda emitter, plan, value: attention_rules.observe(emitter.kernels, emitter.level, plan, value),
+        "mask", "scale", "softcap", "extras", "last",
+    ),
     "route": (
         lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),
         "k", "kind", "renormalise", "eps", "scale", "groups", "top_groups", "group_best",

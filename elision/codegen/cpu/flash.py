@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import BYTES, load, scaled
 from elision.codegen.cpu.emit import PTR, Fn, Val, lanes, vector
-from elision.codegen.cpu.tile import BITS, HIDDEN, HIGH, LOW, POS, QUERY, SLOPE, SUM, TILE, WORDS
+from elision.codegen.cpu.tile import BITS, HIDDEN, HIGH, LEFT, LEFT_NODES, LOW, POS, QUERY, SLOPE, SUM, TILE, WORDS
 from elision.ir.layout import LANES
 from elision.llvm.processor import needs
 
@@ -35,6 +35,9 @@ class Site:
     slopes: bool = False
     sinks: bool = False
     own: bool = False  # the cache holds just the tokens of the call, which may skip positions
+    first: int = 0  # positions that a window shows besides
+    apart: bool = False  # every head has a list of entries of its own
+    observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
 
     @property
     def queries(self) -> int:
@@ -65,7 +68,7 @@ def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled])
     words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *scales = fn.args
     key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
-    _scores(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
+    products(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
             fn.splat(scale, LANES), key_scales)  # fmt: skip
     count = fn.const(tile, "i64")
     more = [value_scales] if value_scales is not None else []
@@ -77,11 +80,11 @@ def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     return fn
 
 
-def _scores(
-    fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val, first: Val, last: Val, scale: Val,
+def products(
+    fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val | None, first: Val, last: Val, scale: Val,
     key_scales: Val | None,
 ) -> None:  # fmt: skip
-    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values come meanwhile."""
+    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile."""
     dim, form = site.dim, site.forms[0]
     step = next(s for s in (2, 1) if dim % s == 0)
 
@@ -91,11 +94,12 @@ def _scores(
         ahead = -(-coming_size * step // (dim * 64)) * 64  # bytes of values for a step of keys
         with fn.loop(begin, end, n) as loop:
             base = fn.at(keys, loop.index * (dim * LANES * BYTES[form]))
-            coming = fn.at(values, loop.index * (coming_size // n))
+            coming = None if values is None else fn.at(values, loop.index * (coming_size // n))
             with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
                 sums = list(inner.carried)
-                for line in range(0, ahead, 64):
-                    fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
+                if coming is not None:
+                    for line in range(0, ahead, 64):
+                        fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
                 for s in range(step):
                     k = [load(fn, base, (inner.index + (i * dim + s)) * LANES, form, LANES) for i in range(n)]
                     for j, query in enumerate(queries):
@@ -179,7 +183,11 @@ def weigh(name: str, site: Site) -> Fn:
             pos = fn.load(positions, VI, loop.index * LANES, "i32")
             seen = fn.compare(fn.splat(fn.i32(loop.index * LANES), LANES) + iota, "slt", fn.splat(fn.i32(limit), LANES))
             seen = both(fn, seen, fn.compare(pos, "sle", fn.splat(fn.i32(word(HIGH)), LANES)))
-            seen = both(fn, seen, fn.compare(pos, "sge", fn.splat(fn.i32(word(LOW)), LANES)))
+            if site.first:  # as numbers without sign, what is before them is far behind
+                low = fn.splat(fn.i32(fn.maximum(word(LOW), site.first) - site.first), LANES)
+                seen = both(fn, seen, fn.compare(pos - site.first, "uge", low))
+            else:
+                seen = both(fn, seen, fn.compare(pos, "sge", fn.splat(fn.i32(word(LOW)), LANES)))
             if site.drafted:
                 ancestors = fn.select(nodes, word(BITS) >> (loop.index * LANES), fn.const(-1, "i64"))
                 lane_bits = fn.const([1 << i for i in range(LANES)], VI)
@@ -199,6 +207,9 @@ def weigh(name: str, site: Site) -> Fn:
             if scales:
                 share = p * fn.load(scales[0], VF, (first + loop.index) * LANES, "f32")
             fn.store(share, row, at, "f32")
+            if site.observed:
+                left = fn.select(nodes, fn.load(query, PTR, LEFT_NODES, "i64"), fn.load(query, PTR, LEFT, "i64"))
+                fn.store(score, left, (first + loop.index) * LANES, "f32")
             loop.give(loop.carried[0] + p)
         total = fn.load(sums, "f32", site.vdim + 1) * scale + fn.sum(loop.results[0])
         for i, value in enumerate((top, total, scale)):

@@ -12,7 +12,7 @@ from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.rows import channels
 
 TILE = 6  # queries that share one pass over the entries
-QUERY, LOW, HIGH, BITS, SLOPE, POS, SUM, WORDS = 0, 1, 2, 3, 4, 5, 6, 8  # words of a query
+QUERY, LOW, HIGH, BITS, SLOPE, POS, SUM, LEFT, LEFT_NODES, WORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10  # words of a query
 PAD = 16  # floats after a partial sum: the largest score, the sum of weights, what the last pass scaled the sum by
 HIDDEN = -1e30  # the score of what is not seen
 #: Of the first positions in sight the least and the most, then of the last ones.

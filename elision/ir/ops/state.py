@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from elision.ir import attend as attention
+from elision.ir import observe as observation
 from elision.ir.layout import row_bytes, slot_count
 from elision.ir.mask import Mask
 from elision.ir.op import Cost, Sizes, need, op, token_axis
@@ -99,7 +100,7 @@ def _attend_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, A
     q, S, mask = types[0], types[1], attrs["mask"]
     entries = min(sizes.context, sum(slot_count(s.slots, sizes.context) for s in S.main))
     if isinstance(mask, Mask) and mask.size:
-        entries = min(entries, mask.size)
+        entries = min(entries, mask.size + mask.sinks)
     flops = 2.0 * sizes.of(q.axes[0]) * entries * q.axes[1] * (S.dim + S.vdim)
     cache = float(sizes.rows * entries * row_bytes(S))
     out = result[0] if isinstance(result, tuple) else result
@@ -129,37 +130,48 @@ def attend(
     return found if results else found[0]
 
 
-def _entries_type(S: KV, rows: Tensor) -> Tensor:
-    return Tensor((token_axis(rows), S.heads, Axis("entries")), "i64")
+def _observe_type(
+    S: KV,
+    q: Tensor,
+    *extra: Tensor,
+    mask: Any,
+    scale: Any,
+    softcap: Any = None,
+    extras: tuple[str, ...] = (),
+    last: int = 0,
+) -> KV:
+    _attend_type(q, S, *extra, mask=mask, scale=scale, softcap=softcap, extras=extras)
+    need(S.scores is not None and S.scores.group * S.heads == q.axes[1], f"{S.scores} for {q.axes[1]} query heads")
+    need(last >= 0, f"last={last}; expected 0 (all), or how many tokens of the prompt")
+    return S
 
 
-@op(_entries_type)
-def entries(S: KVStore, rows: torch.Tensor) -> torch.Tensor:
-    """Positions ``[b, heads, entries]`` held by the sequences ``rows [b]``, in logical order; -1 where there is none."""
-    return S.positions()[rows]
+def _observe_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, Any]) -> Cost:
+    """A second look at the keys."""
+    S, q = types[:2]
+    entries = min(sizes.context, sum(slot_count(s.slots, sizes.context) for s in S.main))
+    share = S.dim / (S.dim + S.vdim)
+    flops = 2.0 * sizes.of(q.axes[0]) * entries * q.axes[1] * S.dim
+    score = 4.0 * sizes.rows * entries * S.heads
+    return Cost(flops, {0: sizes.rows * entries * row_bytes(S) * share + score, 1: float(sizes.bytes(q))}, score)
 
 
-def _keep_type(score: Tensor, pos: Tensor, *, n: int, recent: int = 0, sinks: int = 0) -> Tensor:
-    need(score.axes == pos.axes and len(pos.axes) == 3, f"expected [b, heads, entries] twice, got {score}, {pos}")
-    need(n >= recent + sinks, f"n={n} is less than recent={recent} + sinks={sinks}")
-    return pos.with_axes(*pos.axes[:2], n)
-
-
-@op(_keep_type)
-def keep(score: torch.Tensor, pos: torch.Tensor, *, n: int, recent: int = 0, sinks: int = 0) -> torch.Tensor:
-    """Which ``n`` entries to keep: the first ``sinks`` and last ``recent`` positions, then the largest scores, ties to
-    the smaller position. Logical indices ``[b, heads, n]``, ascending; -1 where there are fewer entries."""
-    there = pos >= 0
-    newest = torch.where(there, pos, -1).amax(-1, keepdim=True)
-    protect = there & ((pos < sinks) | (pos > newest - recent))
-    rank = torch.where(protect, torch.inf, torch.where(there, score.double(), -torch.inf))
-    by_pos = torch.argsort(torch.where(there, pos, torch.iinfo(torch.int64).max), dim=-1, stable=True)
-    order = torch.argsort(rank.gather(-1, by_pos), dim=-1, descending=True, stable=True)
-    best = by_pos.gather(-1, order)[..., :n]
-    best = torch.where(there.gather(-1, best), best, torch.iinfo(torch.int64).max).sort(-1).values
-    best = torch.where(best == torch.iinfo(torch.int64).max, -1, best)
-    short = n - best.shape[-1]
-    return best if short <= 0 else torch.nn.functional.pad(best, (0, short), value=-1)
+@op(_observe_type, cost=_observe_cost)
+def observe(
+    S: KVStore,
+    q: torch.Tensor,
+    *extra: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    extras: tuple[str, ...] = (),
+    last: int = 0,
+    at: Tokens,
+) -> KVStore:
+    """Count what every entry receives of the attention of queries ``[t, heads, dim]`` (as in `attend`) into its score
+    (`elision.ir.scores`). ``last``: only that of the last so many tokens of the prompt."""
+    observation.observe(q, S, at, mask, scale, softcap, last=last, **dict(zip(extras, extra, strict=True)))
+    return S
 
 
 def _select_type(S: KV, kept: Tensor, rows: Tensor, *, renumber: bool = False) -> KV:

@@ -62,10 +62,10 @@ def _change(site: Site, name: str, depth: int | None) -> Iterator[IllegalProgram
     def illegal(because: str, help: str) -> IllegalProgram:
         return IllegalProgram("retract", what, sides=sides, because=because, help=help)
 
-    if value.op not in ("append", "write"):
+    if value.op not in ("append", "write", "observe"):
         yield illegal(f"{value.op} acts on tokens that are not verified yet, and has no undo", _ON_THE_CLOCK)
         return
-    axis = site.axis(value.args[-1])
+    axis = site.axis(value.args[1 if value.op == "observe" else -1])
     drafted = axis is not None and axis.drafted
     if depth is None:
         if drafted:
@@ -74,6 +74,9 @@ def _change(site: Site, name: str, depth: int | None) -> Iterator[IllegalProgram
     elif not drafted:
         because = f"its tokens ({axis}) are not drafts, so it acts at once, as if they were committed"
         yield illegal(because, f"{value.op} at the draft's axis, or before checkpoint or after commit")
+    elif value.op == "observe" and isinstance(type, KV) and type.scores is not None and type.scores.depth < depth:
+        help = f"give it Scores(depth={depth}), or {_ON_THE_CLOCK}"
+        yield illegal(f"what its scores keep of drafted tokens is {type.scores.depth} deep", help)
     elif isinstance(type, KV):
         scratch = type.scratch
         if scratch is None or not isinstance(scratch.slots, Scratch) or scratch.slots.n < depth:
@@ -104,7 +107,7 @@ def _unpaired(graph: Graph, name: str, op: str) -> IllegalProgram:
 
 def _tick(view: View, tick: Tick, depth: int) -> Iterator[IllegalProgram]:
     name = tick.graph.name
-    if tick.every < 1 or (tick.every == 1 and depth > 1):
+    if tick.every < 0 or (tick.every == 1 and depth > 1):
         yield IllegalProgram(
             "retract",
             f"{name} runs every {tick.every} tokens, and a round drafts up to {depth}",

@@ -11,6 +11,7 @@ from elision.ir.drafting.drafter import text_of
 from elision.ir.program import Program, drafting, guesses, round_of
 from elision.passes.base import Pass
 from elision.passes.cache import SCRATCH, with_best
+from elision.passes.kv.caches import Cached
 
 LIMITS: dict[str, tuple[int, int]] = {
     "nodes": (1, SCRATCH - 1),
@@ -53,6 +54,7 @@ class TablePass(Pass):
         if k > program.meta["vocab"]:
             raise BadInput(f"{self.name}: k={k}, but the vocabulary has {program.meta['vocab']} tokens")
         program.entries["step"] = with_best(step, k, program)
+        Cached(program, self.name).deepen(SCRATCH)
         fields = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
         program.round = round_of(program, SCRATCH, (*methods, text_of(self.name, fields)))
 

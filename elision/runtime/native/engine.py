@@ -160,6 +160,9 @@ class _Run:
             arrays["pos"] = at.pos
             if at.anc is not None:
                 arrays |= {"anc": at.anc, "node": nodes_of(at)}
+            else:  # without a prompt that it is part of, this call is all there is
+                end = torch.searchsorted(row, row, right=True)
+                arrays["ahead"] = end - 1 - torch.arange(len(row)) if at.ahead is None else at.ahead
         if node is not None:
             arrays["node"] = node
         arrays["start"] = torch.searchsorted(row, torch.arange(self._axes[0].rows + 1))
@@ -289,4 +292,9 @@ def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None
     if "node_pos" in store.index:
         line[at["node_pos"]], line[at["node_live"]] = store.index["node_pos"].data_ptr(), store.index["node_live"].data_ptr()
         line[at["nodes"]] = store.index["node_pos"].shape[1]
+    if store.type.scores is not None:
+        line[at["depth"]] = store.type.scores.depth
+        for name in ("score", "waiting", "waiting_nodes", "waiting_norm"):
+            if name in store.index:
+                line[at[name]] = store.index[name].data_ptr()
 

@@ -36,7 +36,7 @@ def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
     ops = [v.op for v in graph.values if v.op not in ("input", "param")]
     plain = set(ops) <= _FORM and ops.count("call") == ops.count("verify") == 1
     caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
-    native = all(row.host < 0 for name in ("step", DECODE) for row in schedules[name].rows)
+    native = all(row.host < 0 for name in ("step", DECODE) if name in schedules for row in schedules[name].rows)
     return plain and caches and native and "commit" in schedules
 
 
@@ -87,7 +87,9 @@ class Round:
 
     def __init__(self, engine: Engine, graph: Graph) -> None:
         self._engine, self._commit = engine, engine.schedules["commit"]
-        self._step, self._decode = (_Entry(engine, engine.schedules[name]) for name in ("step", DECODE))
+        self._step = self._decode = _Entry(engine, engine.schedules["step"])
+        if DECODE in engine.schedules:
+            self._decode = _Entry(engine, engine.schedules[DECODE])
         self._names = [graph.names[v] for v in graph.inputs]
         self._caches = [graph.names[v] for v in graph.inputs if v.is_state]
         self._feed, self._guess, self._verify = (

@@ -1,0 +1,162 @@
+"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|speed [--out FILE]``.
+
+quality: perplexity of the last 256 tokens of sequences of 2048 (every second topic of Python's documentation, which no pass is
+calibrated on) after a prompt of the first 1792, for caches of a share of the prompt, beside random eviction, recent tokens only,
+and the whole cache. speed: time to the first token, tokens per second and bytes of state after prompts of 2048 and 8000 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+import elision
+from elision.ir.program import Program
+from elision.ir.requests import Requests
+from elision.ir.states import Budget
+from elision.ir.tokens import Tokens
+from elision.ir.value import Builder, Value
+from elision.ir.verify import Request
+from elision.ir.warp import Warp
+from elision.passes.base import Pass, register
+from elision.passes.calibration import topics
+from elision.passes.kv.caches import Cached
+from elision.runtime.session import Session
+
+CONTEXT, NEW, ROWS = 2048, 256, 4
+SHARES = (1.0, 0.5, 0.25, 0.125)
+
+
+@register
+@dataclass(frozen=True)
+class RandomEviction(Pass):
+    """Keep ``budget`` entries whose positions a fixed function shuffles, and the last 32: what every method must beat."""
+
+    budget: int = 1024
+
+    name: ClassVar[str] = "random"
+    family: ClassVar[str] = "kv"
+    changes: ClassVar[str] = "cache"
+
+    def apply(self, program: Program) -> None:
+        cached = Cached(program, self.name)
+        cached.become(Budget(self.budget + 16, -1))
+
+        def evict(b: Builder, rows: Value, cache: Value, pos: Value) -> Value:
+            real = b.add("map", pos, expr="x0", dtype="f32")
+            noise = b.add("map", real, expr="sin(x0 * 12.9898) * 43758.5453 - floor(sin(x0 * 12.9898) * 43758.5453)")
+            return b.add("select", cache, b.add("keep", noise, pos, n=self.budget, recent=32), rows)  # type: ignore[no-any-return]
+
+        cached.on_tick(16, evict)
+
+
+def methods(budget: int) -> dict[str, list[str]]:
+    """Passes by name, at a budget of tokens."""
+    return {
+        "random": [f"random:budget={budget}"],
+        "recent only": [f"streaming-llm:window={budget},sinks=0"],
+        "streaming-llm": [f"streaming-llm:window={budget - 4}"],
+        "h2o": [f"h2o:budget={budget},recent={budget // 2}"],
+        "a2sf": [f"a2sf:budget={budget},recent=32,alpha=0.95"],
+        "snapkv": [f"snapkv:budget={budget}"],
+    }
+
+
+@dataclass
+class Forced(Requests):
+    """Gives every sequence the tokens that it is told, and adds up how unlikely they were."""
+
+    targets: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    loss: list[float] = field(default_factory=list)
+
+    def verify(
+        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Any = None
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        wanted = self.targets[torch.arange(len(at.row)), at.pos + 1]
+        loss = -logits.float().log_softmax(-1).gather(1, wanted[:, None])
+        self.loss += loss[:, 0].tolist()
+        return [[0]] * len(at.row), wanted
+
+
+def sequences(model: elision.Model) -> torch.Tensor:
+    ids = torch.tensor(model.tokenizer.encode(topics(1)))  # type: ignore[union-attr]
+    parts = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    return parts[:: len(parts) // ROWS][:ROWS]
+
+
+def perplexity(model: elision.Model, text: torch.Tensor) -> float:
+    """Of the last `NEW` tokens of the rows of ``text``, read one by one after the prompt."""
+    session = Session(model._interpreter, len(text), CONTEXT)
+    session.prefill(text[:, : CONTEXT - NEW].tolist())
+    items = [Request(Warp(), True, 0, r) for r in range(len(text))]
+    requests = Forced(items, list(text), [CONTEXT - NEW] * len(text), targets=text)
+    for i in range(CONTEXT - NEW, CONTEXT - 1):
+        session.round({r: int(text[r, i]) for r in range(len(text))}, requests)
+    return math.exp(statistics.mean(requests.loss))
+
+
+def quality() -> Iterator[str]:
+    yield "| cache | " + " | ".join(f"{share:.1%}" for share in SHARES) + " |"
+    yield "|---|" + "---:|" * len(SHARES)
+    whole = elision.compile("smollm2", passes=["bf16"], max_batch=ROWS)
+    text = sequences(whole)
+    full = perplexity(whole, text)
+    yield f"| all of it | {full:.3f} |" + " |" * (len(SHARES) - 1)
+    for name in methods(1024):
+        found = []
+        for share in SHARES:
+            passes = methods(int((CONTEXT - NEW) * share) if share < 1 else CONTEXT)[name]
+            found.append(perplexity(elision.compile("smollm2", passes=["bf16", *passes], max_batch=ROWS), text))
+        yield f"| `{name}` | " + " | ".join(f"{x:.3f}" for x in found) + " |"
+    for passes in (["kv-quant:bits=8"], ["h2o:budget=896,recent=448", "kv-quant:bits=8"]):
+        found = [perplexity(elision.compile("smollm2", passes=["bf16", *passes], max_batch=ROWS), text)]
+        yield f"| `{' '.join(passes)}` | {found[0]:.3f} ({found[0] / full - 1:+.2%}) |" + " |" * (len(SHARES) - 1)
+
+
+def speed(threads: int) -> Iterator[str]:
+    yield "| prompt | weights | cache | first token, s | ms per token | tokens/s | state, MB | while the prompt came in, MB |"
+    yield "|---:|---|---|---:|---:|---:|---:|---:|"
+    for weights in (["bf16"], ["int8:group=32", "a8"]):
+        for prompt in (2048, 8000):
+            budget = prompt // 4
+            chosen = {"all of it": [], **methods(budget), "h2o, nothing evicted": ["h2o:budget=8192"], "kv-quant": ["kv-quant"]}
+            for name in ("random", "recent only"):
+                del chosen[name]
+            for name, passes in chosen.items():
+                model = elision.compile("smollm2", passes=[*weights, *passes], kv_dtype="bf16", threads=threads)
+                ids = torch.randint(100, 40000, (1, prompt), generator=torch.Generator().manual_seed(0))
+                model.generate(ids, max_new_tokens=96, eos_token_id=[], do_sample=False)
+                s = model.stats
+                assert s is not None
+                numbers = f"{s.time_to_first_token:.2f} | {1e3 / s.tokens_per_second:.2f} | {s.tokens_per_second:.1f}"
+                sizes = f"{s.state_bytes / 1e6:.1f} | {s.prompt_state_bytes / 1e6:.1f}"
+                yield f"| {prompt} | {weights[0]} | {name} | {numbers} | {sizes} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["quality", "speed"])
+    parser.add_argument("--out", help="file to append to")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    lines = quality() if args.what == "quality" else speed(args.threads)
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for line in lines:
+            print(line, flush=True)
+            if args.out:
+                with open(args.out, "a") as file:
+                    file.write(line + "\n")
+    print(f"{time.perf_counter() - begun:.0f} s on {platform.machine()}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Scores of cache entries (`elision.ir.scores`): a second, light look at the keys for a prompt, and what a commit makes of what
+attention left of drafted tokens. A thread has part of the entries of every sequence."""
+
+from __future__ import annotations
+
+from elision.codegen.cpu import vector_math as vm
+from elision.codegen.cpu.cache_rows import BYTES
+from elision.codegen.cpu.emit import PTR, Fn, Val
+from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, products
+from elision.codegen.cpu.kernel import Axis, Kernel, State
+from elision.codegen.cpu.tile import HIDDEN, PAD, QUERY, TILE, WORDS
+from elision.ir.layout import LANES
+from elision.ir.schedule import SEQUENCES
+
+
+def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
+    """`observe` of committed tokens by a causal mask. The largest score and the sum of weights of each query are in the partial
+    sums ``part`` of `elision.codegen.cpu.attend`. ``last``: only queries among the last so many tokens of the prompt count (0:
+    all)."""
+    inner = {tile: _tile(f"{name}_tile{tile}", site, tile) for tile in site.tiles}
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, q, state = kernel.axis(), kernel.view("q"), kernel.state("S")
+    part = kernel.tensor("part")
+    scores, words = kernel.tensor("scores"), kernel.tensor("words")
+    scale, decay, last = kernel.real("scale"), kernel.real("decay"), kernel.integer("last")
+    slopes = kernel.weight("slopes") if site.slopes else None
+    sinks = kernel.weight("sinks") if site.sinks else None
+    k_size, zero = BYTES[site.forms[0]], fn.const(0, "i64")
+    starts, wide = axis.array("start"), padded(state.number("entries"))
+
+    def norm(token: Val, query: Val) -> tuple[Val, Val]:
+        """The largest score of a query and what a weight relative to it is multiplied by."""
+        here = fn.at(part.token(token), query * (site.vdim + PAD), "f32")
+        top, total = fn.load(here, "f32", site.vdim), fn.load(here, "f32", site.vdim + 1)
+        if sinks is not None:
+            total = total + vm.exp(fn, fn.load(sinks, "f32", query) - top)
+        return top, 1.0 / fn.maximum(total, 1e-30)
+
+    with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows:
+        row = rows.index
+        begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
+        ahead = fn.load(axis.array("ahead"), "i64", fn.maximum(end - 1, 0))
+        left_out = fn.maximum((end - begin) - fn.maximum(last - ahead, 0), 0)
+        first = begin + fn.select(fn.compare(last, "sgt", 0), left_out, zero)
+        count = (end - first) * site.group
+        with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads:
+            head = row * site.heads + heads.index
+            line = head if site.apart else row
+            length = fn.load(state.address("len_k"), "i64", line)
+            limit = length + (end - begin)
+            low, high = kernel.part((limit + (LANES - 1)) // LANES)
+            positions = fn.at(state.address("pos"), line * state.number("entries"), "i32")
+            at = head * state.number("blocks") * LANES
+            keys = fn.at(state.address("k"), at * (site.dim * k_size))
+            key_scales = [fn.at(state.address("k_scale"), at, "f32")] if "k" in site.scaled else []
+            score = fn.at(state.address("score"), head * wide, "f32")
+            with fn.loop(low, high, CHUNK) as chunks:
+                stop = fn.minimum(chunks.index + CHUNK, high)
+                with fn.loop(chunks.index, stop) as blocks:  # entries of this call begin at 0
+                    old, place = fn.load(score, VF, blocks.index * LANES, "f32"), blocks.index * LANES
+                    fn.store(fn.select(_below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
+                unseen = (chunks.index * LANES - length) - (first - begin)  # queries that come before all of these entries
+                begins = fn.maximum(unseen, 0) * site.group // TILE * TILE
+                with fn.loop(begins, count, TILE) as tiles:
+                    left = count - tiles.index
+                    with fn.loop(0, TILE) as loop:
+                        i = fn.minimum(tiles.index + loop.index, count - 1)
+                        token, query = first + i // site.group, heads.index * site.group + i % site.group
+                        fn.store(q.place(token, query), words.base, loop.index * WORDS + QUERY, "i64")
+                    less: Val | int = 0
+                    for many, helper in inner.items():
+                        fits = fn.compare(left, "sgt", less)
+                        if many < TILE:
+                            fits = both(fn, fits, fn.compare(left, "sle", many))
+                        with fn.when(fits):
+                            fn.call(helper.name, words.base, scores.base, keys, chunks.index, stop, scale, *key_scales)
+                        less = many
+                    with fn.loop(0, fn.minimum(left, TILE)) as loop:
+                        i = tiles.index + loop.index
+                        token, query = first + i // site.group, heads.index * site.group + i % site.group
+                        line = fn.at(scores.base, loop.index * (CHUNK * LANES), "f32")
+                        where = fn.splat(fn.i32(fn.load(axis.array("pos"), "i64", token)), LANES)
+                        top, share = (fn.splat(x, LANES) for x in norm(token, query))
+                        kept = fn.splat(fn.select(fn.compare(i % site.group, "eq", 0), decay, fn.const(1.0, "f32")), LANES)
+                        with fn.loop(chunks.index, stop) as blocks:
+                            place = blocks.index * LANES
+                            pos = fn.load(positions, VI, place, "i32")
+                            x = fn.load(line, VF, (blocks.index - chunks.index) * LANES, "f32")
+                            if site.softcap:
+                                x = vm.tanh(fn, x * (1 / site.softcap)) * site.softcap
+                            if slopes is not None:
+                                slope = fn.splat(fn.load(slopes, "f32", query), LANES)
+                                x = fn.fma(fn.cast(pos - where, "arith.sitofp", VF), slope, x)
+                            seen = both(fn, _below(fn, blocks.index, limit), fn.compare(pos, "sle", where))
+                            p = fn.select(seen, vm.exp(fn, x - top) * share, fn.const(0.0, VF))
+                            fn.store(fn.fma(fn.load(score, VF, place, "f32"), kept, p), score, place, "f32")
+    return kernel, list(inner.values())
+
+
+def credit(name: str, heads: int, group: int, lists: int) -> Kernel:
+    """What accepted nodes gave counts, before they are counted into the length. The axis is that of the accepted tokens."""
+    kernel = Kernel(name)
+    fn = kernel.fn
+    axis, state, decay = kernel.axis(), kernel.state("S"), kernel.real("decay")
+    starts = axis.array("start")
+    wide, nodes_wide = padded(state.number("entries")), padded(state.number("nodes"))
+    norms, kept = state.address("waiting_norm"), fn.splat(decay, LANES)
+
+    def place(row: Val, t: Val, head: Val, g: int) -> Val:
+        """Which logits are those of an accepted token."""
+        return waiting(axis, state, row, t) * (heads * group) + head * group + g
+
+    with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows, fn.loop(0, heads) as head_loop:
+        row, head = rows.index, head_loop.index
+        begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
+        length = fn.load(state.address("len_k"), "i64", row * heads + head if lists > 1 else row)
+        score = fn.at(state.address("score"), (row * heads + head) * wide, "f32")
+        with fn.when(fn.compare(end, "sgt", begin)):
+            low, high = kernel.part((length + (LANES - 1)) // LANES)
+            with fn.loop(begin, end) as tokens:
+                given = []
+                for g in range(group):
+                    at = place(row, tokens.index, head, g)
+                    top, share = (fn.splat(fn.load(norms, "f32", at * 2 + i), LANES) for i in range(2))
+                    given.append((fn.at(state.address("waiting"), at * wide, "f32"), top, share))
+                with fn.loop(low, high) as blocks:
+                    at = blocks.index * LANES
+                    found = fn.load(score, VF, at, "f32") * kept
+                    for logits, top, share in given:
+                        found = fn.fma(vm.exp(fn, fn.load(logits, VF, at, "f32") - top), share, found)
+                    fn.store(found, score, at, "f32")
+            low, high = begin, fn.select(fn.compare(kernel.tid, "eq", kernel.threads - 1), end, begin)
+            with fn.loop(low, high) as new:  # the accepted tokens themselves
+                node = fn.load(axis.array("node"), "i64", new.index)
+                with fn.loop(new.index, end, 1, [fn.const(0.0, "f32")]) as tokens:
+                    found = tokens.carried[0] * decay
+                    for g in range(group):
+                        at = place(row, tokens.index, head, g)
+                        top, share = (fn.load(norms, "f32", at * 2 + i) for i in range(2))
+                        x = fn.load(state.address("waiting_nodes"), "f32", at * nodes_wide + node)
+                        p = vm.exp(fn, x - top) * share
+                        found = found + fn.select(fn.compare(x, "ole", HIDDEN / 2), fn.const(0.0, "f32"), p)
+                    tokens.give(found)
+                fn.store(tokens.results[0], score, length + (new.index - begin))
+    return kernel
+
+
+def waiting(axis: Axis, state: State, row: Val, token: Val) -> Val:
+    """The place of a drafted token among those that wait for `commit`: of its node (rule retract: there are as many places)."""
+    fn, depth = token.fn, state.number("depth")
+    return row * depth + fn.minimum(fn.load(axis.array("node"), "i64", token), depth - 1)
+
+
+def padded(count: Val) -> Val:
+    """Whole vectors."""
+    return (count + (LANES - 1)) // LANES * LANES
+
+
+def _below(fn: Fn, block: Val, limit: Val) -> Val:
+    """Which entries of a block there are."""
+    iota = fn.const(list(range(LANES)), VI)
+    return fn.compare(fn.splat(fn.i32(block * LANES), LANES) + iota, "slt", fn.splat(fn.i32(limit), LANES))
+
+
+def _tile(name: str, site: Site, tile: int) -> Fn:
+    """``tile(words, scores, k, first, last, scale[, k_scale])``: the scores of some queries (`flash.products`)."""
+    args = [("words", PTR), ("scores", PTR), ("k", PTR), ("first", "i64"), ("last", "i64"), ("scale", "f32")]
+    fn = Fn(name, args + [("k_scale", PTR)] * ("k" in site.scaled))
+    words, scores, keys, first, last, scale, *key_scales = fn.args
+    queries = [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)]
+    factor = key_scales[0] if key_scales else None
+    products(fn, site, queries, scores, keys, None, first, last, fn.splat(scale, LANES), factor)
+    fn.returns()
+    return fn

@@ -1,0 +1,59 @@
+"""What attention gives to the entries of a cache, counted into their scores (`elision.ir.scores`)."""
+
+from __future__ import annotations
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.attend import Weighed, weigh
+from elision.ir.mask import Mask
+from elision.ir.nodes import counts_of, nodes_of
+from elision.ir.scores import scores_of
+from elision.ir.states import Scores
+from elision.ir.store import KVStore
+from elision.ir.tokens import Tokens
+
+
+def observe(
+    q: torch.Tensor,
+    store: KVStore,
+    tokens: Tokens,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    last: int = 0,
+) -> None:
+    """Count what the queries ``q [n, Hq, D]`` give to every entry. ``last``: only queries among the last so many tokens of the
+    prompt count. Drafted ones wait for `commit`, by node."""
+    found = weigh(q, store, tokens, mask, scale, softcap, sinks, slopes)
+    scores = scores_of(store)
+    if tokens.drafted:
+        _wait(store, scores, tokens, found)
+        return
+    n, score = found.entries, store.index["score"]
+    rank, counts = counts_of(tokens)
+    later = counts[tokens.row] - 1 - rank
+    weight = torch.full_like(later, scores.decay, dtype=found.weight.dtype) ** later
+    if last:
+        ahead = later if tokens.ahead is None else tokens.ahead
+        weight = weight * (ahead < last)
+    rows = torch.zeros(found.top.shape[0] * found.top.shape[3], dtype=weight.dtype).index_copy(0, found.place, weight)
+    received = found.weight[..., :n] / found.share * rows.view(-1, 1, 1, found.top.shape[3], 1)
+    if scores.decay != 1:
+        score *= (scores.decay**counts)[:, None, None]
+    score[..., :n] += received.sum((2, 3))
+
+
+def _wait(store: KVStore, scores: Scores, tokens: Tokens, found: Weighed) -> None:
+    node = nodes_of(tokens)
+    if len(tokens) and int(node.max()) >= scores.depth:
+        raise BadInput(f"drafted node {int(node.max())}, but {scores} observes nodes below its depth")
+    rank, _ = counts_of(tokens)
+    logits = found.weight.log().flatten(1, 2)[tokens.row, :, rank]  # [n, Hq, entries + nodes]
+    share = found.share.flatten(1, 2)[tokens.row, :, rank]
+    index, n, nodes = store.index, found.entries, logits.shape[-1] - found.entries
+    index["waiting"][tokens.row, node, :, :n] = logits[..., :n].float()
+    index["waiting_nodes"][tokens.row, node, :, :nodes] = logits[..., n : n + nodes].float()
+    index["waiting_norm"][tokens.row, node] = torch.cat((torch.zeros_like(share), 1 / share), -1).float()

@@ -1,0 +1,53 @@
+"""Scores of cache entries: the probability that each received from the queries so far, kept beside the entry.
+
+With p[t, j] the probabilities of `attend` for token t, and d the decay: S[j] <- d S[j] + sum over the query heads of a cache
+head of p[t, j], token by token (H2O, Zhang et al. 2023, for d = 1; A2SF, Jo and Shin 2024, for d < 1). An entry begins at 0 and
+sees itself. What drafted tokens give waits until `commit` takes them. `elision.ir.observe` counts, this file keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.states import Scores
+
+if TYPE_CHECKING:
+    from elision.ir.store import KVStore
+
+
+def credit(store: KVStore, paths: Sequence[Sequence[int]], before: torch.Tensor) -> None:
+    """The accepted nodes of each row have been appended after its ``before [B, 1 or heads]`` entries: what they gave counts
+    now."""
+    scores, index, heads = scores_of(store), store.index, store.type.heads
+    if not scores.depth:
+        return
+    for b, path in enumerate(paths):
+        if not path:
+            continue
+        if max(path) >= scores.depth:
+            raise BadInput(f"commit of node {max(path)}, but {scores} keeps what nodes below its depth gave")
+        nodes = torch.tensor(path)
+        norm = index["waiting_norm"][b, nodes]  # [m, Hq, 2]
+        given = [(index[name][b, nodes] - norm[..., :1]).exp() * norm[..., 1:] for name in ("waiting", "waiting_nodes")]
+        old, new = (torch.unflatten(p, 1, (heads, scores.group)).sum(2) for p in given)  # [m, heads, entries or nodes]
+        for h, n in enumerate(before[b].expand(heads).tolist()):
+            score = index["score"][b, h, : n + len(path)]
+            for i in range(len(path)):
+                score *= scores.decay
+                score += torch.cat((old[i, h, :n], new[i, h, nodes]))
+
+
+def begin(store: KVStore, row: torch.Tensor, entry: torch.Tensor) -> None:
+    """New entries ``[n, 1 or heads]`` of these rows have no score yet."""
+    if store.type.scores is not None:
+        store.index["score"][row[:, None], torch.arange(store.type.heads), entry] = 0.0
+
+
+def scores_of(store: KVStore) -> Scores:
+    if store.type.scores is None:
+        raise BadInput("this cache has no scores; give it KV(scores=Scores(...))")
+    return store.type.scores
