@@ -78,7 +78,7 @@ class Forced(Requests):
     loss: list[float] = field(default_factory=list)
 
     def verify(
-        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Any = None
+        self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Any = None, rule: Any = None
     ) -> tuple[list[list[int]], torch.Tensor]:
         wanted = self.targets[torch.arange(len(at.row)), at.pos + 1]
         loss = -logits.float().log_softmax(-1).gather(1, wanted[:, None])

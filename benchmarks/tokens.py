@@ -80,7 +80,7 @@ def main() -> None:
         name = f"`{row}`" if row else "as it is"
         lines.append(f"| {name} | {seconds * 1e3:.1f} | {base[1] / seconds:.2f} | {spearman(cosines, base[0]):.3f} |")
         console.print(lines[-1])
-    text = f"all-MiniLM-L6-v2, {args.texts} texts of {args.length} tokens, {PAIRS} pairs\n\n" + "\n".join(lines) + "\n"
+    text = f"all-MiniLM-L6-v2, {args.texts} texts of {args.length} tokens, {len(pairs)} pairs\n\n" + "\n".join(lines) + "\n"
     if args.output:
         args.output.write_text(text, encoding="utf-8")
     else:

@@ -147,7 +147,7 @@ def recode(store: KVStore, segment: int, k: Encoding, v: Encoding) -> None:
         changed = changed.with_segment(index, type(rows.segment)(store.type.scratch.slots, k, v))
         store.segments[index].recode(k, v, store.dtype)
     rows.recode(k, v, store.dtype)
-    store.type = changed
+    store.type, store.moved = changed, store.moved + 1
 
 
 def _kept(

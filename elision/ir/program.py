@@ -15,7 +15,7 @@ import torch
 
 from elision.errors import BadInput
 from elision.ir.drafting.growth import growth_of
-from elision.ir.states import StateType
+from elision.ir.states import KV, StateType
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Builder, Graph, Rule, Value, rewrite
 from elision.ir.weights import WeightEncoding
@@ -168,11 +168,12 @@ def state_inputs(graph: Graph) -> dict[str, Value]:
 
 
 def committed_states(program: Program) -> list[str]:
-    """The states that the round commits, in order."""
+    """The states that the round commits, in order; without a round all caches."""
     from elision.ir.ops.program import origin  # ops are written in terms of programs, hence not at import
 
     graph = program.round
-    assert graph is not None
+    if graph is None:
+        return [name for name, type in program.states.items() if isinstance(type, KV)]
     return [graph.names[origin(v)] for v in graph.values if v.op == "commit"]
 
 

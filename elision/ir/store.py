@@ -18,7 +18,7 @@ from elision.ir.array_store import ArrayStore
 from elision.ir.layout import allocate, copied, index_spec, slot_count
 from elision.ir.nodes import counts_of, nodes_of, path_tokens
 from elision.ir.segment import SegmentRows
-from elision.ir.states import KV, Encoding, Ring
+from elision.ir.states import KV, Budget, Encoding, Ring
 from elision.ir.tokens import Tokens
 
 __all__ = ["ArrayStore", "KVStore"]
@@ -57,6 +57,7 @@ class KVStore:
         self.index = allocate(index_spec(type, rows, capacity, prompt))
         self.pos = self.index["pos"]
         self.len = {"k": self.index["len_k"], "v": self.index["len_v"]}
+        self.moved = 0  # times that its memory was replaced
         self.heads = torch.arange(type.heads)[:, None]
         self.groups = torch.arange(self.pos.shape[1])
 
@@ -129,6 +130,12 @@ class KVStore:
                 found &= torch.where(inside, bits[at, self.heads, slot], True)
                 start = start + length
         return found & (torch.arange(self.pos.shape[2]) < self.totals()[..., None])
+
+    def need_room(self, n: int) -> None:
+        """Raises BadInput if a sequence cannot take ``n`` more entries (what appends natively has no check of its own)."""
+        slots, tail = self.type.main[-1].slots, self.tail
+        if isinstance(slots, Budget) and int(self.len["k"][tail].max()) + n > self.segments[tail].slots:
+            raise BadInput(f"append: {slots} has {self.segments[tail].slots} rows, and {n} more do not fit; evict on the clock")
 
     def bytes(self) -> int:
         """Bytes that are allocated."""
@@ -280,7 +287,10 @@ class KVStore:
         if all(slot_count(s.slots, capacity, prompt) == r.slots for s, r in zip(type.main, self.segments, strict=False)):
             return self
         new = KVStore(type, self.rows, capacity, self.dtype, self.poison, prompt)
-        for old, segment, length in zip(self.segments, new.segments, self.len["k"], strict=False):
+        for i, (old, segment, length) in enumerate(zip(self.segments, new.segments, self.len["k"], strict=False)):
+            if old.slots == segment.slots and not old.segment.shared:
+                new.segments[i] = old.clone()
+                continue
             if int(length.max()) > segment.slots:
                 raise BadInput(f"{int(length.max())} entries after the prompt, but {segment.segment.slots} holds {segment.slots}")
             for name, plane in segment.planes.items():

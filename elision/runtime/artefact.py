@@ -59,7 +59,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     program = model.program
     code = {"program.txt": print_program(program).encode()}
     if model.native is not None:
-        code |= native_code.members(model.native)
+        code |= native_code.members(model.native, model.program)
     manifest = {
         "format": FORMAT,
         "name": program.name,

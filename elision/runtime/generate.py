@@ -37,14 +37,15 @@ class Stats:
     """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated while tokens are generated,
     ``prompt_state_bytes`` those while the prompts came in.
 
-    ``drafted``, ``accepted``: nodes beside the roots that were run, and those that became tokens; ``drafters`` has the same by
-    drafter, and ``sizes`` counts the rounds by their nodes. ``draft_time``, ``verify_time``, ``commit_time`` are parts of
-    ``decode_time`` (of native rounds that draft).
+    ``turns``: rounds, counted for each row that took part. ``drafted``, ``accepted``: nodes beside the roots that were run, and
+    those that became tokens; ``drafters`` has the same by drafter, and ``sizes`` counts the rounds by their nodes.
+    ``draft_time``, ``verify_time``, ``commit_time`` are parts of ``decode_time`` (of native rounds that draft).
     """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     rounds: int = 0
+    turns: int = 0
     drafted: int = 0
     accepted: int = 0
     time_to_first_token: float = 0.0
@@ -68,7 +69,7 @@ class Stats:
     def tokens_per_round(self) -> float:
         """New tokens of a row per round that it took part in (1 without speculation)."""
         after = self.new_tokens - len(self.finish)
-        return after / (after - self.accepted) if after > self.accepted else 0.0
+        return after / self.turns if self.turns else 0.0
 
 
 def generate(
@@ -136,9 +137,11 @@ def generate(
     while running := {r: row.tokens[-1] for r, row in enumerate(rows) if row.finish is None}:
         produced = session.round(running, requests())
         stats.rounds += 1
+        stats.turns += len(running)
         for r in running:
-            stats.accepted += len(produced[r]) - 1
+            before = len(rows[r].tokens)
             take(r, produced[r])
+            stats.accepted += min(len(rows[r].tokens) - before, len(produced[r]) - 1)
     stats.decode_time = time.perf_counter() - begun
     stats.finish = [row.finish or "" for row in rows]
     if drafts is not None:

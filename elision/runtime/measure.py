@@ -12,8 +12,6 @@ import torch
 
 from elision.errors import BadInput
 from elision.ir.cost import cost, floor, total
-from elision.ir.drafting.policy import Always
-from elision.ir.drafting.run import Drafting
 from elision.ir.op import Sizes
 from elision.runtime.generate import Stats
 from elision.runtime.model import Model
@@ -46,7 +44,8 @@ def measure(model: Model, ids: torch.Tensor, new_tokens: int) -> Speed:
 @contextmanager
 def without_speculation(model: Model) -> Iterator[None]:
     """The model drafts nothing, as if it had been compiled without drafters (for measuring; other calls see it, too)."""
-    before, model.drafting = model.drafting, Drafting([], Always(0))
+    before = model.drafting
+    model.drafting = before.resting() if before is not None else None
     try:
         yield
     finally:

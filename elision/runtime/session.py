@@ -80,9 +80,10 @@ class Session:
 
     def _room(self, position: int) -> int:
         """How many levels of drafts a sequence with so many committed tokens may have: a round commits the root and the accepted
-        drafts, which must neither pass the capacity nor cross a tick of the clock."""
+        drafts, which must not cross a tick of the clock, nor give more than there is room for (the last token is never
+        committed)."""
         every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks if tick.every]
-        return min([self.capacity - position, *every]) - 1
+        return min([self.capacity - 1 - position, *every]) - 1
 
     def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:
         if int(at.pos.max()) >= self.capacity:

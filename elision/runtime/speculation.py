@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import platform
+import threading
 import time
+import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from elision.ir.drafting.policy import SIZES, Policy
 from elision.ir.drafting.proposal import Array, chain
 from elision.ir.drafting.run import Drafting
 from elision.ir.interp import Interpreter
-from elision.ir.program import drafting, guesses
+from elision.ir.program import Program, drafting, guesses
 from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
 from elision.ir.verify import Request
@@ -29,6 +32,7 @@ from elision.runtime.session import Session
 
 log = logging.getLogger("elision")
 _RUNS, _BEFORE = 3, 64
+_made: weakref.WeakSet[Drafting | ModelDrafting] = weakref.WeakSet()
 
 
 def drafting_of(interpreter: Interpreter, key: str) -> Drafting | ModelDrafting | None:
@@ -38,11 +42,28 @@ def drafting_of(interpreter: Interpreter, key: str) -> Drafting | ModelDrafting 
     methods = drafting(program.round)[1] if program.round is not None else ()
     if not methods:
         return None
+    types = repr(sorted((name, str(type)) for name, type in program.params.items()))
+    key = f"{key} {zlib.crc32(types.encode())}"
     policy, vocabulary = Policy(lambda: step_seconds(interpreter, key)), program.meta["vocab"]
     if targets := guesses(program):
         name, growth = methods[0].partition(":")[0], growth_of(methods[0])
-        return ModelDrafting(name, growth, policy, len(targets), vocabulary, program.meta.get("draft_positions"))
-    return Drafting([make(m, vocabulary) for m in methods], policy)
+        found: Drafting | ModelDrafting = ModelDrafting(
+            name, growth, policy, len(targets), vocabulary, program.meta.get("draft_positions")
+        )
+    else:
+        found = Drafting([make(m, vocabulary) for m in methods], policy)
+    _made.add(found)
+    return found
+
+
+def _forked() -> None:
+    for found in _made:  # whoever held a lock is not in the child
+        found.lock = threading.Lock()
+        found.policy.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def step_seconds(interpreter: Interpreter, key: str) -> Array:
@@ -56,7 +77,9 @@ def step_seconds(interpreter: Interpreter, key: str) -> Array:
     except (OSError, ValueError, TypeError):
         pass
     log.info("measuring what a step of 1 to %d nodes costs", SIZES[-1])
-    seen = np.array([[_seconds(interpreter, n) for n in SIZES] for _ in range(_RUNS + 1)])[1:]
+    next, _ = _round(interpreter, 1, 0)
+    wrong = (next + 1) % interpreter.program.meta["vocab"]
+    seen = np.array([[_round(interpreter, n, wrong)[1] for n in SIZES] for _ in range(_RUNS + 1)])[1:]
     times = np.median(seen, 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,36 +89,40 @@ def step_seconds(interpreter: Interpreter, key: str) -> Array:
     return times
 
 
-def _seconds(interpreter: Interpreter, n: int) -> float:
-    """One round over a chain of n nodes, none of which is a good guess."""
-    session = Session(interpreter, 1, _BEFORE + SIZES[-1], _Chain(n))  # type: ignore[arg-type]
-    session.prefill([[0] * _BEFORE])
-    history = torch.zeros(_BEFORE + 1, dtype=torch.int64)
-    requests = Requests([Request()], [history], [_BEFORE])
+def _round(interpreter: Interpreter, n: int, token: int) -> tuple[int, float]:
+    """One round over a chain of n nodes, all of which guess ``token``: the first new token, and the seconds."""
+    positions = interpreter.program.meta["positions"]
+    before = min(_BEFORE, positions - 1)
+    session = Session(interpreter, 1, before + SIZES[-1], _Chain(n, token, interpreter.program))  # type: ignore[arg-type]
+    session.prefill([[0] * before])
+    requests = Requests([Request()], [torch.zeros(before + 1, dtype=torch.int64)], [before])
     start = time.perf_counter()
-    session.round({0: 0}, requests)
-    return time.perf_counter() - start
+    tokens = session.round({0: 0}, requests)
+    return tokens[0][0], time.perf_counter() - start
 
 
 class _Chain:
-    """In the place of drafts: always the same chain."""
+    """In the place of drafts: always the same chain, of a guess that is wrong at once. Positions end where the model's do."""
 
     seconds = verify_seconds = commit_seconds = 0.0
 
-    def __init__(self, n: int) -> None:
-        self._n = n
+    def __init__(self, n: int, token: int, program: Program) -> None:
+        self._n, self._token = n, token
+        self._positions, self._vocabulary = program.meta["positions"], program.meta["vocab"]
 
     def propose(self, last: torch.Tensor, requests: Requests, at: Tokens) -> tuple[torch.Tensor, Tokens]:
-        tree = chain(0, np.arange(1, self._n), np.zeros(self._n - 1, np.int64))
-        nodes = [torch.from_numpy(x) for x in (tree.token, np.zeros(self._n, np.int64), int(at.pos[0]) + tree.depth, tree.parent)]
+        tree = chain(0, np.full(self._n - 1, self._token), np.zeros(self._n - 1, np.int64))
+        pos = np.minimum(int(at.pos[0]) + tree.depth, self._positions - 1)
+        nodes = [torch.from_numpy(x) for x in (tree.token, np.zeros(self._n, np.int64), pos, tree.parent)]
         return nodes[0], Tokens(nodes[1], nodes[2], 1, nodes[3], torch.from_numpy(tree.ancestors()))
 
     def feed(self, *round: object) -> None:
         pass
 
-    def grow(self, last: torch.Tensor, requests: Requests, at: Tokens, *rest: object) -> tuple[object, ...]:
+    def grow(self, last: torch.Tensor, requests: Requests, at: Tokens, kind: str | None, *rest: object) -> tuple[object, ...]:
         ids, nodes = self.propose(last, requests, at)
-        return ids, (), nodes
+        q, draws = torch.zeros(1, 1).expand(len(ids), self._vocabulary), torch.ones(len(ids), dtype=torch.int64)
+        return ids, {"wor": (q,), "iid": (q, draws)}.get(kind or "", ()), nodes
 
     def learn(self, *round: object) -> None:
         pass

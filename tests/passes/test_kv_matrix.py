@@ -152,6 +152,7 @@ def test_speculation_on_a_compressed_cache_changes_nothing(name: str, target: st
 FORMATS: Sequence[tuple[str, ...]] = (("bf16",), ("int4:group=32",), ("int8:group=32", "a8"))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", METHODS)
 def test_weight_formats_and_skipped_layers(name: str) -> None:
     """In any order the same program; natively the tokens of the reference, and the identity setting those without the method."""
@@ -183,3 +184,32 @@ def test_an_artefact_holds_it_all(tmp_path: Path) -> None:
 def test_what_does_not_compose_is_named() -> None:
     with pytest.raises(IllegalProgram, match="retract"):
         compiled("h2o:budget=24,recent=4,every=1", "pain-trie")
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_drafts_end_where_the_clock_ticks_at_the_last_position(target: str) -> None:
+    """Prompt and new tokens together a multiple of ``every``: the last token is drafted, never committed."""
+    tight = METHODS["a2sf"][0]
+    plain, drafted = compiled(tight, target=target), compiled(tight, "prompt-lookup", "token-recycling", target=target)
+    fresh = drafting_of(drafted._interpreter, "")
+    assert fresh is not None and isinstance(fresh, Drafting)
+    drafted.drafting = Drafting(fresh.drafters, Always(20))
+    ids = prompts(1)[:, :40]
+    assert torch.equal(drafted.generate(ids, max_new_tokens=40), plain.generate(ids, max_new_tokens=40))
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_a_full_budget_is_told(target: str) -> None:
+    """A cache whose clock does not make room is refused when it is full, natively too."""
+    from dataclasses import replace
+
+    from elision.errors import BadInput
+
+    model = compiled("h2o:budget=40,recent=8,every=8", target=target)
+    ticks = model.program.ticks
+    try:
+        model.program.ticks = tuple(replace(t, every=0) for t in ticks)
+        with pytest.raises(BadInput, match="full|do not fit"):
+            model.generate(prompts(1), max_new_tokens=NEW)
+    finally:
+        model.program.ticks = ticks

@@ -239,3 +239,14 @@ def test_a_draft_of_fewer_positions_is_left_behind(plain: elision.Model, origina
     prompt = torch.arange(10)[None] % 5 + 1
     assert torch.equal(model.generate(prompt, max_new_tokens=80), plain.generate(prompt, max_new_tokens=80))
     assert 0 < model.stats.accepted <= 30
+
+
+@pytest.mark.parametrize("passes", [["layer-skip-draft:exit=2"], ["spectr:exit=2,chains=2,length=2"]])
+def test_measured_without_drafts_and_by_every_rule(original: Any, passes: list[str], batch: Any) -> None:
+    """What `elision bench` does; the reference measures what rules that need q cost, too."""
+    from elision.runtime.measure import without_speculation
+
+    model = elision.compile(original, passes, target="reference")
+    with without_speculation(model):
+        model.generate(batch[0][1:2], max_new_tokens=8)
+    assert model.stats is not None and model.stats.drafted == 0

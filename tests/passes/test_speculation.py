@@ -182,3 +182,40 @@ def test_artefacts_keep_the_drafters(tmp_path: Any, batch: Any) -> None:
     using(again, (0, 1))
     assert torch.equal(again.generate(prompt, max_new_tokens=40), model.generate(prompt, max_new_tokens=40))
     assert again.stats.accepted > 0
+
+
+def test_a_text_that_ends_inside_a_draft_counts_what_it_has(models: Any, batch: Any) -> None:
+    """Tokens after the end were accepted by the round, but are none of the text."""
+    plain, drafted = models
+    using(drafted, (0, 1, 2, 3), nodes=40)
+    prompt = batch[0][1:2]
+    text = plain.generate(prompt, max_new_tokens=60)[0, 30:].tolist()
+    for place in (20, 33, 41):
+        drafted.generate(prompt, max_new_tokens=60, eos_token_id=[text[place]])
+        stats = drafted.stats
+        assert stats.new_tokens == text.index(text[place]) + 1 and stats.turns == stats.rounds
+        assert stats.accepted <= stats.new_tokens - 1
+        assert stats.tokens_per_round == pytest.approx((stats.new_tokens - 1) / max(stats.rounds, 1))
+
+
+def test_a_model_with_few_positions_is_measured_within_them() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=24, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    original: Any = GPT2LMHeadModel(config).eval()
+    model = elision.compile(original, ["prompt-lookup:match=1"], target="reference")
+    ids = torch.tensor([[3, 4, 3, 4, 3]])
+    assert model.generate(ids, max_new_tokens=19, eos_token_id=[]).shape == (1, 24)
+
+
+def test_without_speculation_nothing_is_drafted(models: Any, batch: Any) -> None:
+    from elision.runtime.measure import without_speculation
+
+    _, drafted = models
+    using(drafted, (1, 2))
+    with without_speculation(drafted):
+        drafted.generate(batch[0][1:2], max_new_tokens=30)
+    assert drafted.stats.drafted == 0
+    drafted.generate(batch[0][1:2], max_new_tokens=30)
+    assert drafted.stats.drafted > 0

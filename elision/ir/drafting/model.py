@@ -18,7 +18,7 @@ import torch
 
 from elision.ir.drafting.forest import Forest, Node
 from elision.ir.drafting.growth import Growth, distributions
-from elision.ir.drafting.policy import Policy
+from elision.ir.drafting.policy import Always, Policy
 from elision.ir.drafting.proposal import Array
 from elision.ir.drafting.rates import Rates
 from elision.ir.drafting.run import Counts
@@ -60,8 +60,6 @@ class ModelDrafting:
     """What runs share: how trees grow, the policy, and what is known of each of the targets. ``positions``: how many the draft
     has, if it is another model."""
 
-    best = 1
-
     def __init__(
         self, name: str, growth: Growth, policy: Policy, targets: int, vocabulary: int, positions: int | None = None
     ) -> None:
@@ -69,7 +67,7 @@ class ModelDrafting:
         self.vocabulary, self.positions = vocabulary, positions
         self.targets = [Target() for _ in range(targets)]
         self.lock = threading.Lock()
-        self._wait, self._rest, self._turn = 0, _FIRST, 0
+        self._wait, self._rest, self._turn, self._tries = 0, _FIRST, 0, 0
 
     def nbytes(self) -> int:
         return 0
@@ -77,6 +75,10 @@ class ModelDrafting:
     def run(self, rows: int) -> ModelRun:
         """For one run over some rows."""
         return ModelRun(self)
+
+    def resting(self) -> ModelDrafting:
+        """The same without any drafts."""
+        return _Resting(self.name, self.growth, Always(0), len(self.targets), self.vocabulary, self.positions)
 
     def choose(self, rows: int) -> tuple[int, int]:
         """A target, and how many levels to draft with it in this round: 0 where that does not pay, but for a try now and then."""
@@ -98,7 +100,8 @@ class ModelDrafting:
                 self._wait -= 1
                 return best, 0
             self._wait, self._rest = self._rest, min(4 * self._rest, _LONGEST)
-            return other, min(most, 2)
+            self._tries += 1
+            return self._tries % len(self.targets), min(most, 2)
 
     def chances(self, target: int, done: _Round, born: list[Node]) -> list[float]:
         """The chance of each new node to be accepted."""
@@ -122,7 +125,7 @@ class ModelDrafting:
             path = set(paths[r])
             kinds += [done.bin((p, i)) for i in range(1, forest.size(p)) if forest.parent[p][i] in path]
             came += [i in path for i in range(1, forest.size(p)) if forest.parent[p][i] in path]
-            tried, right = tried + min(len(path), len(done.levels)), right + len(path) - 1
+            tried, right = tried + min(len(path), max(forest.depth[p])), right + len(path) - 1
         with self.lock:
             t.right, t.tried = t.right * _KEEP + right, t.tried * _KEEP + tried
             t.rates.add(np.array(kinds, np.int64), np.array(came, bool))
@@ -130,6 +133,13 @@ class ModelDrafting:
                 if seconds:
                     t.took(seconds)
                 t.width += 0.1 * (nodes - t.width)
+
+
+class _Resting(ModelDrafting):
+    """Drafts nothing."""
+
+    def choose(self, rows: int) -> tuple[int, int]:
+        return 0, 0
 
 
 class _Round:

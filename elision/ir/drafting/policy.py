@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ class Policy:
     """``measure``: gives the seconds of calls over `SIZES` nodes; it is called once, by `ready` or when they are first needed."""
 
     def __init__(self, measure: Callable[[], Array]) -> None:
-        self._measure, self._times = measure, np.zeros(0)
+        self._measure, self._times, self.lock = measure, np.zeros(0), threading.Lock()
         self.overhead = 0.0  # seconds that drafting and learning add to a round
         self._drift = 1.0  # what a call takes now, of what it took when it was measured
 
@@ -26,8 +27,11 @@ class Policy:
 
     def ready(self) -> None:
         """Measure, if that has not been done."""
-        if not len(self._times):
-            self._times = np.maximum.accumulate(self._measure())  # a larger call never costs less: noise does
+        if len(self._times):
+            return
+        with self.lock:
+            if not len(self._times):
+                self._times = np.maximum.accumulate(self._measure())  # a larger call never costs less: noise does
 
     def _of(self, n: Array) -> Array:
         self.ready()

@@ -30,7 +30,7 @@ class TokenRecycling(Drafter):
         self.template = _template(nodes, k, depth)
         self.levels = list(self.template.levels())
         self.steady = np.zeros(vocabulary, np.int8)  # for each token, how often in a row its first successor was the same
-        belief = np.resize(np.array(_FALL[:k]), k)[:, None] * np.where(np.arange(k)[:, None] > 0, 1.0, _STEADY)
+        belief = np.array([_FALL[min(r, 7)] for r in range(k)])[:, None] * np.where(np.arange(k)[:, None] > 0, 1.0, _STEADY)
         self.rates = Rates(np.tile(belief.ravel(), depth + 1))
 
     def propose(self, history: Array, prompt: int, depth: int) -> Proposal | None:
@@ -59,7 +59,7 @@ class TokenRecycling(Drafter):
 
 def _template(nodes: int, k: int, depth: int) -> Proposal:
     """The ``nodes`` rank paths with the largest product of beliefs, in levels; kind = level * k + rank."""
-    heap: list[tuple[float, tuple[int, ...]]] = [(-_FALL[r % 8], (r,)) for r in range(k)]
+    heap: list[tuple[float, tuple[int, ...]]] = [(-_FALL[min(r, 7)], (r,)) for r in range(k)]
     heapq.heapify(heap)
     paths: list[tuple[int, ...]] = [()]
     while heap and len(paths) <= nodes:
@@ -67,7 +67,7 @@ def _template(nodes: int, k: int, depth: int) -> Proposal:
         paths.append(path)
         if len(path) < depth:
             for r in range(k):
-                heapq.heappush(heap, (worth * _FALL[r % 8], (*path, r)))
+                heapq.heappush(heap, (worth * _FALL[min(r, 7)], (*path, r)))
     paths.sort(key=lambda p: (len(p), p))
     place = {path: i for i, path in enumerate(paths)}
     levels = np.array([len(p) for p in paths])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from elision.ir.drafting.drafter import Drafter
-from elision.ir.drafting.policy import Policy
+from elision.ir.drafting.policy import Always, Policy
 from elision.ir.drafting.proposal import Array, Proposal, merge
 from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
@@ -24,14 +24,15 @@ _REST = 8  # while nothing pays, one round in so many is drafted, to see whether
 
 @dataclass
 class Counts:
-    """What a drafter did in a run: nodes that were run, and those accepted (a node that several propose counts for each)."""
+    """What a drafter did in a run: nodes that were run, and those accepted, the end of the
+    text cutting some of these off (a node that several propose counts for each); ``rounds`` in which it had nodes."""
 
     drafted: int = 0
     accepted: int = 0
     rounds: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Drafting:
     """The drafters of a model, whose memory all its runs share, and the policy of its machine."""
 
@@ -42,6 +43,10 @@ class Drafting:
     def run(self, rows: int) -> DraftRun:
         """For one run over some rows."""
         return DraftRun(self, rows)
+
+    def resting(self) -> Drafting:
+        """The same without any drafts."""
+        return Drafting([], Always(0))
 
     def nbytes(self) -> int:
         """Bytes of the drafters' tables."""
@@ -100,7 +105,7 @@ class DraftRun:
             for i, counts in enumerate(self.counts.values()):
                 counts.drafted += int((bits[1:] >> i & 1).sum())
                 counts.accepted += int((right >> i & 1).sum())
-                counts.rounds += 1
+                counts.rounds += int((bits[1:] >> i & 1).any())
         self.sizes[len(ids)] += 1
         self._round += time.perf_counter() - start
         if self._sources:

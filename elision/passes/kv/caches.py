@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from elision.errors import BadInput
 from elision.ir.mask import Mask
-from elision.ir.program import Program, Tick, drafting, round_of, state_inputs
+from elision.ir.program import Program, Tick, state_inputs
 from elision.ir.states import KV, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
@@ -90,8 +90,7 @@ class Cached:
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
         program.ticks = tuple(replace(t, graph=_Templates(program, types).entry(t.graph)) for t in program.ticks)
-        assert program.round is not None
-        program.round = round_of(program, *drafting(program.round))
+        program.drop_unused()
 
     def deepen(self, nodes: int) -> None:
         """Let scores keep what up to ``nodes`` drafted nodes give until they are accepted."""

@@ -23,7 +23,7 @@ class SnapKV(Pass):
     after the prompt are all kept. Every key head keeps entries of its own, or, without ``per_head``, the heads of a layer the
     same ones, by the sum over them. Published defaults: windows of 32 or 64, pools of 5 or 7, budgets of 1024 to 4096. Identity
     setting: a ``budget`` of at least the prompt. Memory for a sequence: ``budget`` entries and one for every new token (the
-    prompt's own length while it comes in).
+    prompt's own length while it comes in; of a batch, as many as its shortest prompt allows to give back).
     """
 
     budget: int = 1024

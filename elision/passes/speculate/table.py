@@ -34,7 +34,6 @@ class TablePass(Pass):
     family: ClassVar[str] = "speculate"
     changes: ClassVar[str] = "round"
     quality: ClassVar[str] = "exact"
-    best: ClassVar[int] = 1  # likeliest successors of each node that the drafter wants to see
 
     def apply(self, program: Program) -> None:
         if program.round is None:

@@ -14,7 +14,7 @@ from elision.ir.schedule import NativeCode
 from elision.llvm.objects import functions
 from elision.llvm.processor import LEVELS, host_features, host_level, machine, needs
 from elision.runtime.archive import Archive
-from elision.runtime.native.reading import read_schedules
+from elision.runtime.native.reading import read_schedules, state_types
 
 OBJECT, SCHEDULES, SOURCE = "kernels/cpu.o", "kernels/cpu.json", "kernels/cpu.mlir"
 
@@ -22,9 +22,10 @@ OBJECT, SCHEDULES, SOURCE = "kernels/cpu.o", "kernels/cpu.json", "kernels/cpu.ml
 Rebuild = Callable[[str, str], bytes]
 
 
-def members(native: NativeCode) -> dict[str, bytes]:
-    """The members that hold native code."""
+def members(native: NativeCode, program: Program) -> dict[str, bytes]:
+    """The members that hold native code; beside it the types of the states that it was made for."""
     document = {
+        "states": state_types(program),
         "signatures": native.signatures,
         "hosts": native.hosts,
         "schedules": {name: asdict(schedule) for name, schedule in native.schedules.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ class Engine:
         self._outputs = {name: list(_outputs(graph, self.schedules[name])) for name, graph in self._graphs.items()}
         self._tables: dict[str, Table] = {}
         self._caches: dict[str, dict[str, KVStore]] = {}
-        self._described: dict[str, tuple[list[weakref.ref[KVStore]], np.ndarray[Any, np.dtype[np.int64]]]] = {}
+        self._described: dict[str, tuple[list[tuple[weakref.ref[KVStore], int]], np.ndarray[Any, np.dtype[np.int64]]]] = {}
         self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
         self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
         self.lock = threading.RLock()
@@ -69,6 +69,8 @@ class Engine:
         """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches)."""
         graph, schedule = self._graphs[entry], self.schedules[entry]
         states = {n: s for n, s in zip((graph.names[v] for v in graph.inputs), args, strict=True) if isinstance(s, KVStore)}
+        if states and not at.drafted:
+            need_room(states.values(), int(torch.bincount(at.row).max()))
         with self.lock:
             run = _Run(self, schedule, graph.values, states, at)
             for buffer, given in zip(schedule.inputs, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
@@ -81,6 +83,7 @@ class Engine:
         stores = dict(zip(self.schedules["commit"].states, states, strict=True))
         row = torch.tensor([r for r, p in enumerate(paths) for _ in p], dtype=torch.int64)
         node = torch.tensor([i for p in paths for i in p], dtype=torch.int64)
+        need_room(states, max(map(len, paths)))
         with self.lock:
             run = _Run(self, self.schedules["commit"], (), stores, Tokens(row, node, len(paths)))
             run.set_axis(0, row, node=node)
@@ -98,11 +101,11 @@ class Engine:
         """The descriptors of a schedule's states. Those of the last call are kept: a cache stays where it is."""
         stores = [states[name] for name in schedule.states]
         known = self._described.get(schedule.entry)
-        if known is None or any(ref() is not store for ref, store in zip(known[0], stores, strict=True)):
+        if known is None or any(ref() is not s or moved != s.moved for (ref, moved), s in zip(known[0], stores, strict=True)):
             lines = np.zeros((len(stores), abi.STATE_WORDS), np.int64)
             for line, store in zip(lines, stores, strict=True):
                 _describe(line, store)
-            known = self._described[schedule.entry] = ([weakref.ref(s) for s in stores], lines)
+            known = self._described[schedule.entry] = ([(weakref.ref(s), s.moved) for s in stores], lines)
         return known[1]
 
     def table(self, schedule: abi.Schedule, counts: Sequence[int]) -> Table:
@@ -264,6 +267,12 @@ def _longest(at: Tokens) -> int:
 def _room(count: int) -> int:
     """For how many tokens there is room made that ``count`` ask for: few sizes, so that memory is seldom made anew."""
     return 1 << max(0, count - 1).bit_length() if count <= 1024 else -(-count // 512) * 512
+
+
+def need_room(stores: Iterable[KVStore], n: int) -> None:
+    """Every cache must have room for n more entries of a sequence."""
+    for store in stores:
+        store.need_room(n)
 
 
 def _outputs(graph: Graph, schedule: abi.Schedule) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -22,15 +22,23 @@ _WORDS = {"tensor": 3, "weight": 1, "state": 1, "axis": 1, "int": 1, "float": 1}
 _MOST = 1 << 31  # bytes of a token in a buffer
 
 
+def state_types(program: Program) -> dict[str, str]:
+    """What native code relies on of the states, as text by name."""
+    return {name: str(type) for name, type in program.states.items()}
+
+
 def read_schedules(
     document: Any, program: Program, packings: Mapping[str, str], functions: Iterable[str]
 ) -> tuple[dict[str, abi.Schedule], dict[str, list[tuple[str, str]]], dict[str, list[tuple[str, str]]]]:
     """Schedules, host ops and signatures from ``kernels/cpu.json``. ``packings``: of the weights that there are; ``functions``:
-    those of the object file. Raises ArtefactError for anything that the compiler would not have written."""
+    those of the object file. Raises ArtefactError for what cannot be a schedule of this program: memory that rows
+    touch is checked, what numbers mean is not."""
     try:
         signatures = {name: _pairs(pairs) for name, pairs in document["signatures"].items()}
         hosts = {entry: _pairs(pairs) for entry, pairs in document["hosts"].items()}
-        if set(document) != {"signatures", "hosts", "schedules"} or not set(signatures) <= set(functions):
+        if document["states"] != state_types(program):
+            _refuse("kernels for states of other types")
+        if set(document) != {"signatures", "hosts", "schedules", "states"} or not set(signatures) <= set(functions):
             _refuse("kernels that the object does not have")
         schedules = {name: _schedule(name, fields) for name, fields in document["schedules"].items()}
     except (TypeError, KeyError, AttributeError, ValueError) as err:

@@ -18,7 +18,7 @@ from elision.ir.drafted import Drafted
 from elision.ir.flatten import DECODE
 from elision.ir.op import lookup
 from elision.ir.program import committed_states
-from elision.ir.states import KV
+from elision.ir.states import KV, Budget
 from elision.ir.tokens import Tokens
 from elision.ir.tree import roots
 from elision.ir.value import Graph
@@ -91,6 +91,8 @@ class Round:
         if DECODE in engine.schedules:
             self._decode = _Entry(engine, engine.schedules[DECODE])
         self._names = [graph.names[v] for v in graph.inputs]
+        kv = {graph.names[v]: v.type for v in graph.inputs if isinstance(v.type, KV)}
+        self._bounded = [name for name, type in kv.items() if isinstance(type.main[-1].slots, Budget)]
         self._caches = [graph.names[v] for v in graph.inputs if v.is_state]
         self._feed, self._guess, self._verify = (
             next((v for v in graph.values if v.op == op), None) for op in ("feed", "guess", "verify")
@@ -111,10 +113,12 @@ class Round:
             ids, nodes = drafts.propose(last, requests, at)
         else:
             ids, nodes, drawn_from = self._grow(given, at)
+        n = len(ids)
+        entry = self._decode if n == len(last) else self._step
+        if entry is not self._step:
+            self._need_room(states, 1)
         with self._engine.lock:
             start = time.perf_counter()
-            n = len(ids)
-            entry = self._decode if n == len(last) else self._step
             self._run(entry, ids, nodes, states)
             best = entry.best[:n]
             paths, drawn = requests.verify(ids, entry.logits[:n], best, nodes, drawn_from, self._rule)
@@ -152,8 +156,13 @@ class Round:
         self._arrays.place(self._engine.context, row, place, pos=nodes.pos.numpy(), anc=nodes.anc.numpy())
         self._launch(entry.schedule, table, states, nodes.rows)
 
+    def _need_room(self, states: Mapping[str, Any], n: int) -> None:
+        for name in self._bounded:
+            states[name].need_room(n)
+
     def _accept(self, paths: list[list[int]], states: Mapping[str, Any]) -> None:
         """The accepted nodes of every row join its caches."""
+        self._need_room(states, max(map(len, paths)))
         row = np.repeat(np.arange(len(paths)), [len(p) for p in paths])
         node = np.array([i for p in paths for i in p], np.int64)
         self._arrays.place(self._engine.context, row, node)
