@@ -131,11 +131,13 @@ class KVStore:
                 start = start + length
         return found & (torch.arange(self.pos.shape[2]) < self.totals()[..., None])
 
-    def need_room(self, n: int) -> None:
-        """Raises BadInput if a sequence cannot take ``n`` more entries (what appends natively has no check of its own)."""
+    def need_room(self, counts: torch.Tensor) -> None:
+        """Raises BadInput if the sequences cannot take ``counts [B]`` more entries (what appends natively has no check of its
+        own)."""
         slots, tail = self.type.main[-1].slots, self.tail
-        if isinstance(slots, Budget) and int(self.len["k"][tail].max()) + n > self.segments[tail].slots:
-            raise BadInput(f"append: {slots} has {self.segments[tail].slots} rows, and {n} more do not fit; evict on the clock")
+        room = self.segments[tail].slots
+        if isinstance(slots, Budget) and int((self.len["k"][tail].amax(1) + counts).max()) > room:
+            raise BadInput(f"append: {slots} has {room} rows and they are full; evict on the clock, or ask for more")
 
     def bytes(self) -> int:
         """Bytes that are allocated."""

@@ -38,7 +38,7 @@ def original() -> Any:
     return tiny()
 
 
-@pytest.fixture(scope="module", params=["cpu", "reference"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.nightly)])
 def plain(request: Any, original: Any) -> elision.Model:
     return elision.compile(original, target=request.param)
 

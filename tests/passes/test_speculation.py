@@ -31,7 +31,7 @@ def tiny() -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=["cpu", "reference"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.nightly)])
 def models(request: Any) -> tuple[elision.Model, elision.Model]:
     """The model alone, and with all drafters."""
     original = tiny()
@@ -63,7 +63,7 @@ CHOICES = [(i,) for i in range(len(METHODS))] + list(combinations(range(len(METH
 
 
 #: The interpreter is slow, and its rounds are the same for two drafters as for four.
-CASES = [("cpu", names) for names in CHOICES] + [("reference", names) for names in (*CHOICES[:4], CHOICES[-1])]
+CASES = [("cpu", names) for names in CHOICES] + [("reference", names) for names in (CHOICES[2], CHOICES[-1])]
 
 
 @pytest.mark.parametrize(("models", "names"), CASES, indirect=["models"])

@@ -19,7 +19,7 @@ from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
 from elision.ir.ops.program import origin
 from elision.ir.program import Program
-from elision.ir.states import KV
+from elision.ir.states import KV, Budget
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import NAMES, Tensor
@@ -70,7 +70,7 @@ class Engine:
         graph, schedule = self._graphs[entry], self.schedules[entry]
         states = {n: s for n, s in zip((graph.names[v] for v in graph.inputs), args, strict=True) if isinstance(s, KVStore)}
         if states and not at.drafted:
-            need_room(states.values(), int(torch.bincount(at.row).max()))
+            need_room(states.values(), torch.bincount(at.row, minlength=at.rows))
         with self.lock:
             run = _Run(self, schedule, graph.values, states, at)
             for buffer, given in zip(schedule.inputs, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
@@ -83,7 +83,7 @@ class Engine:
         stores = dict(zip(self.schedules["commit"].states, states, strict=True))
         row = torch.tensor([r for r, p in enumerate(paths) for _ in p], dtype=torch.int64)
         node = torch.tensor([i for p in paths for i in p], dtype=torch.int64)
-        need_room(states, max(map(len, paths)))
+        need_room(states, torch.tensor([len(p) for p in paths]))
         with self.lock:
             run = _Run(self, self.schedules["commit"], (), stores, Tokens(row, node, len(paths)))
             run.set_axis(0, row, node=node)
@@ -269,10 +269,11 @@ def _room(count: int) -> int:
     return 1 << max(0, count - 1).bit_length() if count <= 1024 else -(-count // 512) * 512
 
 
-def need_room(stores: Iterable[KVStore], n: int) -> None:
-    """Every cache must have room for n more entries of a sequence."""
+def need_room(stores: Iterable[KVStore], counts: torch.Tensor) -> None:
+    """Every cache must have room for ``counts [B]`` more entries of the sequences."""
     for store in stores:
-        store.need_room(n)
+        if isinstance(store.type.main[-1].slots, Budget):
+            store.need_room(counts)
 
 
 def _outputs(graph: Graph, schedule: abi.Schedule) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -116,7 +116,7 @@ class Round:
         n = len(ids)
         entry = self._decode if n == len(last) else self._step
         if entry is not self._step:
-            self._need_room(states, 1)
+            self._need_room(states, np.bincount(at.row.numpy(), minlength=at.rows))
         with self._engine.lock:
             start = time.perf_counter()
             self._run(entry, ids, nodes, states)
@@ -156,13 +156,13 @@ class Round:
         self._arrays.place(self._engine.context, row, place, pos=nodes.pos.numpy(), anc=nodes.anc.numpy())
         self._launch(entry.schedule, table, states, nodes.rows)
 
-    def _need_room(self, states: Mapping[str, Any], n: int) -> None:
+    def _need_room(self, states: Mapping[str, Any], counts: Longs) -> None:
         for name in self._bounded:
-            states[name].need_room(n)
+            states[name].need_room(torch.from_numpy(counts))
 
     def _accept(self, paths: list[list[int]], states: Mapping[str, Any]) -> None:
         """The accepted nodes of every row join its caches."""
-        self._need_room(states, max(map(len, paths)))
+        self._need_room(states, np.array([len(p) for p in paths]))
         row = np.repeat(np.arange(len(paths)), [len(p) for p in paths])
         node = np.array([i for p in paths for i in p], np.int64)
         self._arrays.place(self._engine.context, row, node)
