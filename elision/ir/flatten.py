@@ -15,9 +15,11 @@ DECODE = "decode"
 
 def flat_entries(program: Program) -> dict[str, Graph]:
     """What is compiled to native code, flat: the program's entries, and `DECODE` beside ``step`` unless it keeps scores, which
-    cost less when a commit adds what the step left (`elision.ir.scores`)."""
-    order = ("step", "prefill", "score")  # the first that needs a weight says how it is packed
-    names = sorted(program.entries, key=lambda n: order.index(n) if n in order else len(order))
+    cost less when a commit adds what the step left (`elision.ir.scores`). A model that generates is compiled for that; its own
+    forward, ``score``, is what its native code is compared with, and stays with the interpreter."""
+    order = ("step", "prefill")  # the first that needs a weight says how it is packed
+    wanted = [name for name in program.entries if name != "score" or "step" not in program.entries]
+    names = sorted(wanted, key=lambda n: order.index(n) if n in order else len(order))
     found = {name: flatten(program, name) for name in names}
     if "step" in found and not any(v.op == "observe" for v in found["step"].values):
         found[DECODE] = committed(found["step"])

@@ -128,9 +128,9 @@ def test_a_prefill_call_has_bounded_tokens(llama: Any, monkeypatch: pytest.Monke
     sizes: list[int] = []
     chunk = Tokens.chunk
 
-    def counted(counts: Any, committed: Any) -> Tokens:
+    def counted(counts: Any, *more: Any) -> Tokens:
         sizes.append(sum(counts))
-        return chunk(counts, committed)
+        return chunk(counts, *more)
 
     monkeypatch.setattr(Tokens, "chunk", counted)
     parts = session.Session(llama.compiled._interpreter, len(prompts), 64).prefill(prompts, chunk=16)
