@@ -65,7 +65,9 @@ def methods(budget: int) -> dict[str, list[str]]:
         "recent only": [f"streaming-llm:window={budget},sinks=0"],
         "streaming-llm": [f"streaming-llm:window={budget - 4}"],
         "h2o": [f"h2o:budget={budget},recent={budget // 2}"],
+        "h2o per layer": [f"h2o:budget={budget},recent={budget // 2},per_head=false"],
         "a2sf": [f"a2sf:budget={budget},recent=32,alpha=0.95"],
+        "a2sf per layer": [f"a2sf:budget={budget},recent=32,alpha=0.95,per_head=false"],
         "snapkv": [f"snapkv:budget={budget}"],
     }
 

@@ -7,7 +7,7 @@ and ``score`` (the model's own forward). ``round`` is generation itself; ``ticks
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,14 +130,19 @@ class Layer:
             raise BadInput(f"layer {self.index} has no half {part!r}; it has {', '.join(self.parts)}")
         labels = {f"{self.index}.{p}" for p in self.parts if part in (None, p)}
 
-        def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | tuple[Value, ...] | None:
-            if v.op != "call" or v.attr("label") not in labels:
-                return None
-            states = tuple(a for a in args if a.is_state)
-            return (args[0], *states) if isinstance(v.type, tuple) else args[0]
-
-        self.program.rewrite(rule)
+        self.program.rewrite(bypassing(labels))
         self.program.drop_unused()
+
+
+def bypassing(labels: Container[str]) -> Rule:
+    """The rewrite that leaves out the blocks with these labels: the stream and their states pass by."""
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | tuple[Value, ...] | None:
+        if v.op != "call" or v.attr("label") not in labels:
+            return None
+        return (args[0], *(a for a in args if a.is_state)) if isinstance(v.type, tuple) else args[0]
+
+    return rule
 
 
 def _used(graph: Graph, state: Value) -> bool:

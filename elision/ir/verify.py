@@ -2,8 +2,8 @@
 
 V1 ``greedy``: a node continues to the child that holds the argmax; identical tokens to greedy decoding.
 V2 ``match``: at each node a token is drawn with noise keyed on its absolute position, and the node continues
-to the child that holds it; identical tokens to sampling one by one with the same key, for every tree that
-does not depend on that noise. V3 to V6, which weigh what a draft was drawn from, are in `elision.ir.rejection`:
+to the child that holds it; identical tokens to sampling one by one with the same key, whatever the tree (a
+draft may use the same noise). V3 to V6, which weigh what a draft was drawn from, are in `elision.ir.rejection`:
 the same distribution, not the same tokens.
 """
 

@@ -39,7 +39,7 @@ class Stats:
 
     ``turns``: rounds, counted for each row that took part. ``drafted``, ``accepted``: nodes beside the roots that were run, and
     those that became tokens; ``drafters`` has the same by drafter, and ``sizes`` counts the rounds by their nodes.
-    ``draft_time``, ``verify_time``, ``commit_time`` are parts of ``decode_time`` (of native rounds that draft).
+    ``draft_time``, ``verify_time``, ``commit_time`` are parts of ``decode_time``; the last two are of native rounds only.
     """
 
     prompt_tokens: int = 0

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import elision
 from elision.errors import IllegalProgram
@@ -28,8 +27,9 @@ from elision.ir.warp import Warp
 from elision.passes import REGISTRY
 from elision.runtime.session import Session
 from elision.runtime.speculation import drafting_of
+from tests.passes.small import tiny
 
-CONTEXT, PROMPT, NEW = 160, 50, 60
+PROMPT, NEW = 50, 60
 #: Of every method a setting that leaves out much, and one that leaves out nothing (none for one that rounds).
 METHODS = {
     "streaming-llm": ("streaming-llm:window=21,sinks=3", "streaming-llm:window=160"),
@@ -49,14 +49,7 @@ BUDGETS = {
 
 @functools.cache
 def original() -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=CONTEXT, initializer_range=0.12, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return model
+    return tiny(num_hidden_layers=3, initializer_range=0.12)
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from scipy import stats
 
 import elision
 from elision.ir.drafting.model import _Round
-from tests.passes.test_model_drafts import eager, tiny
+from tests.passes.small import tiny
+from tests.passes.test_model_drafts import eager
 
 ROWS, CALLS, NEW = 512, 6, 3
 PROMPT = torch.tensor([[1, 5, 2]])
@@ -21,7 +22,7 @@ TEMPERATURE = 0.8
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    return tiny(vocab_size=8, initializer_range=0.3)
+    return tiny(num_hidden_layers=4, vocab_size=8, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import elision
 from elision.compiler import _draft
@@ -17,25 +16,13 @@ from elision.ir.program import drafting
 from elision.ir.requests import Requests
 from elision.ir.verify import Request
 from elision.runtime.session import Session
+from tests.passes.small import ROOM, ragged, tiny
 from tests.runtime.conftest import words
-
-ROOM = 160
-
-
-def tiny(**changes: Any) -> Any:
-    torch.manual_seed(3)
-    sizes = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=ROOM, initializer_range=0.1, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return model
 
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    return tiny()
+    return tiny(num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.nightly)])
@@ -45,13 +32,7 @@ def plain(request: Any, original: Any) -> elision.Model:
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Four prompts of different lengths that repeat themselves, left-padded: ids and mask."""
-    lengths, generator = (7, 30, 1, 18), torch.Generator().manual_seed(1)
-    ids, mask = torch.zeros(4, 30, dtype=torch.int64), torch.zeros(4, 30, dtype=torch.int64)
-    for row, n in enumerate(lengths):
-        ids[row, 30 - n :] = torch.randint(1, 9, (n,), generator=generator)
-        mask[row, 30 - n :] = 1
-    return ids, mask
+    return ragged()
 
 
 def eager(model: elision.Model) -> elision.Model:
@@ -218,7 +199,7 @@ def test_a_model_drafts_alone(original: Any) -> None:
 
 def test_a_draft_of_another_vocabulary_is_refused(original: Any, tmp_path: Any, smaller: str) -> None:
     path = str(tmp_path / "other.elision")
-    elision.compile(tiny(vocab_size=72), target="reference").save(path)
+    elision.compile(tiny(num_hidden_layers=4, vocab_size=72), target="reference").save(path)
     with pytest.raises(BadInput, match="a vocabulary of 72, .* of 64: they must be equal"):
         elision.compile(original, [f"spec-sampling:model={path}"], target="reference")
     model = elision.load(smaller)
@@ -232,7 +213,7 @@ def test_a_draft_of_another_vocabulary_is_refused(original: Any, tmp_path: Any, 
 def test_a_draft_of_fewer_positions_is_left_behind(plain: elision.Model, original: Any, tmp_path: Any) -> None:
     """Beyond the positions of the draft there are no drafts, and the text goes on."""
     target, path = "reference" if plain.native is None else "cpu", str(tmp_path / "short.elision")
-    short = tiny(max_position_embeddings=40)
+    short = tiny(num_hidden_layers=4, max_position_embeddings=40)
     short.load_state_dict(original.state_dict())
     elision.compile(short, target="reference").save(path)
     model = eager(elision.compile(original, [f"spec-sampling:model={path}"], target=target))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import elision
 from elision.errors import BadInput
@@ -15,20 +14,9 @@ from elision.ir.drafting.policy import Always
 from elision.ir.drafting.run import Drafting
 from elision.ir.program import drafting
 from elision.passes import from_text
+from tests.passes.small import ROOM, ragged, tiny
 
 METHODS = ["prompt-lookup", "pain-trie:nodes=20", "token-recycling:nodes=20", "aded:width=4"]
-ROOM = 160
-
-
-def tiny() -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=ROOM, initializer_range=0.1, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return model
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.nightly)])
@@ -40,13 +28,7 @@ def models(request: Any) -> tuple[elision.Model, elision.Model]:
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Four prompts of different lengths that repeat themselves, left-padded: ids and mask."""
-    lengths, generator = (7, 30, 1, 18), torch.Generator().manual_seed(1)
-    ids, mask = torch.zeros(4, 30, dtype=torch.int64), torch.zeros(4, 30, dtype=torch.int64)
-    for row, n in enumerate(lengths):
-        ids[row, 30 - n :] = torch.randint(1, 9, (n,), generator=generator)
-        mask[row, 30 - n :] = 1
-    return ids, mask
+    return ragged()
 
 
 def using(model: elision.Model, names: tuple[int, ...], nodes: int = 12) -> elision.Model:

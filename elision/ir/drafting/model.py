@@ -1,7 +1,7 @@
 """Drafts by a model: in every round, whether to draft, with which of the targets and how deep, and the trees themselves.
 
 A round drafts only where that is expected to pay: what one level of drafts takes and how often drafts come true is measured as it
-runs, what the call that verifies them takes by its number of nodes when the model is loaded (`elision.ir.drafting.policy`).
+runs, what the call that verifies them takes by its number of nodes before the first draft (`elision.ir.drafting.policy`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from elision.errors import BadInput
 from elision.ir.drafting.drafter import text_of
 from elision.ir.drafting.growth import growth_of
-from elision.ir.program import QUALITIES, Program, drafting, round_of
+from elision.ir.program import QUALITIES, Program, bypassing, drafting, round_of
 from elision.ir.states import KV
 from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.passes.base import Pass
@@ -25,7 +25,7 @@ SOURCES = ("layers", "exit", "exits", "model")
 @dataclass(frozen=True)
 class ModelPass(Pass):
     """Base of a pass that speculates with a model. Greedy output does not change; sampled output not either with rule "match",
-    with other rules not its distribution."""
+    with other rules not its distribution. A draft that is the whole model has all of its tokens accepted."""
 
     family: ClassVar[str] = "speculate"
     changes: ClassVar[str] = "round"
@@ -76,13 +76,7 @@ def without(program: Program, layers: Iterable[int], name: str, by: str) -> Grap
     if unknown := sorted(layers - set(there)):
         raise BadInput(f"{by}: there is no layer {unknown[0]}; the layers of {program.name} are {', '.join(map(str, there))}")
     labels = {f"{i}.{part}" for i in layers for part in there[i].parts}
-
-    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | tuple[Value, ...] | None:
-        if v.op != "call" or v.attr("label") not in labels:
-            return None
-        return (args[0], *(a for a in args if a.is_state)) if isinstance(v.type, tuple) else args[0]
-
-    return rewrite(_drafts(program.entries["step"], name), rule, program.targets)
+    return rewrite(_drafts(program.entries["step"], name), bypassing(labels), program.targets)
 
 
 def _drafts(step: Graph, name: str) -> Graph:

@@ -29,7 +29,8 @@ LIMITS: dict[str, tuple[int, int]] = {
 @dataclass(frozen=True)
 class TablePass(Pass):
     """Base of a pass that speculates with the drafter of its own name. Several of them share one tree: equal paths are merged,
-    and the length policy keeps the nodes that pay (`elision.ir.drafting`). The output does not change."""
+    and the length policy keeps the nodes that pay (`elision.ir.drafting`). No setting changes the output: a drafter that finds
+    nothing, or whose guesses do not pay, leaves plain decoding."""
 
     family: ClassVar[str] = "speculate"
     changes: ClassVar[str] = "round"

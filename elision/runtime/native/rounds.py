@@ -1,4 +1,5 @@
-"""A round of generation on native code: one call into it (two if there are drafts), and as little Python around as there can be.
+"""A round of generation on native code: one call into it, two if there are drafts (and those of a model that
+drafts), and as little Python around as there can be.
 
 It does what the round's graph says (`elision.ir.program.round_of`), for rounds of that form only; any other round is left to the
 interpreter, which runs the same entries through `Engine.run`.
