@@ -29,7 +29,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/mypy
 
 nightly: $(VENV)/.test
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m "nightly or not nightly"
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 7200 -m "nightly or not nightly"
 
 clean:
 	rm -rf .venv .ci-venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist elision.egg-info

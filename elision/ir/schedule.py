@@ -26,7 +26,7 @@ KERNEL, FLAGS, OPERANDS = 0, 1, 2  # words of a row
 BARRIER, HOST = 1, 2  # flags: wait for all threads after the row; return to the host before it
 
 # Words of the context, the one argument that a run has.
-THREADS, TABLE, STATES, SEQUENCES, COUNTER, AXES = 0, 1, 2, 3, 8, 24
+THREADS, TABLE, STATES, SEQUENCES, AXES = 0, 1, 2, 3, 8
 #: Words of a token axis in the context: how many tokens, then addresses of int64 arrays: the sequence, position, ancestor bits
 #: and node of each token, the first token of each sequence (one more than there are), the token of the parent axis, how many
 #: tokens of the prompt come after each.

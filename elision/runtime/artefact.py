@@ -27,7 +27,7 @@ from elision.runtime.text import Tokenizer
 if TYPE_CHECKING:
     from elision.runtime.model import Model
 
-FORMAT = 3
+FORMAT = 4
 
 
 def _is_count(value: Any) -> bool:

@@ -74,6 +74,28 @@ def test_two_models_from_two_threads(path: Path, tokens: torch.Tensor) -> None:
     assert not any(w.is_alive() for w in workers) and not wrong
 
 
+def test_what_a_run_was_given_may_go_as_soon_as_it_returns(path: Path, tokens: torch.Tensor) -> None:
+    """A worker that is late to leave must not look at the context of that run: a model that goes takes it along."""
+    code = (
+        "import sys, torch, elision\n"
+        "from elision.runtime.native.engine import Engine\n"
+        "launch, gone = Engine.launch, []\n"
+        "def leave(self, start):\n"
+        "    end = launch(self, start)\n"
+        "    gone.append(self._context)\n"
+        "    self._context = gone[-1].copy()\n"
+        "    gone[-1][:] = 0\n"
+        "    return end\n"
+        "Engine.launch = leave\n"
+        "model = elision.load(sys.argv[1], threads=6)\n"
+        "for _ in range(10):\n"
+        "    print(model.generate(torch.tensor([[3, 5, 7, 11]]), max_new_tokens=20).tolist())\n"
+        "assert len(gone) > 100\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == [str(tokens.tolist())] * 10
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_the_child_of_a_fork_generates(path: Path, tokens: torch.Tensor) -> None:
     code = (

@@ -11,8 +11,9 @@ import platform
 from elision.codegen.cpu.emit import PTR
 from elision.ir import schedule as abi
 
-# Words of a pool: the number of the job, sleeping workers, stop, then the job's context and first row.
-JOB, SLEEPERS, STOP, CONTEXT, START, POOL_WORDS = 0, 8, 16, 24, 25, 32
+# Words of a pool: the number of the job, sleeping workers, stop, the job's context and first row, the barrier's counter. The
+# counter is the pool's, and only grows: a worker may still be on its way out of a run whose context is already gone.
+JOB, SLEEPERS, STOP, CONTEXT, START, COUNTER = 0, 8, 16, 24, 25, 32
 _SPINS_BARRIER, _SPINS_WORKER = 2000, 20000
 
 #: Linux system calls (futex, sched_yield), by machine; elsewhere libc's functions stand in.
@@ -24,7 +25,7 @@ _PAUSE = {
 
 
 def driver() -> str:
-    """MLIR text of ``run(ctx, tid, start) -> row``, ``worker(pool, tid)``, ``launch(pool, ctx, start) -> row``, ``shutdown``."""
+    """MLIR text of ``run(pool, ctx, tid, start) -> row``, ``worker(pool, tid)``, ``launch(pool, ctx, start) -> row``, ``shutdown``."""
     machine = platform.machine()
     pause = _PAUSE.get(machine, "")
     if platform.system() == "Linux" and machine in _CALLS:
@@ -73,7 +74,7 @@ func.func private @barrier(%ctr: {PTR}, %threads: i64) {{
   }}
   return
 }}
-func.func @run(%ctx: {PTR}, %tid: i64, %start: i64) -> i64 {{
+func.func @run(%pool: {PTR}, %ctx: {PTR}, %tid: i64, %start: i64) -> i64 {{
   %zero = arith.constant 0 : i64
   %one = arith.constant 1 : i64
   %words = arith.constant {abi.WORDS} : i64
@@ -81,7 +82,7 @@ func.func @run(%ctx: {PTR}, %tid: i64, %start: i64) -> i64 {{
   %table = llvm.load %pb : {PTR} -> {PTR}
   %pt = llvm.getelementptr %ctx[{abi.THREADS}] : ({PTR}) -> {PTR}, i64
   %threads = llvm.load %pt : {PTR} -> i64
-  %ctr = llvm.getelementptr %ctx[{abi.COUNTER}] : ({PTR}) -> {PTR}, i64
+  %ctr = llvm.getelementptr %pool[{COUNTER}] : ({PTR}) -> {PTR}, i64
   %end = scf.while (%i = %start) : (i64) -> (i64) {{
     %at = arith.muli %i, %words : i64
     %row = llvm.getelementptr %table[%at] : ({PTR}, i64) -> {PTR}, i64
@@ -139,7 +140,7 @@ func.func @worker(%pool: {PTR}, %tid: i64) {{
     scf.if %go {{
       %ctx = llvm.load %pc : {PTR} -> {PTR}
       %start = llvm.load %ps : {PTR} -> i64
-      %e = func.call @run(%ctx, %tid, %start) : ({PTR}, i64, i64) -> i64
+      %e = func.call @run(%pool, %ctx, %tid, %start) : ({PTR}, {PTR}, i64, i64) -> i64
     }}
     scf.condition(%go) %found#1 : i64
   }} do {{
@@ -168,7 +169,7 @@ func.func @launch(%pool: {PTR}, %ctx: {PTR}, %start: i64) -> i64 {{
   llvm.store %ctx, %pc : {PTR}, {PTR}
   llvm.store %start, %ps : i64, {PTR}
   func.call @kick(%pool) : ({PTR}) -> ()
-  %end = func.call @run(%ctx, %zero, %start) : ({PTR}, i64, i64) -> i64
+  %end = func.call @run(%pool, %ctx, %zero, %start) : ({PTR}, {PTR}, i64, i64) -> i64
   return %end : i64
 }}
 func.func @shutdown(%pool: {PTR}) {{

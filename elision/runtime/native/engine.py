@@ -55,15 +55,13 @@ class Engine:
         self._tables: dict[str, Table] = {}
         self._caches: dict[str, dict[str, KVStore]] = {}
         self._described: dict[str, tuple[list[tuple[weakref.ref[KVStore], int]], np.ndarray[Any, np.dtype[np.int64]]]] = {}
-        self._context = np.zeros(abi.CONTEXT_WORDS + 8, np.int64)
-        self._context = self._context[(-self._context.ctypes.data % 64) // 8 :][: abi.CONTEXT_WORDS]
+        self._context = np.zeros(abi.CONTEXT_WORDS, np.int64)
         self.lock = threading.RLock()
         _engines.add(self)
 
     def after_fork(self) -> None:
-        """In the child nobody holds the lock, and nobody is on the way out of a run."""
+        """In the child nobody holds the lock."""
         self.lock = threading.RLock()
-        self._context[abi.COUNTER] = 0
 
     def run(self, entry: str, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         """The outputs of an entry for its inputs in order (tensors on the axis ``at``, then caches)."""
@@ -152,7 +150,6 @@ class _Run:
         self._table: Table | None = None
         self._kept: list[Any] = []  # what the context points to
         context = engine.context
-        # The barrier's counter only grows: a worker may still be on its way out of the previous run.
         context[abi.THREADS], context[abi.SEQUENCES] = engine.threads, at.rows
         self.set_axis(0, at.row, at)
 
