@@ -25,7 +25,8 @@ _PAUSE = {
 
 
 def driver() -> str:
-    """MLIR text of ``run(pool, ctx, tid, start) -> row``, ``worker(pool, tid)``, ``launch(pool, ctx, start) -> row``, ``shutdown``."""
+    """MLIR text of ``run(pool, ctx, tid, start) -> row``, ``worker(pool, tid)``, ``launch(pool, ctx, start) -> row`` and
+    ``shutdown(pool)``."""
     machine = platform.machine()
     pause = _PAUSE.get(machine, "")
     if platform.system() == "Linux" and machine in _CALLS:
