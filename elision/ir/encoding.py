@@ -1,36 +1,52 @@
 """Encodings at run time: from rows of numbers to stored codes and back.
 
 ``Float``: code = x in that dtype. ``Int``, per group (a run of ``group`` channels of one row, or of ``group``
-rows of one channel), with L = 127 for 8 bits and 7 for 4 bits:
+rows of one channel), with L = 2^(bits-1) - 1:
 
     symmetric   scale = max|x| / L                  code = round(x / scale)          x' = scale * code
     zero        low = min x                         code = round((x - low) / scale)  x' = low + scale * code
                 scale = (max x - low) / (2L + 1)
 
 ``scale`` and ``low`` are fp32. Error: |x - x'| <= scale / 2 + 2^-22 max|x| (the second term is fp32
-rounding). Four-bit codes lie two in a byte: the even channel in the low nibble; symmetric ones are stored
-with 8 added.
+rounding). Codes of four and two bits lie two and four in a byte, the first channel in the lowest bits; symmetric
+ones are stored with 2^(bits-1) added.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from elision.errors import BadInput
-from elision.ir.states import Encoding, Float
+from elision.ir.states import Encoding, Float, Int
 from elision.ir.types import DTYPES
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Encoded rows: ``codes [..., n, width]``; for Int ``scale`` and, with a zero point, ``low``, both fp32:
-    ``[..., n, D / group]`` grouped by channel, ``[..., n / group, D]`` grouped by token."""
+    """Encoded rows: ``codes [..., n, width]``, and what lies beside them, ``[..., n / every, *shape]`` (`sides`)."""
 
     codes: torch.Tensor
-    scale: torch.Tensor | None = None
-    low: torch.Tensor | None = None
+    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Side:
+    """An array beside the codes: every so many rows have one item of a shape."""
+
+    every: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def sides(enc: Encoding, dim: int) -> dict[str, Side]:
+    """What lies beside the codes of rows of ``dim`` channels: for Int ``scale`` and, with a zero point, ``low``."""
+    if isinstance(enc, Float):
+        return {}
+    side = Side(1, (dim // enc.group,), torch.float32) if enc.axis == "channel" else Side(enc.group, (dim,), torch.float32)
+    return {"scale": side, "low": side} if enc.zero else {"scale": side}
 
 
 def check(enc: Encoding, dim: int) -> None:
@@ -41,10 +57,8 @@ def check(enc: Encoding, dim: int) -> None:
         raise BadInput(
             f"{enc}: {dim} channels are not a multiple of the group {enc.group}; choose a divisor of {dim}"
         )
-    if enc.bits == 4 and dim % 2:
-        raise BadInput(
-            f"{enc}: an odd number of channels, {dim}, cannot be packed two to a byte; choose 8 bits"
-        )
+    if dim % (8 // enc.bits):
+        raise BadInput(f"{enc}: {dim} channels do not fill bytes of {8 // enc.bits} codes; choose 8 bits")
 
 
 def code_dtype(enc: Encoding) -> torch.dtype:
@@ -55,7 +69,7 @@ def code_dtype(enc: Encoding) -> torch.dtype:
 
 def code_width(enc: Encoding, dim: int) -> int:
     """Stored elements per row."""
-    return dim if isinstance(enc, Float) or enc.bits == 8 else dim // 2
+    return dim if isinstance(enc, Float) else dim * enc.bits // 8
 
 
 def encode(rows: torch.Tensor, enc: Encoding) -> Packed:
@@ -71,20 +85,21 @@ def encode(rows: torch.Tensor, enc: Encoding) -> Packed:
     axis = -1 if enc.axis == "channel" else -2
     x = rows if rows.dtype == torch.float64 else rows.float()
     x = torch.unflatten(x, axis, (-1, enc.group))
-    limit = 127 if enc.bits == 8 else 7
-    low = None
+    limit = 2 ** (enc.bits - 1) - 1
+    beside: dict[str, torch.Tensor] = {}
     if enc.zero:
         low = x.amin(axis, keepdim=True).float()
         scale = ((x.amax(axis, keepdim=True) - low) / (2 * limit + 1)).float()
         codes = _divide(x - low, scale).clamp(0, 2 * limit + 1)
+        beside["low"] = low.squeeze(axis)
     else:
         scale = (x.abs().amax(axis, keepdim=True) / limit).float()
         codes = _divide(x, scale).clamp(-limit, limit)
     codes = codes.flatten(axis - 1, axis)
-    if enc.bits == 4:
-        nibbles = (codes if enc.zero else codes + 8).to(torch.uint8)
-        codes = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    return Packed(codes.to(code_dtype(enc)), scale.squeeze(axis), None if low is None else low.squeeze(axis))
+    if enc.bits < 8:
+        parts = (codes if enc.zero else codes + limit + 1).to(torch.uint8).unflatten(-1, (-1, 8 // enc.bits))
+        codes = (parts << _shifts(enc)).sum(-1)
+    return Packed(codes.to(code_dtype(enc)), {"scale": scale.squeeze(axis), **beside})
 
 
 def decode(packed: Packed, enc: Encoding, dtype: torch.dtype) -> torch.Tensor:
@@ -92,17 +107,16 @@ def decode(packed: Packed, enc: Encoding, dtype: torch.dtype) -> torch.Tensor:
     codes = packed.codes
     if isinstance(enc, Float):
         return codes.to(dtype)
-    assert packed.scale is not None
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if enc.bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    if enc.bits < 8:
+        codes = ((codes[..., None] >> _shifts(enc)) & (2**enc.bits - 1)).flatten(-2)
     axis = -1 if enc.axis == "channel" else -2
     x = codes.to(wide)
-    if enc.bits == 4 and not enc.zero:
-        x = x - 8
-    x = torch.unflatten(x, axis, (-1, enc.group)) * packed.scale.unsqueeze(axis)
-    if packed.low is not None:
-        x = x + packed.low.unsqueeze(axis)
+    if enc.bits < 8 and not enc.zero:
+        x = x - 2 ** (enc.bits - 1)
+    x = torch.unflatten(x, axis, (-1, enc.group)) * packed.beside["scale"].unsqueeze(axis)
+    if enc.zero:
+        x = x + packed.beside["low"].unsqueeze(axis)
     rows: torch.Tensor = x.flatten(axis - 1, axis).to(dtype)
     return rows
 
@@ -110,3 +124,8 @@ def decode(packed: Packed, enc: Encoding, dtype: torch.dtype) -> torch.Tensor:
 def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """round(x / scale), 0 where the scale is 0."""
     return torch.where(scale > 0, torch.round(x / torch.where(scale > 0, scale, 1)), 0)
+
+
+def _shifts(enc: Int) -> torch.Tensor:
+    """Where the codes of a byte begin."""
+    return torch.arange(0, 8, enc.bits, dtype=torch.uint8)

@@ -44,8 +44,8 @@ class Int:
     zero: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.axis not in ("channel", "token") or self.group < 1:
-            raise BadInput(f"unknown encoding {self}; expected bits 4 or 8, axis channel or token, group >= 1")
+        if self.bits not in (2, 4, 8) or self.axis not in ("channel", "token") or self.group < 1:
+            raise BadInput(f"unknown encoding {self}; expected bits 2, 4 or 8, axis channel or token, group >= 1")
 
     @property
     def token_group(self) -> int:

@@ -5,6 +5,7 @@ from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
 from elision.passes.kv.h2o import H2O
+from elision.passes.kv.kivi import KIVI
 from elision.passes.kv.kv_quant import QuantisedKV
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
@@ -35,6 +36,7 @@ __all__ = [
     "A2SF",
     "GPTQ",
     "H2O",
+    "KIVI",
     "REGISTRY",
     "Aded",
     "BFloat16Weights",

@@ -11,7 +11,7 @@ from elision.ir.states import Float, Int
 
 INTS = st.builds(
     Int,
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 4, 8]),
     axis=st.sampled_from(["channel", "token"]),
     group=st.sampled_from([1, 2, 4, 8]),
     zero=st.booleans(),
@@ -33,12 +33,13 @@ def test_error_is_within_half_a_scale(enc: Int, seed: int, scale: float, dtype: 
     x = rows_of(seed, scale, dtype)
     packed = encode(x, enc)
     assert packed.codes.dtype == code_dtype(enc) and packed.codes.shape == (2, 3, 16, code_width(enc, 8))
-    assert packed.scale is not None and packed.scale.dtype == torch.float32
-    assert packed.scale.shape == (
+    found = packed.beside["scale"]
+    assert found.dtype == torch.float32
+    assert found.shape == (
         (2, 3, 16, 8 // enc.group) if enc.axis == "channel" else (2, 3, 16 // enc.group, 8)
     )
     axis = 3 if enc.axis == "channel" else 2
-    bound = packed.scale.repeat_interleave(enc.group, axis).double() / 2 + 2**-22 * x.abs().max()
+    bound = found.repeat_interleave(enc.group, axis).double() / 2 + 2**-22 * x.abs().max()
     assert bool(((x - decode(packed, enc, dtype)).abs() <= bound).all())
 
 
@@ -49,13 +50,13 @@ def test_scale_spans_the_group(enc: Int, seed: int) -> None:
     x = rows_of(seed, 1.0)
     groups = x.unflatten(3, (-1, enc.group)) if enc.axis == "channel" else x.unflatten(2, (-1, enc.group))
     axis = 4 if enc.axis == "channel" else 3
-    limit = 127 if enc.bits == 8 else 7
+    limit = {8: 127, 4: 7, 2: 1}[enc.bits]
     wanted = (
         (groups.amax(axis) - groups.amin(axis)) / (2 * limit + 1)
         if enc.zero
         else groups.abs().amax(axis) / limit
     )
-    torch.testing.assert_close(encode(x, enc).scale, wanted.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encode(x, enc).beside["scale"], wanted.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_known_codes() -> None:
@@ -63,8 +64,10 @@ def test_known_codes() -> None:
     packed = encode(x, Int(4, "channel", 4))
     assert packed.codes.tolist() == [[(-7 + 8) | (3 + 8) << 4, (7 + 8) | (0 + 8) << 4]]
     packed = encode(torch.tensor([[1.0, 1.5, 16.0, 2.0]]), Int(4, "channel", 4, zero=True))
-    assert packed.low is not None and packed.low.tolist() == [[1.0]]
+    assert packed.beside["low"].tolist() == [[1.0]]
     assert packed.codes.tolist() == [[0 | 0 << 4, 15 | 1 << 4]]  # round(0.5) is 0, to even
+    assert encode(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Int(2, "channel", 4, zero=True)).codes.tolist() == [[0b11100100]]
+    assert encode(torch.tensor([[-1.0, 1.0, 0.0, 1.0]]), Int(2, "channel", 4)).codes.tolist() == [[0b11101101]]
     assert encode(torch.tensor([[-254.0, 2.0]]), Int(8, "channel", 2)).codes.tolist() == [[-127, 1]]
 
 
@@ -88,5 +91,5 @@ def test_bad_shapes_are_refused() -> None:
         encode(torch.zeros(4, 8), Int(8, "channel", 3))
     with pytest.raises(BadInput, match="give whole groups"):
         encode(torch.zeros(5, 8), Int(8, "token", 4))
-    with pytest.raises(BadInput, match="two to a byte"):
+    with pytest.raises(BadInput, match="do not fill bytes of 2"):
         encode(torch.zeros(4, 7), Int(4, "channel", 7))
