@@ -124,7 +124,9 @@ class Plane:
 
     def read_all(self, n: int, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The first ``n`` slots of every row, or of ``rows [m]``: ``[B or m, H, n, D]``, perhaps a view."""
-        group, blocks = self.enc.token_group, -(-n // LANES)
+        group = self.enc.token_group
+        whole = -(-n // group) * group  # a group that is cut off by n is decoded whole
+        blocks = -(-whole // LANES)
         arrays = {name: a if rows is None else a[rows] for name, a in self.arrays.items()}
         codes = arrays["codes"][:, :, :blocks]
         if self.keys:  # one contiguous [W, C] matrix per head, seen transposed
@@ -133,7 +135,6 @@ class Plane:
             codes = codes.flatten(2, 3)
         if isinstance(self.enc, Float):
             return codes[:, :, :n].to(dtype)
-        whole = -(-n // group) * group  # a group that is cut off by n is decoded whole
         beside = {name: arrays[name][:, :, : whole // side.every] for name, side in self.sides.items()}
         return decode(Packed(codes[:, :, :whole], beside), self.enc, dtype)[:, :, :n]
 

@@ -273,7 +273,7 @@ class KVStore:
             return
         for name in what:
             times = (self.len[name][frm, _rows(rows)].amin(1) - keep).clamp(min=0) // n
-            for count in times.unique().tolist():
+            for count in sorted(set(times.tolist())):
                 evict.flush(self, _rows(rows)[times == count], frm, to, n * count, name)
 
     def select(self, keep: torch.Tensor, rows: Rows | None = None) -> None:

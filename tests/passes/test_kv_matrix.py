@@ -38,6 +38,7 @@ METHODS = {
     "snapkv": ("snapkv:budget=24,window=8", "snapkv:budget=160"),
     "kv-quant": ("kv-quant", ""),
     "kivi": ("kivi:bits=2,group=16,residual=16", "kivi:group=16,residual=160"),
+    "gear": ("gear:bits=2,block=16,rank=1", "gear:block=16,residual=160"),
 }
 BUDGETS = {
     "streaming-llm": "streaming-llm:sinks=2,window={}",
@@ -46,6 +47,7 @@ BUDGETS = {
     "snapkv": "snapkv:window=4,budget={}",
     "kv-quant": "kv-quant:group=4,bits={}",
     "kivi": "kivi:group=16,residual=0,bits={}",
+    "gear": "gear:block=16,rank=1,bits={}",
 }
 
 

@@ -113,10 +113,25 @@ def oracle(block: int, residual: int, keys: Round, values: Round, text: torch.Te
         return llama("rounded")(text).logits[0, PROMPT - 1 : -1]  # type: ignore[no-any-return]
 
 
+def with_outliers(bits: int, block: int, count: int) -> tuple[Round, Round]:
+    """Of GEAR without its matrix, for blocks as long as a row: ``count`` numbers at each end of a vector are kept."""
+
+    def rounded(x: torch.Tensor, along: int) -> torch.Tensor:
+        blocks = x.unflatten(1, (-1, block))  # [heads, blocks, n, D]
+        low, high = (sign * (sign * blocks).kthvalue(count, along, True).values for sign in (1, -1))
+        outlier = (blocks <= low) | (blocks >= high)
+        dense = torch.where(outlier, blocks.mean(along, keepdim=True), blocks)
+        return torch.where(outlier, blocks.half().float(), uniform(dense, bits, along)).flatten(1, 2)
+
+    return lambda k: rounded(k, 2), lambda v: rounded(v, 3)
+
+
 SETTINGS = {
     "kivi:bits=2,group=16,residual=16": (16, 16, *rounds(2, 16)),
     "kivi:bits=4,group=16,residual=0": (16, 0, *rounds(4, 16)),
     "kivi:bits=2,group=8,residual=24": (8, 24, *rounds(2, 8)),
+    "gear:bits=2,block=16,rank=0": (16, 0, *with_outliers(2, 16, 1)),
+    "gear:bits=4,block=16,rank=0,outliers=2,residual=16": (16, 16, *with_outliers(4, 16, 2)),
 }
 
 
@@ -129,7 +144,15 @@ def test_what_is_rounded_is_what_the_method_says(text: str) -> None:
     assert float((want - unrounded).abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("text", ["kivi:group=16,residual=128"])
+def test_a_matrix_of_full_rank_repairs_it_all() -> None:
+    """Up to its float16; a smaller one repairs less (what it is: `tests/ir/test_encoding.py`)."""
+    whole = generated(compiled(), ids())
+    want = logits(compiled(), whole)
+    error = [float((logits(compiled(f"gear:bits=2,block=16,rank={r}"), whole) - want).square().mean().sqrt()) for r in (0, 4, 16)]
+    assert error == sorted(error, reverse=True) and error[2] < 0.01 < 0.1 < error[0], error
+
+
+@pytest.mark.parametrize("text", ["kivi:group=16,residual=128", "gear:block=16,residual=128"])
 def test_a_tail_of_the_whole_context_changes_nothing(text: str) -> None:
     for target, close in (("reference", 0.0), ("cpu", 1e-4)):
         a, b = compiled(text, target=target), compiled(target=target)
@@ -180,14 +203,20 @@ def test_bad_input_is_told() -> None:
         "kivi:group=32,residual=40": "expected a multiple of 32 tokens",
         "kivi:residual=-32": "residual=-32",
         "kivi:group=12,residual=0": "not a multiple of the group 12",
+        "gear:bits=16": "bits=16; expected 2, 4 or 8",
+        "gear:block=300": "blocks of 1 to 256",
+        "gear:rank=-1": "expected a rank of 0 to 64",
+        "gear:block=16,outliers=8": "fewer than 16 outliers",
+        "gear:residual=10": "expected a multiple of 64",
     }.items():
         with pytest.raises(BadInput, match=why):
             elision.compile(llama(), passes=[text], target="reference")
 
 
-@pytest.mark.parametrize(
-    "passes", [("h2o", "kivi"), ("kivi", "h2o"), ("kv-quant", "kivi"), ("kivi", "kv-quant"), ("kivi", "kivi"), ("snapkv", "kivi")]
-)
-def test_two_methods_on_one_cache_are_refused(passes: tuple[str, ...]) -> None:
+PAIRS = ["h2o kivi", "kivi h2o", "kv-quant kivi", "kivi kv-quant", "kivi kivi", "snapkv gear", "gear kivi"]
+
+
+@pytest.mark.parametrize("passes", PAIRS)
+def test_two_methods_on_one_cache_are_refused(passes: str) -> None:
     with pytest.raises(BadInput, match="compressed by another pass"):
-        elision.compile(llama(), passes=list(passes), target="reference")
+        elision.compile(llama(), passes=passes.split(), target="reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from elision.codegen.cpu import cache, observe
-from elision.codegen.cpu.attention_rules import forms, lists_of
+from elision.codegen.cpu.attention_rules import forms, lists_of, older
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
@@ -80,9 +80,8 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         state = program.states[name]
         assert isinstance(state, KV)
         kinds, lists = forms(state), lists_of(state)
-        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists)
-        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists)
-        kernel = kernels.add(key, make)
+        key = (state.heads, state.dim, state.vdim, kinds, lists, older(state) is not None)
+        kernel = kernels.add(("commit", *key), lambda n, key=key: cache.commit(n, *key))
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     for name in names:
         state = program.states[name]
