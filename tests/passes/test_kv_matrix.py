@@ -159,7 +159,7 @@ def test_weight_formats_and_skipped_layers(name: str) -> None:
         assert torch.equal(tokens(model), tokens(compiled("skip-layers:layers=1", *formats, tight)))
         assert sorted(model.program.states) == ["kv_0", "kv_2"] and model.native is not None
         hosts = {op for entry in model.native.hosts.values() for op, _ in entry}
-        assert not hosts & {"append", "attend", "observe"}
+        assert bool(hosts & {"append", "attend", "observe"}) == (name == "gear")
         if whole:
             plain = tokens(compiled("skip-layers:layers=1", *formats))
             assert torch.equal(tokens(compiled(whole, "skip-layers:layers=1", *formats)), plain)
