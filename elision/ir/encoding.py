@@ -125,8 +125,8 @@ def encode(rows: torch.Tensor, enc: Encoding) -> Packed:
         codes = _divide(x, scale).clamp(-limit, limit)
     codes = codes.flatten(axis - 1, axis)
     if enc.bits < 8:
-        parts = (codes if enc.zero else codes + limit + 1).to(torch.uint8).unflatten(-1, (-1, 8 // enc.bits))
-        codes = (parts << _shifts(enc)).sum(-1)
+        parts = (codes if enc.zero else codes + limit + 1).to(torch.uint8)
+        codes = (torch.unflatten(parts, -1, (-1, 8 // enc.bits)) << _shifts(enc)).sum(-1)
     return Packed(codes.to(code_dtype(enc)), {"scale": scale.squeeze(axis), **beside})
 
 
@@ -153,7 +153,7 @@ def decode(packed: Packed, enc: Encoding, dtype: torch.dtype) -> torch.Tensor:
 
 def _repaired(rows: torch.Tensor, enc: Repaired) -> Packed:
     axis = _vectors(enc)
-    blocks = (rows if rows.dtype == torch.float64 else rows.float()).unflatten(-2, (-1, enc.block))
+    blocks = torch.unflatten(rows if rows.dtype == torch.float64 else rows.float(), -2, (-1, enc.block))
     beside: dict[str, torch.Tensor] = {}
     dense = blocks
     if enc.outliers:
@@ -162,7 +162,7 @@ def _repaired(rows: torch.Tensor, enc: Repaired) -> Packed:
         beside = {"outlier": value, "place": place}
     packed = encode(dense.flatten(-3, -2), enc.codes)
     if enc.rank:
-        error = dense - decode(packed, enc.codes, dense.dtype).unflatten(-2, (-1, enc.block))
+        error = dense - torch.unflatten(decode(packed, enc.codes, dense.dtype), -2, (-1, enc.block))
         if enc.outliers:
             error = error.scatter(axis, beside["place"].long(), 0.0)
         beside["left"], beside["right"] = repair.low_rank(error, enc.rank)
@@ -172,18 +172,18 @@ def _repaired(rows: torch.Tensor, enc: Repaired) -> Packed:
 
 def _mended(packed: Packed, enc: Repaired, dtype: torch.dtype) -> torch.Tensor:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    blocks = decode(packed, enc.codes, wide).unflatten(-2, (-1, enc.block))
-    dim = blocks.shape[-1]
-    beside = {
-        name: packed.beside[name].unflatten(-1 - len(side.shape), (-1, enc.block)) if side.every == 1 else packed.beside[name]
-        for name, side in sides(enc, dim).items()
-        if name not in sides(enc.codes, dim)
-    }
+    blocks = torch.unflatten(decode(packed, enc.codes, wide), -2, (-1, enc.block))
+
+    def beside(name: str) -> torch.Tensor:
+        x, side = packed.beside[name], sides(enc, blocks.shape[-1])[name]
+        return x if side.every > 1 else torch.unflatten(x, -1 - len(side.shape), (-1, enc.block))
+
     if enc.rank:
-        blocks = blocks + beside["left"].to(wide) @ beside["right"].to(wide).transpose(-1, -2)
+        blocks = blocks + beside("left").to(wide) @ beside("right").to(wide).transpose(-1, -2)
     if enc.outliers:
-        blocks = blocks.scatter(_vectors(enc), beside["place"].long(), beside["outlier"].to(wide))
-    return blocks.flatten(-3, -2).to(dtype)
+        blocks = blocks.scatter(_vectors(enc), beside("place").long(), beside("outlier").to(wide))
+    rows: torch.Tensor = blocks.flatten(-3, -2).to(dtype)
+    return rows
 
 
 def _vectors(enc: Repaired) -> int:

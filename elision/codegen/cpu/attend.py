@@ -169,9 +169,9 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     start = fn.load(state.address("older_len_k"), "i64", line)
                     slot = head * state.number("older_blocks") * LANES
                     sizes = (row_bytes(form, dim) for form, dim in zip(before.forms, (site.dim, site.vdim), strict=True))
-                    codes = [fn.at(state.address(f"older_{what}"), slot * size) for what, size in zip("kv", sizes, strict=True)]
-                    high = (start + (LANES - 1)) // LANES
-                    visit(older, *codes, positions, *share(high), start, arrays(state, before, "older_", head, slot))
+                    k, v = (fn.at(state.address(f"older_{what}"), slot * size) for what, size in zip("kv", sizes, strict=True))
+                    mine = share((start + (LANES - 1)) // LANES)
+                    visit(older, k, v, positions, *mine, start, arrays(state, before, "older_", head, slot))
                 k_size, v_size = (row_bytes(form, dim) for form, dim in zip(site.forms, (site.dim, site.vdim), strict=True))
                 at = head * state.number("blocks") * LANES
                 visit(

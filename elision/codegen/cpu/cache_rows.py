@@ -16,7 +16,7 @@ from elision.codegen.refusal import NotNative
 from elision.ir.states import Encoding, Float, Int, Repaired
 
 Form = str | Grouped
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}
+BYTES: dict[Form, int] = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}
 _LIMIT = 127.0  # of a code
 
 

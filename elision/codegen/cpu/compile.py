@@ -92,8 +92,10 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         state = program.states[name]
         assert isinstance(state, KV)
         kinds, lists = forms(state), lists_of(state)
-        key = (state.heads, state.dim, state.vdim, kinds, lists, older(state) is not None)
-        kernel = kernels.add(("commit", *key), lambda n, key=key: cache.commit(n, *key))
+        before = older(state) is not None
+        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists, before)
+        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists, older=before)
+        kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     for name in names:
         state = program.states[name]

@@ -118,11 +118,12 @@ def products(
 
     def key(base: Val, block: Val, channel: Val, s: int, raw: Val | None, sides: list[Val]) -> Val:
         """The keys of a block at a channel, the ``s``-th of a step."""
-        if coded is None or raw is None:
+        if not isinstance(form, Grouped) or raw is None:
+            assert isinstance(form, str)
             return load(fn, base, (channel + s) * LANES, form, LANES)
-        if coded.by_token:
-            sides = grouped.key_sides(fn, coded, dim, beside or {}, block, channel + s)
-        return grouped.scaled(fn, grouped.floats(fn, raw, coded, s % coded.per), sides[0], sides[1] if coded.zero else None)
+        if form.by_token:
+            sides = grouped.key_sides(fn, form, dim, beside or {}, block, channel + s)
+        return grouped.scaled(fn, grouped.floats(fn, raw, form, s % form.per), sides[0], sides[1] if form.zero else None)
 
     def together(begin: Val, end: Val, n: int) -> None:
         """Blocks ``begin .. end - 1``, ``n`` at a time."""
