@@ -1,8 +1,9 @@
-"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|speed [--out FILE]``.
+"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|rounding|speed [--out FILE]``.
 
 quality: perplexity of the last 256 tokens of sequences of 2048 (every second topic of Python's documentation, which no pass is
 calibrated on) after a prompt of the first 1792, for caches of a share of the prompt, beside random eviction, recent tokens only,
-and the whole cache. speed: time to the first token, tokens per second and bytes of state after prompts of 2048 and 8000 tokens.
+and the whole cache. rounding: the same for caches that hold everything, in fewer bits. speed: time to the first token, tokens per
+second and bytes of state after prompts of 2048 and 8000 tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any, ClassVar
 import torch
 
 import elision
+from elision.ir.layout import row_bytes
 from elision.ir.program import Program
 from elision.ir.requests import Requests
-from elision.ir.states import Budget
+from elision.ir.states import KV, Budget
 from elision.ir.tokens import Tokens
 from elision.ir.value import Builder, Value
 from elision.ir.verify import Request
@@ -123,6 +125,27 @@ def quality() -> Iterator[str]:
         yield f"| `{' '.join(passes)}` | {found[0]:.3f} ({found[0] / full - 1:+.2%}) |" + " |" * (len(SHARES) - 1)
 
 
+ROUNDED = (
+    "kv-quant:bits=8", "kv-quant:bits=4", "kv-quant:bits=4,group=32", "kivi:bits=8,group=32,residual=32",
+    "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "kivi:bits=2,group=32,residual=128", "gear:bits=4",
+    "gear:bits=2", "gear:bits=2,outliers=0",
+)  # fmt: skip
+
+
+def rounding(rows: int, chosen: list[str]) -> Iterator[str]:
+    yield "| cache | bits per number | perplexity | change |"
+    yield "|---|---:|---:|---:|"
+    text, full = None, 0.0
+    for name in ("", *(chosen or ROUNDED)):
+        model = elision.compile("smollm2", passes=["bf16", *([name] if name else [])], max_batch=rows)
+        text = sequences(model)[:rows] if text is None else text
+        types = [t for t in model.program.states.values() if isinstance(t, KV)]
+        bits = 8 * sum(row_bytes(t) for t in types) / sum(t.heads * (t.dim + t.vdim) for t in types)
+        found = perplexity(model, text)
+        full = full or found
+        yield f"| {f'`{name}`' if name else 'all of it, float32'} | {bits:.2f} | {found:.3f} | {found / full - 1:+.2%} |"
+
+
 def speed(threads: int) -> Iterator[str]:
     yield "| prompt | weights | cache | first token, s | ms per token | tokens/s | state, MB | while the prompt came in, MB |"
     yield "|---:|---|---|---:|---:|---:|---:|---:|"
@@ -145,11 +168,14 @@ def speed(threads: int) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["quality", "speed"])
+    parser.add_argument("what", choices=["quality", "rounding", "speed"])
     parser.add_argument("--out", help="file to append to")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=ROWS, help="sequences, of rounding")
+    parser.add_argument("--methods", nargs="*", default=[], help="passes, of rounding")
     args = parser.parse_args()
-    lines = quality() if args.what == "quality" else speed(args.threads)
+    chosen = {"quality": quality, "rounding": lambda: rounding(args.rows, args.methods), "speed": lambda: speed(args.threads)}
+    lines = chosen[args.what]()
     begun = time.perf_counter()
     with torch.inference_mode():
         for line in lines:

@@ -4,8 +4,9 @@ memory.
 A `Plane` holds the keys or the values of one segment. Rows lie in blocks of ``LANES`` = 16 slots. Keys have
 the slot as the innermost lane, ``codes [B, H, C/16, W, 16]``, so that one query times sixteen keys is one vector
 operation per channel; values have the channel innermost, ``codes [B, H, C/16, 16, W]``. ``W`` is the code
-width: D, or D/2 bytes for four bits. Scales and minima lie beside them in slot order: ``[B, H, C', D/group]``
-grouped by channel (C' slots, C rounded up to whole blocks), ``[B, H, C//group, D]`` by token.
+width: D, or D bits/8 bytes for fewer than eight bits. Scales, minima and whatever else an encoding has
+(`elision.ir.encoding.sides`) lie beside them in slot order: ``[B, H, C', ...]`` where every slot has its own (C' slots,
+C rounded up to whole blocks), ``[B, H, C // n, ...]`` where n slots share one.
 
 The bytes follow from the type: `nbytes` sums the same shapes that `allocate` allocates.
 """
@@ -16,7 +17,7 @@ from math import prod
 
 import torch
 
-from elision.ir.encoding import Packed, check, code_dtype, code_width, decode, encode
+from elision.ir.encoding import Packed, Side, check, code_dtype, code_width, decode, encode, sides
 from elision.ir.states import (
     KV,
     Array,
@@ -71,11 +72,9 @@ def plane_spec(enc: Encoding, rows: int, heads: int, capacity: int, dim: int, ke
     width, blocks = code_width(enc, dim), -(-capacity // LANES)
     inner = (width, LANES) if keys else (LANES, width)
     spec: Spec = {"codes": ((rows, heads, blocks, *inner), code_dtype(enc))}
-    if not isinstance(enc, Float):
-        per = (blocks * LANES, dim // enc.group) if enc.axis == "channel" else (capacity // enc.group, dim)
-        spec["scale"] = ((rows, heads, *per), torch.float32)
-        if enc.zero:
-            spec["low"] = spec["scale"]
+    for name, side in sides(enc, dim).items():
+        count = blocks * LANES if side.every == 1 else capacity // side.every
+        spec[name] = ((rows, heads, count, *side.shape), side.dtype)
     return spec
 
 
@@ -106,12 +105,12 @@ class Plane:
             dim,
             keys,
         )
-        self.arrays = allocate(plane_spec(enc, rows, heads, capacity, dim, keys))
+        self.arrays, self.sides = allocate(plane_spec(enc, rows, heads, capacity, dim, keys)), sides(enc, dim)
         self.written: torch.Tensor | None = None  # [B, H, C], only when poisoned
         if poison is not None:
             self.written = torch.zeros(rows, heads, capacity, dtype=torch.bool)
-            for name, array in self.arrays.items():
-                array.fill_(1 if name == "codes" and not isinstance(enc, Float) else poison)
+            for array in self.arrays.values():
+                array.fill_(poison if array.dtype.is_floating_point else 1)
 
     def write(self, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Encode ``rows [..., m, D]`` into these slots."""
@@ -125,7 +124,9 @@ class Plane:
 
     def read_all(self, n: int, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The first ``n`` slots of every row, or of ``rows [m]``: ``[B or m, H, n, D]``, perhaps a view."""
-        group, blocks = self.enc.token_group, -(-n // LANES)
+        group = self.enc.token_group
+        whole = -(-n // group) * group  # a group that is cut off by n is decoded whole
+        blocks = -(-whole // LANES)
         arrays = {name: a if rows is None else a[rows] for name, a in self.arrays.items()}
         codes = arrays["codes"][:, :, :blocks]
         if self.keys:  # one contiguous [W, C] matrix per head, seen transposed
@@ -134,9 +135,8 @@ class Plane:
             codes = codes.flatten(2, 3)
         if isinstance(self.enc, Float):
             return codes[:, :, :n].to(dtype)
-        whole = -(-n // group) * group  # a group that is cut off by n is decoded whole
-        per = [arrays[k][:, :, : whole // group] if k in arrays else None for k in ("scale", "low")]
-        return decode(Packed(codes[:, :, :whole], *per), self.enc, dtype)[:, :, :n]
+        beside = {name: arrays[name][:, :, : whole // side.every] for name, side in self.sides.items()}
+        return decode(Packed(codes[:, :, :whole], beside), self.enc, dtype)[:, :, :n]
 
     def copy(
         self,
@@ -182,28 +182,20 @@ class Plane:
             self.arrays["codes"][b, h, block, :, lane] = packed.codes
         else:
             self.arrays["codes"][b, h, block, lane] = packed.codes
-        if packed.scale is not None:
-            place = self._groups(b, h, slots)
-            self.arrays["scale"][place] = packed.scale
-            if packed.low is not None:
-                self.arrays["low"][place] = packed.low
+        for name, side in self.sides.items():
+            self.arrays[name][self._place(side, b, h, slots)] = packed.beside[name]
 
     def _get(self, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor) -> Packed:
         block, lane = slots // LANES, slots % LANES
         codes = self.arrays["codes"]
         codes = codes[b, h, block, :, lane] if self.keys else codes[b, h, block, lane]
-        if isinstance(self.enc, Float):
-            return Packed(codes)
-        place = self._groups(b, h, slots)
-        return Packed(
-            codes, self.arrays["scale"][place], self.arrays["low"][place] if self.enc.zero else None
-        )
+        return Packed(codes, {n: self.arrays[n][self._place(side, b, h, slots)] for n, side in self.sides.items()})
 
-    def _groups(self, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The place of the scales of a run of slots."""
-        group = self.enc.token_group
-        first = [x if x.shape[-1] == 1 else x[..., ::group] for x in (b, h)]
-        return (*first, slots[..., ::group] // group)
+    @staticmethod
+    def _place(side: Side, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Where a run of slots has what lies beside its codes."""
+        first = [x if x.shape[-1] == 1 else x[..., :: side.every] for x in (b, h)]
+        return (*first, slots[..., :: side.every] // side.every)
 
 
 # --- whole states ---------------------------------------------------------------------------------

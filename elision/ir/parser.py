@@ -25,8 +25,8 @@ MOST = 1 << 26  # characters; a program of 100 layers has about 10^5
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        states.Float, states.Int, states.Dense, states.Ring, states.Budget, states.Paged, states.Scratch, states.Segment,
-        states.Present, states.Scores, states.KV, states.Journal, states.Snapshot, states.Array, Host,
+        states.Float, states.Int, states.Repaired, states.Dense, states.Ring, states.Budget, states.Paged, states.Scratch,
+        states.Segment, states.Present, states.Scores, states.KV, states.Journal, states.Snapshot, states.Array, Host,
     )
 }  # fmt: skip
 
@@ -262,7 +262,7 @@ def _fits(value: Any, hint: str) -> bool:
     """Whether a value is of a field's annotated type, for the few types that fields of the IR have."""
     kinds: dict[str, Any] = {
         "int": int, "float": (int, float), "str": str, "bool": bool, "Slots": states.Slots, "Encoding": states.Encoding,
-        "Present": states.Present,
+        "Present": states.Present, "Int": states.Int,
     }  # fmt: skip
     if hint.startswith("tuple"):
         inner = states.Segment if "Segment" in hint else int

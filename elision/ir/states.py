@@ -44,15 +44,41 @@ class Int:
     zero: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.axis not in ("channel", "token") or self.group < 1:
-            raise BadInput(f"unknown encoding {self}; expected bits 4 or 8, axis channel or token, group >= 1")
+        if self.bits not in (2, 4, 8) or self.axis not in ("channel", "token") or self.group < 1:
+            raise BadInput(f"unknown encoding {self}; expected bits 2, 4 or 8, axis channel or token, group >= 1")
 
     @property
     def token_group(self) -> int:
         return self.group if self.axis == "token" else 1
 
 
-Encoding = Float | Int
+@dataclass(frozen=True)
+class Repaired:
+    """Rows stored as ``codes``, and beside them, for every ``block`` rows of a head, what repairs their rounding: a matrix of
+    rank ``rank``, and, exact to float16, the ``outliers`` largest and as many smallest numbers of every vector (a channel of the
+    block where codes are grouped by token, else a row). Written and dropped by blocks (GEAR)."""
+
+    codes: Int
+    block: int
+    rank: int = 2
+    outliers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block <= 256 or self.block % self.codes.token_group:
+            raise BadInput(f"{self}: expected blocks of 1 to 256 rows, whole token groups of {self.codes.token_group}")
+        if not 0 <= self.rank <= self.block or self.outliers < 0:
+            raise BadInput(f"{self}: expected a rank of 0 to {self.block} and outliers of at least 0")
+
+    @property
+    def bits(self) -> int:
+        return self.codes.bits
+
+    @property
+    def token_group(self) -> int:
+        return self.block
+
+
+Encoding = Float | Int | Repaired
 
 # --- slots: which rows of a segment are in use, and where the next one goes ----------------------------------------------
 

@@ -263,12 +263,18 @@ class KVStore:
         for what, x in (("k", k), ("v", v)):
             s.write(what, b, self.heads, torch.arange(n), x[None])
 
-    def flush(self, rows: Rows, frm: int, to: int, n: int, what: str = "kv") -> None:
+    def flush(self, rows: Rows, frm: int, to: int, n: int, what: str = "kv", keep: int = -1) -> None:
         """Move the oldest ``n`` keys and values (or only ``"k"`` or ``"v"``) of segment ``frm`` to the end of
-        ``to``, in its encoding, for some rows. ``to`` is before ``frm``, and what lies between is empty.
-        Raises IllegalProgram when token groups would be cut (rule encoding) or a Ring or shared segment would
-        change (rule address)."""
-        evict.flush(self, _rows(rows), frm, to, n, what)
+        ``to``, in its encoding, for some rows: once, or with ``keep`` >= 0 as often as each row keeps at least so many.
+        ``to`` is before ``frm``, and what lies between is empty. Raises IllegalProgram when token groups would be cut (rule
+        encoding) or a Ring or shared segment would change (rule address)."""
+        if keep < 0:
+            evict.flush(self, _rows(rows), frm, to, n, what)
+            return
+        for name in what:
+            times = (self.len[name][frm, _rows(rows)].amin(1) - keep).clamp(min=0) // n
+            for count in sorted(set(times.tolist())):
+                evict.flush(self, _rows(rows)[times == count], frm, to, n * count, name)
 
     def select(self, keep: torch.Tensor, rows: Rows | None = None) -> None:
         """Keep exactly the entries ``keep [R, 1 or H, N]`` of some rows (all by default): ascending indices

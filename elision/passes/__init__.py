@@ -4,7 +4,9 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
+from elision.passes.kv.gear import GEAR
 from elision.passes.kv.h2o import H2O
+from elision.passes.kv.kivi import KIVI
 from elision.passes.kv.kv_quant import QuantisedKV
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
@@ -33,8 +35,10 @@ from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
     "A2SF",
+    "GEAR",
     "GPTQ",
     "H2O",
+    "KIVI",
     "REGISTRY",
     "Aded",
     "BFloat16Weights",

@@ -9,7 +9,22 @@ from hypothesis import strategies as st
 from elision.errors import BadInput
 from elision.ir.mask import Mask
 from elision.ir.program import Program, Tick
-from elision.ir.states import KV, Array, Budget, Dense, Float, Int, Journal, Paged, Present, Ring, Scratch, Segment, Snapshot
+from elision.ir.states import (
+    KV,
+    Array,
+    Budget,
+    Dense,
+    Float,
+    Int,
+    Journal,
+    Paged,
+    Present,
+    Repaired,
+    Ring,
+    Scratch,
+    Segment,
+    Snapshot,
+)
 from elision.ir.types import Axis, Host, Tensor
 from elision.ir.value import Builder, Env, Graph, Value
 
@@ -17,8 +32,9 @@ names = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
 floats = st.floats(allow_nan=True, allow_infinity=True)
 encodings = st.one_of(
     st.builds(Float, st.sampled_from(["f64", "f32", "bf16", "f16"])),
-    st.builds(Int, st.sampled_from([4, 8]), st.just("channel"), st.sampled_from([4, 8]), st.booleans()),
+    st.builds(Int, st.sampled_from([2, 4, 8]), st.just("channel"), st.sampled_from([4, 8]), st.booleans()),
 )
+by_blocks = st.builds(Repaired, st.just(Int(4, "channel", 4)), st.integers(4, 9), st.integers(0, 4), st.integers(0, 1))
 slots = st.one_of(
     st.just(Dense()),
     st.builds(Ring, st.integers(1, 64), st.integers(0, 4), st.integers(1, 8)),
@@ -30,7 +46,7 @@ slots = st.one_of(
 @st.composite
 def caches(draw: Any) -> KV:
     k, v = draw(encodings), draw(encodings)
-    segments = [Segment(Dense(), draw(encodings), draw(encodings), draw(st.booleans()))] * draw(st.integers(0, 1))
+    segments = [Segment(Dense(), draw(encodings | by_blocks), draw(encodings), draw(st.booleans()))] * draw(st.integers(0, 1))
     segments.append(Segment(draw(slots), k, v))
     segments += [Segment(Scratch(draw(st.integers(1, 64))), k, v)] * draw(st.integers(0, 1))
     return KV(

@@ -10,10 +10,10 @@ from elision.errors import BadInput
 from elision.ir.array_store import ArrayStore
 from elision.ir.encoding import decode, encode
 from elision.ir.layout import Plane, nbytes, row_bytes
-from elision.ir.states import KV, Array, Dense, Float, Int, Journal, Segment, Snapshot
+from elision.ir.states import KV, Array, Dense, Float, Int, Journal, Repaired, Segment, Snapshot
 from elision.ir.store import KVStore
 
-ENCODINGS = [F64, Float("bf16"), CHANNEL8, CHANNEL4, TOKEN8, TOKEN4]
+ENCODINGS = [F64, Float("bf16"), CHANNEL8, CHANNEL4, TOKEN8, TOKEN4, Repaired(TOKEN4, 4, 1, 1), Repaired(CHANNEL8, 4, 2, 0)]
 
 
 def test_the_blocked_layout() -> None:
@@ -30,7 +30,7 @@ def test_the_blocked_layout() -> None:
 
 
 @given(st.sampled_from(ENCODINGS), st.booleans(), st.integers(0, 99))
-def test_write_read_and_copy(enc: Float | Int, keys: bool, seed: int) -> None:
+def test_write_read_and_copy(enc: Float | Int | Repaired, keys: bool, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     group = enc.token_group
     plane = Plane(enc, 3, 2, 20, 4, keys=keys)
@@ -48,7 +48,7 @@ def test_write_read_and_copy(enc: Float | Int, keys: bool, seed: int) -> None:
     other = Plane(enc, 3, 2, 12, 4, keys=keys)
     other.copy(plane, b, h, slots, torch.arange(8))
     assert torch.equal(other.read_all(8, torch.float64)[[2, 0]], wanted)
-    assert not bool(other.read_all(12, torch.float64)[1].any()) or isinstance(enc, Int)
+    assert not bool(other.read_all(12, torch.float64)[1].any()) or isinstance(enc, Int | Repaired)
 
 
 @given(

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from elision.codegen.cpu import vector_math as vm
-from elision.codegen.cpu.cache_rows import BYTES
+from elision.codegen.cpu.cache_rows import row_bytes
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.flash import CHUNK, Site, both, flash, weigh
-from elision.codegen.cpu.kernel import Kernel
+from elision.codegen.cpu.grouped import Grouped
+from elision.codegen.cpu.kernel import Kernel, State
 from elision.codegen.cpu.observe import padded, waiting
 from elision.codegen.cpu.rows import channels
 from elision.codegen.cpu.tile import (
@@ -55,6 +56,10 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
     ``by_queries`` 0: every thread takes part of the positions for all queries; 1: all positions for part of the queries.
     """
     flashes = {tile: flash(f"{name}_flash{tile}", site, tile, f"{name}_weigh") for tile in site.tiles}
+    functions, older, before = [weigh(f"{name}_weigh", site), *flashes.values()], flashes, site.before
+    if before is not None:
+        older = {tile: flash(f"{name}_older{tile}", before, tile, f"{name}_weigh_older") for tile in site.tiles}
+        functions += [weigh(f"{name}_weigh_older", before), *older.values()]
     kernel = Kernel(name)
     fn = kernel.fn
     axis, q, state = kernel.axis(), kernel.view("q"), kernel.state("S")
@@ -122,15 +127,18 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                 with each() as (query0, tile):
                     prepare(query0, tile)
 
-                def visit(k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, scales: list[Val], drafted: bool) -> None:
-                    """The tiles over blocks ``low .. high - 1``, a chunk at a time."""
+                def visit(
+                    flashes: dict[int, Fn], k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, beside: list[Val],
+                    start: Val | int = 0, drafted: bool = False,
+                ) -> None:  # fmt: skip
+                    """The tiles over blocks ``low .. high - 1``, a chunk at a time. ``start``: entries before the first one."""
                     with fn.loop(low, high, CHUNK) as chunks, each() as (query0, tile):
                         left = count - query0
                         begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
                         masked, nodes = begins, fn.const(int(drafted), "i1")
                         if site.ordered and not (site.first or drafted):
                             # blocks that no query sees, and those before ``masked`` that all see
-                            sight = [fn.load(tile, "i64", SIGHT + i) for i in range(4)]
+                            sight = [fn.load(tile, "i64", SIGHT + i) - start for i in range(4)]
                             begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
                             ends = fn.minimum(ends, sight[3] // LANES + 1)
                             masked = fn.minimum(ends, fn.minimum(sight[2] + 1, limit) // LANES)
@@ -141,22 +149,34 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                             if many < TILE:
                                 fits = both(fn, fits, fn.compare(left, "sle", many))
                             with fn.when(fits):
-                                args = [tile, scores.base, k, v, pos, begins, ends, limit, masked, nodes, scale, *scales]
+                                args = [tile, scores.base, k, v, pos, begins, ends, limit, masked, nodes, scale, *beside]
                                 fn.call(inner.name, *args)
                             less = many
 
-                low, high = zero, blocks
-                if site.ordered and not site.first:  # nothing before the first position that the first token sees
-                    seen = bounds(fn, fn.load(axis.array("pos"), "i64", begin), window, chunk, full)[0]
-                    low = fn.minimum(fn.maximum(seen, 0) // LANES, high)
-                a, b = kernel.part(high - low)
-                mine = fn.select(split, low + a, low), fn.select(split, low + b, high)
-                k_size, v_size = BYTES[site.forms[0]], BYTES[site.forms[1]]
+
+                def share(high: Val, start: Val | int = 0) -> tuple[Val, Val]:
+                    """This thread's part of so many blocks."""
+                    low = zero
+                    if site.ordered and not site.first:  # nothing before the first position that the first token sees
+                        seen = bounds(fn, fn.load(axis.array("pos"), "i64", begin), window, chunk, full)[0] - start
+                        low = fn.minimum(fn.maximum(seen, 0) // LANES, high)
+                    a, b = kernel.part(high - low)
+                    return fn.select(split, low + a, low), fn.select(split, low + b, high)
+
+                positions = fn.at(state.address("pos"), line * state.number("entries"), "i32")
+                start: Val | int = 0
+                if before is not None:
+                    start = fn.load(state.address("older_len_k"), "i64", line)
+                    slot = head * state.number("older_blocks") * LANES
+                    sizes = (row_bytes(form, dim) for form, dim in zip(before.forms, (site.dim, site.vdim), strict=True))
+                    k, v = (fn.at(state.address(f"older_{what}"), slot * size) for what, size in zip("kv", sizes, strict=True))
+                    mine = share((start + (LANES - 1)) // LANES)
+                    visit(older, k, v, positions, *mine, start, arrays(state, before, "older_", head, slot))
+                k_size, v_size = (row_bytes(form, dim) for form, dim in zip(site.forms, (site.dim, site.vdim), strict=True))
                 at = head * state.number("blocks") * LANES
                 visit(
-                    fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size)),
-                    fn.at(state.address("pos"), line * state.number("entries"), "i32"), *mine, length,
-                    [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled], False,
+                    flashes, fn.at(state.address("k"), at * k_size), fn.at(state.address("v"), at * v_size),
+                    fn.at(positions, start, "i32"), *share(blocks, start), length, arrays(state, site, "", head, at), start,
                 )  # fmt: skip
                 if site.drafted:
                     nodes = fn.load(axis.array("node"), "i64", end - 1) + 1
@@ -164,12 +184,23 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     high = fn.select(idle, zero, (nodes + (LANES - 1)) // LANES)
                     at = head * state.number("draft_blocks") * LANES
                     visit(
-                        fn.at(state.address("draft_k"), at * (site.dim * k_size)),
-                        fn.at(state.address("draft_v"), at * (site.vdim * v_size)),
+                        flashes, fn.at(state.address("draft_k"), at * k_size), fn.at(state.address("draft_v"), at * v_size),
                         fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero, high, nodes,
-                        [fn.at(state.address(f"draft_{what}_scale"), at, "f32") for what in site.scaled], True,
+                        arrays(state, site, "draft_", head, at), drafted=True,
                     )  # fmt: skip
-    return kernel, [weigh(f"{name}_weigh", site), *flashes.values()]
+    return kernel, functions
+
+
+def arrays(state: State, site: Site, prefix: str, head: Val, slot: Val) -> list[Val]:
+    """What lies beside the codes of a head (`Site.beside`), whose first slot is ``slot``."""
+    fn, found = head.fn, []
+    for name in site.beside:
+        form, dim = (site.forms[0], site.dim) if name[0] == "k" else (site.forms[1], site.vdim)
+        at = slot
+        if isinstance(form, Grouped):
+            at = head * (state.number(f"{prefix}k_groups") * dim) if form.by_token else slot * form.groups(dim)
+        found.append(fn.at(state.address(prefix + name), at, "f32"))
+    return found
 
 
 def combine(name: str, site: Site) -> Kernel:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from elision.codegen.cpu import attend as made
 from elision.codegen.cpu import cache
 from elision.codegen.cpu import observe as light
-from elision.codegen.cpu.cache_rows import form
+from elision.codegen.cpu.cache_rows import Form, form
 from elision.codegen.cpu.flash import CHUNK, Site, together
+from elision.codegen.cpu.grouped import Grouped
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.tile import PAD, TILE, WORDS
 from elision.codegen.planner import Planner, Ref
@@ -16,17 +17,35 @@ from elision.ir import schedule as abi
 from elision.ir.layout import LANES
 from elision.ir.mask import Mask
 from elision.ir.ops.program import origin
-from elision.ir.states import KV, Budget, Dense
+from elision.ir.states import KV, Budget, Dense, Segment
 from elision.ir.value import Value
 
+Forms = tuple[Form, Form]
 
-def forms(state: KV) -> tuple[str, str]:
-    """The forms of a cache's keys and values. Raises NotNative for a cache that kernels cannot read."""
-    main = state.main[0]
-    need(len(state.main) == 1 and not main.shared, "a cache of several segments")
+
+def forms(state: KV) -> Forms:
+    """The forms of a cache's keys and values where it is appended to. Raises NotNative for a cache that kernels cannot read."""
+    main = state.main[-1]
+    need(len(state.main) <= 2 and not any(s.shared for s in state.main), "a cache of several segments")
     need(isinstance(main.slots, Dense | Budget), f"slots of the kind {main.slots}")
     need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
-    return form(main.k, state.dim), form(main.v, state.vdim)
+    older(state)
+    found = _forms(state, main)
+    need(state.scores is None or not any(isinstance(f, Grouped) for f in found), "scores beside codes in groups")
+    return found
+
+
+def older(state: KV) -> Forms | None:
+    """The forms of a segment of older entries, if there is one. Raises NotNative as `forms` does."""
+    if len(state.main) == 1:
+        return None
+    first = state.main[0]
+    need(isinstance(first.slots, Dense) and state.keyed_by == "position", "a cache of several segments")
+    return _forms(state, first)
+
+
+def _forms(state: KV, segment: Segment) -> Forms:
+    return form(segment.k, state.dim), form(segment.v, state.vdim, keys=False)
 
 
 def lists_of(state: KV) -> int:
@@ -73,7 +92,7 @@ def _append(kernels: Kernels, plan: Planner, value: Value, k: Value, v: Value, b
     axis = k.tensor.tokens
     assert axis is not None
     (keys, *_), (values, *_) = plan.view(plan.ref(k)), plan.view(plan.ref(v))
-    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted, lists_of(state))
+    key = ("append", state.heads, state.dim, state.vdim, kinds, axis.drafted, lists_of(state), older(state) is not None)
     name = kernels.add(key, lambda n: cache.append(n, *key[1:]))  # type: ignore[arg-type]
     if before is None:
         plan.cache(value)
@@ -103,6 +122,7 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
         ordered, together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, own,
         mask.sinks, lists_of(state) > 1, drafted and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
+        older(state),
     )  # fmt: skip
     name = kernels.add(("attend", site), lambda n: made.attend(n, site))
     joined = kernels.add(("combine", site), lambda n: made.combine(n, site))

@@ -1,6 +1,7 @@
 """Rows of a cache in registers: how the codes of a key or of a value are read and written (`elision.ir.encoding` is the meaning).
 
-A form is a dtype of floats, or ``i8``: signed bytes with one float32 scale for the row.
+A form is a dtype of floats, or ``i8``: signed bytes with one float32 scale for the row, which multiplies what is computed with
+them; or `elision.codegen.cpu.grouped.Grouped`: codes that become floats as they are read.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from collections.abc import Callable
 from math import inf
 
 from elision.codegen.cpu.emit import LANES, VF, Fn, Val, like, vector
+from elision.codegen.cpu.grouped import Grouped, grouped
 from elision.codegen.cpu.rows import channels
 from elision.codegen.refusal import NotNative
-from elision.ir.states import Encoding, Float, Int
+from elision.ir.states import Encoding, Float, Int, Repaired
 
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}
+Form = str | Grouped
+BYTES: dict[Form, int] = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}
 _LIMIT = 127.0  # of a code
 
 
-def form(encoding: Encoding, dim: int) -> str:
+def form(encoding: Encoding, dim: int, keys: bool = True) -> Form:
     """The form of rows of ``dim`` channels. Raises NotNative if kernels have none for this encoding."""
     if encoding == Int(8, "channel", dim):
         return "i8"
@@ -25,18 +28,24 @@ def form(encoding: Encoding, dim: int) -> str:
         return encoding.dtype
     if isinstance(encoding, Float):
         raise NotNative(f"a cache of {encoding.dtype}")
-    kind = f"{encoding.bits}-bit codes" + (" with a minimum" if encoding.zero else "")
-    raise NotNative(f"a cache of {kind} in groups of {encoding.group} {encoding.axis}s; kernels read bytes with a scale per row")
+    if isinstance(encoding, Repaired):
+        raise NotNative("a cache of codes with outliers and matrices of low rank beside them")
+    return grouped(encoding, dim, keys)
 
 
-def scaled(form: str) -> bool:
-    """Whether rows have a scale."""
+def row_bytes(form: Form, dim: int) -> int:
+    """Bytes of the codes of a row."""
+    return form.width(dim) if isinstance(form, Grouped) else dim * BYTES[form]
+
+
+def scaled(form: Form) -> bool:
+    """Whether rows have a scale that what is computed with their codes is multiplied by."""
     return form == "i8"
 
 
-def unit(form: str) -> str:
-    """The type of a code in memory."""
-    return {"f32": "f32", "bf16": "i16", "f16": "f16", "i8": "i8"}[form]
+def unit(form: Form) -> str:
+    """The type of a code in memory, or of a byte of codes."""
+    return "i8" if isinstance(form, Grouped) else {"f32": "f32", "bf16": "i16", "f16": "f16", "i8": "i8"}[form]
 
 
 def load(fn: Fn, base: Val, index: Val | int, form: str, lanes: int) -> Val:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 from elision.codegen.cpu import cache, observe
-from elision.codegen.cpu.attention_rules import forms, lists_of
+from elision.codegen.cpu.attention_rules import forms, lists_of, older
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, regions
+from elision.errors import IllegalProgram
 from elision.ir import schedule as abi
 from elision.ir.flatten import DECODE, flat_entries
 from elision.ir.program import Program, committed_states, guesses
@@ -22,8 +23,9 @@ from elision.llvm.processor import host_level, machine
 def compile_program(program: Program) -> abi.NativeCode:
     """Compile the entries (of generation, of a model that drafts, an encoder's own forward ``score``) and the commit of a round.
 
-    Raises BadInput without the MLIR bindings.
+    Raises BadInput without the MLIR bindings, IllegalProgram for caches whose keys and values are flushed apart.
     """
+    _together(program)
     kernels, level = Kernels(), host_level()
     emitter = Emitter(kernels, level)
     schedules: dict[str, abi.Schedule] = {}
@@ -41,6 +43,16 @@ def compile_program(program: Program) -> abi.NativeCode:
 
 
 _ON_HOST = (*OF_TOKENS, *OF_INPUTS)  # ready before native code starts
+
+
+def _together(program: Program) -> None:
+    for tick in program.ticks:
+        for value in tick.graph.values:
+            if value.op == "flush" and value.attr("what", "kv") != "kv":
+                raise IllegalProgram(
+                    "demand", "keys and values are flushed apart", sides=f"{tick.graph.name}: flush of {value.attr('what')!r}",
+                    because="kernels count the entries of a segment once for both", help="compile with target='reference'",
+                )  # fmt: skip
 
 
 def _plain(state: object) -> bool:
@@ -80,8 +92,9 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         state = program.states[name]
         assert isinstance(state, KV)
         kinds, lists = forms(state), lists_of(state)
-        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists)
-        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists)
+        before = older(state) is not None
+        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists, before)
+        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists, older=before)
         kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     for name in names:

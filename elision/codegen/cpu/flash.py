@@ -1,16 +1,20 @@
 """The inner part of attention: entries of a cache added to the partial sums of a few queries.
 
 Entries of a block are the lanes of one vector when scores are computed, channels are when values are summed. Codes of integers
-are widened in registers: a key's scale multiplies its score, a value's scale its weight.
+are widened in registers: the scale of a whole key multiplies its score, that of a whole value its weight, and codes in groups
+become floats at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+from elision.codegen.cpu import grouped
 from elision.codegen.cpu import vector_math as vm
-from elision.codegen.cpu.cache_rows import BYTES, load, scaled
+from elision.codegen.cpu.cache_rows import Form, load, row_bytes, scaled
 from elision.codegen.cpu.emit import PTR, Fn, Val, lanes, vector
+from elision.codegen.cpu.grouped import Grouped
 from elision.codegen.cpu.tile import BITS, HIDDEN, HIGH, LEFT, LEFT_NODES, LOW, POS, QUERY, SLOPE, SUM, TILE, WORDS
 from elision.ir.layout import LANES
 from elision.llvm.processor import needs
@@ -27,7 +31,7 @@ class Site:
     group: int  # query heads of each
     dim: int
     vdim: int
-    forms: tuple[str, str]  # of keys and of values (`elision.codegen.cpu.cache_rows`)
+    forms: tuple[Form, Form]  # of keys and of values (`elision.codegen.cpu.cache_rows`)
     drafted: bool
     ordered: bool  # entry i holds position i
     together: int  # blocks, or vectors of channels, that are summed at a time
@@ -38,6 +42,7 @@ class Site:
     first: int = 0  # positions that a window shows besides
     apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
+    older: tuple[Form, Form] | None = None  # of a segment before the one that is appended to
 
     @property
     def queries(self) -> int:
@@ -47,6 +52,20 @@ class Site:
     def scaled(self) -> str:
         """Which of keys (``k``) and values (``v``) have scales."""
         return "".join(what for what, form in zip("kv", self.forms, strict=True) if scaled(form))
+
+    @property
+    def beside(self) -> list[str]:
+        """The arrays beside the codes of keys and values."""
+        found = []
+        for what, form in zip("kv", self.forms, strict=True):
+            names = form.beside if isinstance(form, Grouped) else ("scale",) if scaled(form) else ()
+            found += [f"{what}_{name}" for name in names]
+        return found
+
+    @property
+    def before(self) -> Site | None:
+        """The site on the older segment, if there is one: there are no drafts in it."""
+        return None if self.older is None else replace(self, forms=self.older, older=None)
 
     @property
     def tiles(self) -> list[int]:
@@ -61,70 +80,103 @@ def together(level: str) -> int:
 
 def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     """``flash(tile, scores, k, v, pos, first, last, limit, masked, nodes, scale)``: entries of blocks ``first .. last - 1``, at
-    most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. The scales of keys
-    and of values follow, where they have some."""
+    most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. What lies beside the
+    codes of keys and values follows (`Site.beside`)."""
     args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64")]
     args += [("limit", "i64"), ("masked", "i64"), ("nodes", "i1"), ("scale", "f32")]
-    fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled])
-    words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *scales = fn.args
-    key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
+    fn = Fn(name, args + [(name, PTR) for name in site.beside])
+    words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *arrays = fn.args
+    beside = dict(zip(site.beside, arrays, strict=True))
+    key_scales, value_scales = (beside[f"{what}_scale"] if what in site.scaled else None for what in "kv")
     products(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
-            fn.splat(scale, LANES), key_scales)  # fmt: skip
+            fn.splat(scale, LANES), key_scales, _of(beside, "k_"))  # fmt: skip
     count = fn.const(tile, "i64")
     more = [value_scales] if value_scales is not None else []
     fn.call(weigh, words, scores, positions, first, last, limit, masked, nodes, count, *more)
     stop = fn.emit(f"arith.minsi {limit.name}, {(last * LANES).name} : i64", "i64")
     sums = [fn.load(words, PTR, j * WORDS + SUM, "i64") for j in range(tile)]
-    _values(fn, site, sums, scores, keys, values, first * LANES, stop)
+    _values(fn, site, sums, scores, keys, values, first * LANES, stop, _of(beside, "v_"))
     fn.returns()
     return fn
 
 
+def _of(beside: Mapping[str, Val], prefix: str) -> dict[str, Val]:
+    return {name.removeprefix(prefix): array for name, array in beside.items() if name.startswith(prefix)}
+
+
 def products(
     fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val | None, first: Val, last: Val, scale: Val,
-    key_scales: Val | None,
+    key_scales: Val | None, beside: Mapping[str, Val] | None = None,
 ) -> None:  # fmt: skip
-    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile."""
+    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile. ``beside``:
+    what lies beside the codes of keys in groups."""
     dim, form = site.dim, site.forms[0]
-    step = next(s for s in (2, 1) if dim % s == 0)
+    coded = form if isinstance(form, Grouped) else None
+    step = coded.per if coded and coded.per > 1 else next(s for s in (2, 1) if dim % s == 0)
+    # channels of a loop over which scales stay the same
+    spans = range(0, dim, coded.group if coded and not coded.by_token else dim)
+
+    def key(base: Val, block: Val, channel: Val, s: int, raw: Val | None, sides: list[Val]) -> Val:
+        """The keys of a block at a channel, the ``s``-th of a step."""
+        if not isinstance(form, Grouped) or raw is None:
+            assert isinstance(form, str)
+            return load(fn, base, (channel + s) * LANES, form, LANES)
+        if form.by_token:
+            sides = grouped.key_sides(fn, form, dim, beside or {}, block, channel + s)
+        return grouped.scaled(fn, grouped.floats(fn, raw, form, s % form.per), sides[0], sides[1] if form.zero else None)
 
     def together(begin: Val, end: Val, n: int) -> None:
         """Blocks ``begin .. end - 1``, ``n`` at a time."""
-        coming_size = n * LANES * site.vdim * BYTES[site.forms[1]]
+        coming_size = n * LANES * row_bytes(site.forms[1], site.vdim)
         ahead = -(-coming_size * step // (dim * 64)) * 64  # bytes of values for a step of keys
+        block_bytes = LANES * row_bytes(form, dim)
         with fn.loop(begin, end, n) as loop:
-            base = fn.at(keys, loop.index * (dim * LANES * BYTES[form]))
+            base = fn.at(keys, loop.index * block_bytes)
             coming = None if values is None else fn.at(values, loop.index * (coming_size // n))
-            with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
-                sums = list(inner.carried)
-                if coming is not None:
-                    for line in range(0, ahead, 64):
-                        fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
-                for s in range(step):
-                    k = [load(fn, base, (inner.index + (i * dim + s)) * LANES, form, LANES) for i in range(n)]
-                    for j, query in enumerate(queries):
-                        q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
-                        for i in range(n):
-                            sums[j * n + i] = fn.fma(k[i], q, sums[j * n + i])
-                inner.give(*sums)
+            totals = [fn.const(0.0, VF)] * (n * len(queries))
+            for span in spans:
+                sides: list[list[Val]] = [[]] * n
+                if coded is not None and not coded.by_token:
+                    sides = [grouped.key_sides(fn, coded, dim, beside or {}, loop.index + i, span) for i in range(n)]
+                with fn.loop(span, span + spans.step, step, totals) as inner:
+                    sums = list(inner.carried)
+                    if coming is not None:
+                        for line in range(0, ahead, 64):
+                            fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
+                    blocks = [fn.at(base, i * block_bytes) for i in range(n)]
+                    raw: list[Val | None] = [None] * n
+                    for s in range(step):
+                        if coded is not None and s % coded.per == 0:
+                            at = (inner.index + s) // coded.per * LANES
+                            raw = [fn.load(block, vector("i8", LANES), at, "i8") for block in blocks]
+                        k = [key(blocks[i], loop.index + i, inner.index, s, raw[i], sides[i]) for i in range(n)]
+                        for j, query in enumerate(queries):
+                            q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
+                            for i in range(n):
+                                sums[j * n + i] = fn.fma(k[i], q, sums[j * n + i])
+                    inner.give(*sums)
+                totals = inner.results
             place = fn.at(scores, (loop.index - first) * LANES, "f32")
             for i in range(n):
                 factor = scale
                 if key_scales is not None:
                     factor = fn.load(key_scales, VF, (loop.index + i) * LANES, "f32") * scale
                 for j in range(len(queries)):
-                    fn.store(inner.results[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
+                    fn.store(totals[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
 
-    rest = last - (last - first) % site.together
-    together(first, rest, site.together)
-    if site.together > 1:
+    most = site.together if coded is None else -(-site.together // 2)  # scales take registers too
+    rest = last - (last - first) % most
+    together(first, rest, most)
+    if most > 1:
         together(rest, last, 1)
 
 
-def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, begin: Val, stop: Val) -> None:
+def _values(
+    fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, begin: Val, stop: Val, beside: Mapping[str, Val]
+) -> None:
     """Entries ``begin .. stop - 1`` times their weights. The keys behind them come meanwhile."""
     form, vdim = site.forms[1], site.vdim
-    size = site.dim * BYTES[site.forms[0]]
+    size = row_bytes(site.forms[0], site.dim)
     for group in _columns(vdim, site.together):
         begins = group[0][0] == 0
         wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
@@ -135,7 +187,10 @@ def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values
                 coming = fn.at(keys, (stop + (entries.index - begin)) * size)
                 for line in range(0, size, 64):
                     fn.prefetch(fn.at(coming, line))
-            rows = {c: load(fn, values, entries.index * vdim + c, form, n) for c, n in group}
+            if isinstance(form, Grouped):
+                rows = {c: grouped.value(fn, values, beside, entries.index, c, n, vdim, form) for c, n in group}
+            else:
+                rows = {c: load(fn, values, entries.index * vdim + c, form, n) for c, n in group}
             found = []
             for i, (j, c, type) in enumerate(wide):
                 p = fn.splat(fn.load(weights, "f32", entries.index - begin + j * CHUNK * LANES), lanes(type))

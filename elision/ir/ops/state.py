@@ -192,16 +192,17 @@ def select(S: KVStore, kept: torch.Tensor, rows: torch.Tensor, *, renumber: bool
     return S
 
 
-def _flush_type(S: KV, rows: Tensor, *, frm: int, to: int, n: int, what: str = "kv") -> KV:
+def _flush_type(S: KV, rows: Tensor, *, frm: int, to: int, n: int, what: str = "kv", keep: int = -1) -> KV:
     need(0 <= to == frm - 1 and frm < len(S.main), f"flush goes from a main segment to the one before it, not {frm} to {to}")
     need(what in ("k", "v", "kv") and n > 0, f"what={what!r}, n={n}; expected k, v or kv and n > 0")
     return S
 
 
 @op(_flush_type, cost=_move_cost)
-def flush(S: KVStore, rows: torch.Tensor, *, frm: int, to: int, n: int, what: str = "kv") -> KVStore:
-    """Move the oldest ``n`` rows of segment ``frm`` to the end of segment ``to``, in the encoding of ``to``."""
-    S.flush(rows, frm, to, n, what)
+def flush(S: KVStore, rows: torch.Tensor, *, frm: int, to: int, n: int, what: str = "kv", keep: int = -1) -> KVStore:
+    """Move the oldest ``n`` rows of segment ``frm`` to the end of segment ``to``, in the encoding of ``to``: once, or, if
+    ``keep`` is not negative, as often as at least ``keep`` rows remain."""
+    S.flush(rows, frm, to, n, what, keep)
     return S
 
 

@@ -11,7 +11,7 @@ from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
 from elision.ir.program import QUALITIES, guesses, state_inputs
 from elision.ir.rules.view import View
-from elision.ir.states import KV, Int, Ring
+from elision.ir.states import KV, Float, Ring
 
 
 def quality(view: View) -> Iterator[IllegalProgram]:
@@ -42,7 +42,7 @@ def _lossy(view: View) -> Iterator[tuple[str, str]]:
         if isinstance(type, KV) and (name in kept or not drafts):
             for i, segment in enumerate(type.main):
                 for e in (segment.k, segment.v):
-                    if isinstance(e, Int):
+                    if not isinstance(e, Float):
                         yield f"state {name}: segment {i}", f"its rows are rounded to {e.bits} bits"
     for site in view.once("linear", "select", "recode", "merge", "append", "attend", "restrict", "when"):
         value = site.value
@@ -52,7 +52,7 @@ def _lossy(view: View) -> Iterator[tuple[str, str]]:
             yield f"{site.where}: linear", "activations are rounded to integers"
         elif value.op == "select":
             yield f"{site.where}: select", "entries are evicted that attention would see"
-        elif value.op == "recode" and (isinstance(value.attr("k"), Int) or isinstance(value.attr("v"), Int)):
+        elif value.op == "recode" and not all(isinstance(value.attr(x), Float) for x in "kv"):
             yield f"{site.where}: recode", "rows are rounded to integers"
         elif value.op == "merge":
             yield f"{site.where}: merge", "tokens are averaged"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from elision.errors import BadInput
 from elision.ir.mask import Mask
 from elision.ir.program import Program, Tick, state_inputs
-from elision.ir.states import KV, Scores, Slots
+from elision.ir.states import KV, Dense, Float, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.ir.walk import Site, sites
@@ -39,6 +39,14 @@ class Cached:
                     "them; a window bounds its cache already"
                 )
             if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1):
+                raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
+
+    def whole(self) -> None:
+        """Raises BadInput for caches that are not one growing segment of floats by position, as they are before any method."""
+        for name, type in self.states.items():
+            segment = type.main[0]
+            floats = isinstance(segment.k, Float) and isinstance(segment.v, Float)
+            if len(type.main) != 1 or type.keyed_by != "position" or segment.slots != Dense() or not floats:
                 raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
 
     @property

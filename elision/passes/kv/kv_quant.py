@@ -38,7 +38,11 @@ class QuantisedKV(Pass):
             raise BadInput(f"{self.name}: bits={self.bits}; expected 8 or 4")
         if self.group < 0:
             raise BadInput(f"{self.name}: group={self.group}; expected channels of a head, or 0 for all of them")
-        Cached(program, self.name).retype(self.stored)
+        cached = Cached(program, self.name)
+        for name, type in cached.states.items():
+            if len(type.main) != 1:
+                raise BadInput(f"{self.name}: {name} has been compressed by another pass; apply one of them")
+        cached.retype(self.stored)
 
     def stored(self, type: KV) -> KV:
         """The cache with rows of integers."""

@@ -285,15 +285,20 @@ def _outputs(graph: Graph, schedule: abi.Schedule) -> Iterator[tuple[tuple[Any, 
 
 def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None:
     """The words of a cache's descriptor (`elision.ir.schedule.STATE`)."""
-    main, scratch, at = store.segments[0], store.segments[-1], abi.STATE
-    for prefix, rows in (("", main), ("draft_", scratch)):
+    at, parts = abi.STATE, {"": store.segments[store.tail], "draft_": store.segments[-1]}
+    if store.tail:
+        parts["older_"] = store.segments[0]
+        line[at["older_len_k"]] = store.len["k"][0].data_ptr()
+        keys = parts["older_"].planes["k"].arrays
+        line[at["older_k_groups"]] = keys["scale"].shape[2] if "scale" in keys else 0
+    for prefix, rows in parts.items():
         for what in ("k", "v"):
             for name, array in rows.planes[what].arrays.items():
                 key = f"{prefix}{what}" + ("" if name == "codes" else f"_{name}")
                 if key in at:
                     line[at[key]] = array.data_ptr()
         line[at[f"{prefix}blocks"]] = rows.planes["k"].arrays["codes"].shape[2]
-    for name, array in (("pos", store.pos), ("len_k", store.len["k"]), ("len_v", store.len["v"])):
+    for name, array in (("pos", store.pos), ("len_k", store.len["k"][-1]), ("len_v", store.len["v"][-1])):
         line[at[name]] = array.data_ptr()
     line[at["entries"]], line[at["sequences"]] = store.pos.shape[-1], store.rows
     if "node_pos" in store.index:
