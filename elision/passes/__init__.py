@@ -6,6 +6,7 @@ from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
 from elision.passes.kv.h2o import H2O
 from elision.passes.kv.kv_quant import QuantisedKV
+from elision.passes.kv.quest import Quest
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
 from elision.passes.layers.evopress import EvoPress
@@ -53,6 +54,7 @@ __all__ = [
     "PromptLookup",
     "ShortGPT",
     "QuantisedKV",
+    "Quest",
     "SkipLayers",
     "SmoothQuantPlus",
     "SpecSampling",

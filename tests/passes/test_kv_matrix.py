@@ -37,13 +37,16 @@ METHODS = {
     "a2sf": ("a2sf:budget=24,recent=8,sinks=1,alpha=0.9", "a2sf:budget=160,alpha=0.9"),
     "snapkv": ("snapkv:budget=24,window=8", "snapkv:budget=160"),
     "kv-quant": ("kv-quant", ""),
+    "quest": ("quest:budget=48,dense=1", "quest:budget=160,dense=0"),
 }
+READING = ("quest",)  # keep all entries, and read some
 BUDGETS = {
     "streaming-llm": "streaming-llm:sinks=2,window={}",
     "h2o": "h2o:recent=4,sinks=1,budget={}",
     "a2sf": "a2sf:recent=4,sinks=1,budget={}",
     "snapkv": "snapkv:window=4,budget={}",
     "kv-quant": "kv-quant:group=4,bits={}",
+    "quest": "quest:page=2,dense=0,budget={}",
 }
 
 
@@ -121,8 +124,9 @@ def test_bytes_are_those_of_the_type(name: str) -> None:
     assert model.stats is not None and all(isinstance(t, KV) for t in types)
     assert model.stats.state_bytes == sum(nbytes(t, 2, PROMPT + NEW, PROMPT) for t in types)
     assert model.stats.prompt_state_bytes == sum(nbytes(t, 2, PROMPT + NEW, None) for t in types)
-    tokens(compiled())
-    assert compiled().stats.state_bytes > model.stats.state_bytes  # type: ignore[union-attr]
+    if name not in READING:
+        tokens(compiled())
+        assert compiled().stats.state_bytes > model.stats.state_bytes  # type: ignore[union-attr]
 
 
 def drafted(model: elision.Model) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 
 from elision.errors import BadInput
@@ -14,6 +14,8 @@ from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.ir.walk import Site, sites
 
+#: Gives what stands for an `attend` with these operands.
+Read = Callable[[Builder, Value, tuple[Value, ...]], Value]
 #: Gives the next state from the sequences that are due, the state, and what it holds (`entries`).
 Change = Callable[[Builder, Value, Value, Value], Value]
 
@@ -38,7 +40,7 @@ class Cached:
                     f"{self.by}: {site.frame.label} attends by the mask {mask}, and the method is for layers that see all before "
                     "them; a window bounds its cache already"
                 )
-            if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1):
+            if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1 or partly(site)):
                 raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
 
     @property
@@ -80,13 +82,22 @@ class Cached:
 
         self.retype(changed, observe, last, mask)
 
-    def retype(self, change: Callable[[KV], KV], observe: tuple[str, ...] = (), last: int = 0, mask: Mask | None = None) -> None:
-        """Change the type of every cache. The model's own forward stays as it is."""
+    def retype(
+        self,
+        change: Callable[[KV], KV],
+        observe: tuple[str, ...] = (),
+        last: int = 0,
+        mask: Mask | None = None,
+        only: Container[str] | None = None,
+        read: Read | None = None,
+    ) -> None:
+        """Change the type of every cache, or of those named ``only``. The model's own forward stays as it is. ``read``: how
+        `step` attends to them."""
         program = self.program
-        types = {n: change(t) for n, t in self.states.items()}
+        types = {n: change(t) for n, t in self.states.items() if only is None or n in only}
         program.states = {**program.states, **types}
         for entry in ("prefill", "step"):
-            work = _Templates(program, types, entry in observe, last, mask)
+            work = _Templates(program, types, entry in observe, last, mask, read if entry == "step" else None)
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
         program.ticks = tuple(replace(t, graph=_Templates(program, types).entry(t.graph)) for t in program.ticks)
@@ -97,11 +108,11 @@ class Cached:
         if any(t.scores is not None and 0 < t.scores.depth < nodes for t in self.states.values()):
             self.retype(lambda type: replace(type, scores=type.scores and replace(type.scores, depth=nodes)))
 
-    def on_tick(self, every: int, change: Change, chunks: bool = False) -> None:
-        """Change every cache on the clock (`Tick`)."""
+    def on_tick(self, every: int, change: Change, chunks: bool = False, only: Container[str] | None = None) -> None:
+        """Change every cache, or those named ``only``, on the clock (`Tick`)."""
         b = Builder(self.by.replace("-", "_"), self.program.targets)
         rows = b.input("rows", Tensor((Axis("b"),), "i64"))
-        states = {n: b.input(n, t) for n, t in self.states.items()}
+        states = {n: b.input(n, t) for n, t in self.states.items() if only is None or n in only}
         done = [change(b, rows, s, b.add("entries", s, rows, name="pos")) for s in states.values()]
         self.program.ticks = (*self.program.ticks, Tick(every, b.build(*done), chunks))
 
@@ -115,6 +126,7 @@ class _Templates:
     observe: bool = False
     last: int = 0
     mask: Mask | None = None
+    read: Read | None = None
     made: dict[str, Graph] = field(default_factory=dict)
     names: dict[tuple[str, tuple[KV, ...]], str] = field(default_factory=dict)
 
@@ -149,6 +161,8 @@ class _Templates:
                 return b.input(v.attr("name"), given[v])
             if v.op != "attend":
                 return None
+            if self.read is not None:
+                return self.read(b, v, args)
             attrs = dict(v.attrs) | ({"mask": self.mask} if self.mask is not None else {})
             found = b.add_with("attend", args, attrs, None, graph.names.get(v))
             if self.observe:
@@ -160,6 +174,11 @@ class _Templates:
         new = rewrite(graph, rule, more=lambda: observed.values())
         count = len(new.outputs) - len(observed)
         return replace(new, outputs=tuple(observed.get(v, v) for v in new.outputs[:count]))
+
+
+def partly(site: Site) -> bool:
+    """Whether this attention reads chosen pages only."""
+    return "pages" in (site.value.attr("extras") or ())
 
 
 def sizes(by: str, **given: int) -> None:
