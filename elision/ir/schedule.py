@@ -35,13 +35,14 @@ AXIS_WORDS, MAX_AXES = 8, 64
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
 
 #: Words of a cache's descriptor: addresses of the arrays of `elision.ir.layout` (scales: 0 where there are none, else one per
-#: slot of every block), blocks of 16 slots per head in the main segment and in Scratch, positions per sequence.
+#: slot of every block), blocks of 16 slots per head in the main segment and in Scratch (``pages``: of 16 pages), positions per
+#: sequence.
 STATE = {
     name: i
     for i, name in enumerate(
         ("k", "v", "k_scale", "v_scale", "pos", "len_k", "len_v", "blocks", "entries")
         + ("draft_k", "draft_v", "draft_k_scale", "draft_v_scale", "node_pos", "node_live", "draft_blocks", "nodes", "sequences")
-        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth")
+        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "summary", "pages")
     )
 }
 STATE_WORDS = 32

@@ -38,6 +38,7 @@ class Site:
     first: int = 0  # positions that a window shows besides
     apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
+    listed: bool = False  # blocks are named by a list, and all of their entries are seen
 
     @property
     def queries(self) -> int:
@@ -62,46 +63,55 @@ def together(level: str) -> int:
 def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     """``flash(tile, scores, k, v, pos, first, last, limit, masked, nodes, scale)``: entries of blocks ``first .. last - 1``, at
     most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. The scales of keys
-    and of values follow, where they have some."""
+    and of values follow, where they have some; then, of a site that is ``listed``, the numbers of the blocks, which ``first`` and
+    ``last`` count."""
     args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64")]
     args += [("limit", "i64"), ("masked", "i64"), ("nodes", "i1"), ("scale", "f32")]
-    fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled])
+    fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled] + [("blocks", PTR)] * site.listed)
     words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *scales = fn.args
+    blocks = scales.pop() if site.listed else None
     key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
     products(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
-            fn.splat(scale, LANES), key_scales)  # fmt: skip
+            fn.splat(scale, LANES), key_scales, blocks)  # fmt: skip
     count = fn.const(tile, "i64")
-    more = [value_scales] if value_scales is not None else []
+    more = [x for x in (value_scales, blocks) if x is not None]
     fn.call(weigh, words, scores, positions, first, last, limit, masked, nodes, count, *more)
     stop = fn.emit(f"arith.minsi {limit.name}, {(last * LANES).name} : i64", "i64")
     sums = [fn.load(words, PTR, j * WORDS + SUM, "i64") for j in range(tile)]
-    _values(fn, site, sums, scores, keys, values, first * LANES, stop)
+    if blocks is None:
+        _values(fn, site, sums, scores, keys, values, first * LANES, stop)
+    else:
+        _listed_values(fn, site, sums, scores, keys, values, first, last, blocks)
     fn.returns()
     return fn
 
 
 def products(
     fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val | None, first: Val, last: Val, scale: Val,
-    key_scales: Val | None,
+    key_scales: Val | None, blocks: Val | None = None,
 ) -> None:  # fmt: skip
-    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile."""
+    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile. ``blocks``:
+    numbers of the blocks, if they are not those from ``first`` on."""
     dim, form = site.dim, site.forms[0]
     step = next(s for s in (2, 1) if dim % s == 0)
 
     def together(begin: Val, end: Val, n: int) -> None:
         """Blocks ``begin .. end - 1``, ``n`` at a time."""
-        coming_size = n * LANES * site.vdim * BYTES[site.forms[1]]
-        ahead = -(-coming_size * step // (dim * 64)) * 64  # bytes of values for a step of keys
+        size = LANES * site.vdim * BYTES[site.forms[1]]
+        run = n if blocks is None else 1  # blocks side by side
+        ahead = -(-run * size * step // (dim * 64)) * 64  # bytes of values for a step of keys
         with fn.loop(begin, end, n) as loop:
-            base = fn.at(keys, loop.index * (dim * LANES * BYTES[form]))
-            coming = None if values is None else fn.at(values, loop.index * (coming_size // n))
+            numbers = [loop.index] if blocks is None else [fn.load(blocks, "i64", loop.index + i) for i in range(n)]
+            starts = [fn.at(keys, number * (dim * LANES * BYTES[form])) for number in numbers]
+            places = [(start, i * dim) for start in starts for i in range(run)]
+            coming = [] if values is None else [fn.at(values, number * size) for number in numbers]
             with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
                 sums = list(inner.carried)
-                if coming is not None:
+                for start in coming:
                     for line in range(0, ahead, 64):
-                        fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
+                        fn.prefetch(fn.at(start, (inner.index // step) * ahead + line))
                 for s in range(step):
-                    k = [load(fn, base, (inner.index + (i * dim + s)) * LANES, form, LANES) for i in range(n)]
+                    k = [load(fn, start, (inner.index + (i + s)) * LANES, form, LANES) for start, i in places]
                     for j, query in enumerate(queries):
                         q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
                         for i in range(n):
@@ -111,7 +121,8 @@ def products(
             for i in range(n):
                 factor = scale
                 if key_scales is not None:
-                    factor = fn.load(key_scales, VF, (loop.index + i) * LANES, "f32") * scale
+                    number = loop.index + i if blocks is None else numbers[i]
+                    factor = fn.load(key_scales, VF, number * LANES, "f32") * scale
                 for j in range(len(queries)):
                     fn.store(inner.results[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
 
@@ -145,6 +156,36 @@ def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values
             fn.store(total, sums[j], c, "f32")
 
 
+def _listed_values(
+    fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, first: Val, last: Val, blocks: Val
+) -> None:
+    """All entries of the listed blocks ``first .. last - 1`` times their weights. The keys of those behind them come meanwhile."""
+    form, vdim = site.forms[1], site.vdim
+    size = site.dim * BYTES[site.forms[0]]
+    for group in _columns(vdim, site.together):
+        begins = group[0][0] == 0
+        wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
+        scales = [fn.load(total, "f32", vdim + 2) for total in sums]
+        old = [fn.load(sums[j], type, c, "f32") * fn.splat(scales[j], lanes(type)) for j, c, type in wide]
+        with fn.loop(first, last, 1, old) as each:
+            place = fn.load(blocks, "i64", each.index) * LANES
+            coming = fn.at(keys, fn.load(blocks, "i64", each.index + (last - first)) * (size * LANES))
+            with fn.loop(0, LANES, 1, each.carried) as entries:
+                if begins:
+                    for line in range(0, size, 64):
+                        fn.prefetch(fn.at(coming, entries.index * size + line))
+                rows = {c: load(fn, values, (place + entries.index) * vdim + c, form, n) for c, n in group}
+                weight = fn.at(weights, (each.index - first) * LANES + entries.index, "f32")
+                found = []
+                for i, (j, c, type) in enumerate(wide):
+                    p = fn.splat(fn.load(weight, "f32", j * CHUNK * LANES), lanes(type))
+                    found.append(fn.fma(rows[c], p, entries.carried[i]))
+                entries.give(*found)
+            each.give(*entries.results)
+        for (j, c, _), total in zip(wide, each.results, strict=True):
+            fn.store(total, sums[j], c, "f32")
+
+
 def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
     """Channels in vectors, ``together`` at a time: the first one and how many of each. The last vector may be half a one."""
     every = [(c, min(LANES, size - c)) for c in range(0, size, LANES)]
@@ -152,13 +193,14 @@ def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
 
 
 def weigh(name: str, site: Site) -> Fn:
-    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales])``: scores of ``count`` queries become
+    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales][, blocks])``: scores of ``count`` queries become
     weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all entries; ``limit``:
     entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
     args = [("tile", PTR), ("scores", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64"), ("limit", "i64")]
     args += [("masked", "i64"), ("nodes", "i1"), ("count", "i64")]
-    fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled))
+    fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled) + [("blocks", PTR)] * site.listed)
     words, scores, positions, first, last, limit, masked, nodes, count, *scales = fn.args
+    blocks = scales.pop() if site.listed else None
     zero, hidden, iota = fn.const(0.0, VF), fn.const(HIDDEN, VF), fn.const(list(range(LANES)), VI)
     with fn.loop(0, count) as queries:
         query = fn.at(words, queries.index * WORDS, "i64")
@@ -205,7 +247,8 @@ def weigh(name: str, site: Site) -> Fn:
             p = fn.select(fn.compare(score, "ole", HIDDEN / 2), zero, vm.exp(fn, score - wide_top))
             share = p
             if scales:
-                share = p * fn.load(scales[0], VF, (first + loop.index) * LANES, "f32")
+                number = first + loop.index if blocks is None else fn.load(blocks, "i64", first + loop.index)
+                share = p * fn.load(scales[0], VF, number * LANES, "f32")
             fn.store(share, row, at, "f32")
             if site.observed:
                 left = fn.select(nodes, fn.load(query, PTR, LEFT_NODES, "i64"), fn.load(query, PTR, LEFT, "i64"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from elision.errors import BadInput
 from elision.ir.mask import Mask
+from elision.ir.ops.program import origin
 from elision.ir.program import Program, Tick, state_inputs
 from elision.ir.states import KV, Scores, Slots
 from elision.ir.types import Axis, Tensor
@@ -128,7 +129,7 @@ class _Templates:
     mask: Mask | None = None
     read: Read | None = None
     made: dict[str, Graph] = field(default_factory=dict)
-    names: dict[tuple[str, tuple[KV, ...]], str] = field(default_factory=dict)
+    names: dict[tuple[str, tuple[tuple[KV, bool], ...]], str] = field(default_factory=dict)
 
     def entry(self, graph: Graph) -> Graph:
         named = {v: self.types[n] for n, v in state_inputs(graph).items() if n in self.types}
@@ -136,15 +137,15 @@ class _Templates:
         def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
             if v in named:
                 return b.input(v.attr("name"), named[v])
-            caches = tuple(a.type for a in args if isinstance(a.type, KV))
-            if v.op == "call" and caches:
+            caches = tuple((a.type, origin(old) in named) for old, a in zip(v.args, args, strict=True) if isinstance(a.type, KV))
+            if v.op == "call" and any(mine for _, mine in caches):
                 attrs = {**dict(v.attrs), "target": self._template(v.attr("target"), caches)}
                 return b.add_with("call", args, attrs, None)
             return None
 
         return rewrite(graph, rule, ChainMap(self.made, dict(self.program.targets)), keep=True)
 
-    def _template(self, name: str, caches: tuple[KV, ...]) -> str:
+    def _template(self, name: str, caches: tuple[tuple[KV, bool], ...]) -> str:
         if (name, caches) not in self.names:
             taken = {**self.program.targets, **self.made}
             new = next(n for i in range(1, len(taken) + 2) if (n := f"{name}_kv{i}") not in taken)
@@ -152,14 +153,16 @@ class _Templates:
             self.names[name, caches] = new
         return self.names[name, caches]
 
-    def _changed(self, graph: Graph, caches: tuple[KV, ...]) -> Graph:
-        given = dict(zip((v for v in graph.inputs if isinstance(v.type, KV)), caches, strict=True))
+    def _changed(self, graph: Graph, caches: tuple[tuple[KV, bool], ...]) -> Graph:
+        """``caches``: their types, and whether they are among those that are changed."""
+        inputs = [v for v in graph.inputs if isinstance(v.type, KV)]
+        given = {v: type for v, (type, mine) in zip(inputs, caches, strict=True) if mine}
         observed: dict[Value, Value] = {}
 
         def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
             if v in given:
                 return b.input(v.attr("name"), given[v])
-            if v.op != "attend":
+            if v.op != "attend" or origin(v.args[1]) not in given:
                 return None
             if self.read is not None:
                 return self.read(b, v, args)
