@@ -4,11 +4,13 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
+from elision.passes.kv.duo_attention import DuoAttention
 from elision.passes.kv.h2o import H2O
 from elision.passes.kv.kv_quant import QuantisedKV
 from elision.passes.kv.quest import Quest
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
+from elision.passes.kv.tidal_decode import TidalDecode
 from elision.passes.layers.evopress import EvoPress
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
@@ -41,6 +43,7 @@ __all__ = [
     "BFloat16Weights",
     "Clean",
     "Del",
+    "DuoAttention",
     "DySpec",
     "EViT",
     "EvoPress",
@@ -63,6 +66,7 @@ __all__ = [
     "StoredWeights",
     "ToMe",
     "StreamingLLM",
+    "TidalDecode",
     "TokenRecycling",
     "UnifiedSkip",
     "from_text",

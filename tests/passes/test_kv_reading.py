@@ -42,9 +42,9 @@ def generated(model: elision.Model, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def rotated(text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def rotated(text: list[int], layers: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries ``[4, n, 8]`` and keys ``[2, n, 8]`` of the first layer, by transformers."""
-    model, seen = llama(), {}
+    model, seen = llama(layers), {}
     layer = model.model.layers[0].self_attn
     hooks = [getattr(layer, n).register_forward_hook(lambda m, a, out, n=n: seen.update({n: out})) for n in ("q_proj", "k_proj")]
     with torch.no_grad():
@@ -57,18 +57,31 @@ def rotated(text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return q[0], k[0]
 
 
-def decoded(seen_by: Any) -> torch.Tensor:
-    """A one-layer model, token by token, by transformers alone: the last token attends to ``seen_by(text) [4, n]``."""
-    text = prompt()[0].tolist()
+def decoded(seen_by: Any, layers: int = 1) -> torch.Tensor:
+    """Token by token, by transformers alone: in the last layer, whose keys do not depend on what it attends to, tokens see
+    ``seen_by(text) [4, n, n]`` of what comes before them."""
+    text, model = prompt()[0].tolist(), llama(layers)
     while len(text) < PROMPT + NEW:
-        n = len(text)
-        allowed = torch.ones(4, n, n).tril().bool()
-        if n > PROMPT:
-            allowed[:, -1] = seen_by(text)
-        mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[None]
+        seen = seen_by(text) & torch.ones(len(text), len(text)).tril().bool()
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None]
+
+        def masked(module: Any, args: Any, kwargs: Any, mask: torch.Tensor = mask) -> Any:
+            return args, {**kwargs, "attention_mask": mask}
+
+        hook = model.model.layers[-1].register_forward_pre_hook(masked, with_kwargs=True)
         with torch.no_grad():
-            text.append(int(llama()(torch.tensor([text]), attention_mask=mask).logits[0, -1].argmax()))
+            text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        hook.remove()
     return torch.tensor([text])
+
+
+def last_row(seen: torch.Tensor) -> torch.Tensor:
+    """What the last token sees, ``[4, n]``; all others see everything (so does the last one of the prompt)."""
+    n = seen.shape[1]
+    found = torch.ones(4, n, n, dtype=torch.bool)
+    if n > PROMPT:
+        found[:, -1] = seen
+    return found
 
 
 def quest_sees(text: list[int], budget: int = 48, page: int = 8) -> torch.Tensor:
@@ -84,7 +97,88 @@ def quest_sees(text: list[int], budget: int = 48, page: int = 8) -> torch.Tensor
         bound[0] = torch.inf
         for p in bound.topk(min(whole, budget // page - 1)).indices.tolist():
             seen[2 * h : 2 * h + 2, p * page : (p + 1) * page] = True
-    return seen
+    return last_row(seen)
+
+
+def tidal_sees(text: list[int], budget: int = 9) -> torch.Tensor:
+    """Of TidalDecode (2024): the tokens with the largest products in the first layer, of a key head the same ones."""
+    q, k = rotated(text, 2)
+    n, seen = len(text), torch.zeros(4, len(text), dtype=torch.bool)
+    before = (n - 1) // 16 * 16
+    seen[:, before:] = True
+    for h in range(2):
+        product = (q[2 * h : 2 * h + 2, -1] @ k[h, :before].T).amax(0)
+        for j in product.topk(budget).indices.tolist():
+            seen[2 * h : 2 * h + 2, j] = True
+    return last_row(seen)
+
+
+def duo_sees(text: list[int]) -> torch.Tensor:
+    """Of DuoAttention (2024), whose second key head retrieves."""
+    i = torch.arange(len(text))
+    few = (i[:, None] - i < 20) | (i < 3)
+    return torch.stack((few, few, torch.ones_like(few), torch.ones_like(few)))
+
+
+def test_tidal_decode_reads_what_the_layer_before_chose() -> None:
+    want = decoded(tidal_sees, 2)
+    assert torch.equal(generated(compiled("tidal-decode:budget=9,layers=0", layers=2), prompt()), want)
+    assert not torch.equal(generated(compiled(layers=2), prompt()), want)
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_duo_attention_is_a_mask_of_some_heads_and_less_memory(target: str) -> None:
+    want, model = decoded(duo_sees), compiled("duo-attention:heads=1,sinks=3,window=20", target=target)
+    assert torch.equal(generated(model, prompt()), want)
+    assert not torch.equal(generated(compiled(), prompt()), want)
+    full, few = model.program.states.values()
+    assert isinstance(full, KV) and isinstance(few, KV) and (full.heads, few.heads) == (1, 1)
+    rows = {t: nbytes(t, 1, PROMPT + NEW, PROMPT) - index(t) for t in (full, few)}
+    assert rows[full] == 2 * 8 * 4 * 112 and rows[few] == 2 * 8 * 4 * 48  # whole blocks of 110, and of 3 + 20 + 16
+    assert model.stats is not None and model.stats.state_bytes == sum(rows.values()) + index(full) + index(few)
+
+
+def index(type: KV) -> int:
+    from elision.ir.layout import index_spec, segment_specs, spec_bytes
+
+    scratch = segment_specs(type, type.segments[-1], 1, PROMPT + NEW)
+    return spec_bytes(index_spec(type, 1, PROMPT + NEW, PROMPT)) + sum(map(spec_bytes, scratch))
+
+
+def test_all_heads_streaming_is_streaming_llm() -> None:
+    passes = ("duo-attention:sparsity=1,sinks=3,window=20", "streaming-llm:sinks=3,window=20")
+    duo, streaming = (generated(compiled(p, layers=2), prompt(2)) for p in passes)
+    assert torch.equal(duo, streaming)
+    assert torch.equal(generated(compiled("duo-attention:sparsity=0"), prompt()), generated(compiled(), prompt()))
+
+
+def test_heads_that_lose_nothing_stream(caplog: pytest.LogCaptureFixture) -> None:
+    """Of three layers with two key heads: those whose values are zero lose nothing by seeing less."""
+    model = tiny(num_hidden_layers=3, initializer_range=0.25, max_position_embeddings=256)
+    with torch.no_grad():
+        for layer, head in ((0, 1), (1, 0), (2, 1)):
+            model.model.layers[layer].self_attn.v_proj.weight[8 * head : 8 * head + 8] = 0
+    ids = torch.randint(1, 64, (2, 400), generator=torch.Generator().manual_seed(0))
+    found = elision.compile(
+        model, passes=["duo-attention:sinks=4,window=24,tokens=512"], target="reference", calibration=ids
+    ).program
+    assert found.applied[-1] == "duo-attention:heads=0+3-4,sinks=4,window=24,tokens=512"
+    assert sorted(found.states) == ["kv_0", "kv_0_few", "kv_1", "kv_1_few", "kv_2", "kv_2_few"]
+
+
+def test_what_is_asked_for_is_out_of_sight() -> None:
+    from elision.passes.kv.retrieval import SPAN, asking
+
+    ids, begin = asking(torch.arange(1000), 16, 100)
+    copies = ids[begin:].view(-1, SPAN)
+    assert len(ids) == 1000 and len(copies) == 8 and torch.equal(ids[:begin], torch.arange(begin))
+    assert int(copies.min()) >= 16 and all(begin + i * SPAN - int(c[0]) > 100 for i, c in enumerate(copies))
+
+
+def test_a_layer_that_chooses_cannot_be_left_out_of_drafts() -> None:
+    passes = ["tidal-decode:layers=1,budget=20", "layer-skip-draft:layers=1"]
+    with pytest.raises(BadInput, match="gives what later ones read"):
+        elision.compile(llama(3), passes=passes, target="reference")
 
 
 def test_quest_reads_what_the_paper_says() -> None:
@@ -151,12 +245,22 @@ def test_bad_input_is_told() -> None:
         "quest:page=0": "page=0",
         "quest:dense=-1": "dense=-1",
         "quest:dense=3": "among the first 3; lower dense",
+        "tidal-decode:budget=0": "budget=0; expected at least 1",
+        "tidal-decode:layers=4": "layer 4 cannot choose; give layers= some that attend to all tokens before: 0",
+        "tidal-decode:layers=0": "no layer comes after layer 0",
+        "duo-attention:heads=2": "no head 2; expected some of 0 to 1",
+        "duo-attention:sparsity=1.5": "sparsity=1.5",
+        "duo-attention:window=0": "window=0",
+        "duo-attention:sinks=-1,heads=0": "sinks=-1",
+        "duo-attention": "has 160 positions, too few",
     }.items():
         with pytest.raises(BadInput, match=why):
             elision.compile(llama(), passes=[text], target="reference")
-    for both in (["quest:dense=0", "h2o"], ["h2o", "quest:dense=0"], ["quest:dense=0", "quest:dense=0"]):
-        with pytest.raises(BadInput, match="compressed by another pass"):
-            elision.compile(llama(), passes=both, target="reference")
+    quest, duo, tidal = "quest:dense=0", "duo-attention:heads=0", "tidal-decode:layers=0"
+    for both in ((quest, "h2o"), ("h2o", quest), (quest, quest), (quest, duo), (tidal, "h2o"), (tidal, quest), (quest, tidal),
+                 (tidal, duo), ("snapkv", duo), (duo, "snapkv"), (duo, "streaming-llm")):  # fmt: skip
+        with pytest.raises(BadInput, match="compressed by another pass|attends by the mask"):
+            elision.compile(llama(2), passes=[*both], target="reference")
 
 
 def test_layers_with_a_window_stay_as_they_are_and_encoders_have_nothing_to_read() -> None:
@@ -165,8 +269,20 @@ def test_layers_with_a_window_stay_as_they_are_and_encoders_have_nothing_to_read
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=128, sliding_window=16,
     )  # fmt: skip
-    with pytest.raises(BadInput, match=r"no attention to all tokens before; its masks are window\(16\)"):
-        elision.compile(MistralForCausalLM(config).eval(), passes=["quest"], target="reference")
+    windows = MistralForCausalLM(config).eval()
+    for text in ("quest", "duo-attention:heads=0", "tidal-decode:layers=0"):
+        with pytest.raises(BadInput, match=r"no attention to all tokens before; its masks are window\(16\)"):
+            elision.compile(windows, passes=[text], target="reference")
     sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     with pytest.raises(BadInput, match="has no cache that decoding reads"):
         elision.compile(BertModel(BertConfig(**sizes)).eval(), passes=["quest"], target="reference")
+
+
+def test_quest_of_the_heads_that_retrieve() -> None:
+    """DuoAttention first: what is left of the whole caches can be read in part."""
+    passes = ("duo-attention:heads=1+2,sinks=3,window=20", "quest:budget=48,dense=0")
+    native, reference = (compiled(*passes, layers=2, target=target) for target in ("cpu", "reference"))
+    assert torch.equal(generated(native, prompt(2)), generated(reference, prompt(2)))
+    assert {n: t.summary is not None for n, t in native.program.states.items() if isinstance(t, KV)} == {
+        "kv_0": True, "kv_1": True, "kv_0_few": False, "kv_1_few": False,
+    }  # fmt: skip

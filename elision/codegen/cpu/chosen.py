@@ -20,14 +20,20 @@ from elision.ir.layout import LANES
 LIST = 2 * CHUNK  # numbers of the blocks of a chunk, and of those that come after it
 
 
+def list_words(page: int, n: int) -> int:
+    """Words of the lists of blocks that ``n`` pages become: their numbers; of single entries also bits, and where they begin."""
+    return LIST if page > 1 else 3 * (n + LIST)
+
+
 def tiles_bytes(site: Site) -> int:
     """Bytes of the tiles of a token and key head."""
     return 8 * tile_words(site.vdim) * -(-site.group // TILE)
 
 
 def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tuple[Kernel, list[Fn]]:
-    """As `elision.codegen.cpu.attend.attend` for few tokens and a causal mask, over ``n`` pages of ``page`` entries, whole blocks."""
-    listed = replace(site, drafted=False, listed=True)
+    """As `elision.codegen.cpu.attend.attend` for few tokens and a causal mask, over ``n`` pages of ``page`` entries: whole
+    blocks, or single entries."""
+    listed = replace(site, drafted=False, listed=True, partly=0 if page > 1 else n + LIST)
     sizes = [min(TILE, site.group - i) for i in range(0, site.group, TILE)]
     helpers = {False: weigh(f"{name}_weigh", site), True: weigh(f"{name}_listed_weigh", listed)}
     flashes = {(False, s): flash(f"{name}_flash{s}", site, s, helpers[False].name) for s in set(sizes)}
@@ -69,7 +75,8 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
                 put(fn, tile, fn.const(j, "i64"), items)
 
         past = closed(fn, axis, state, token, open, room, site.drafted)
-        chosen = fn.minimum(past // page, n) * per
+        mine = fn.at(pages.token(token, "i64"), head * n, "i64")
+        chosen = fn.minimum(past // page, n) * per if per else _blocks(fn, mine, fn.minimum(past, n), numbers, listed.partly)
         after = past // LANES
         blocks = chosen + ((length + (LANES - 1)) // LANES - after)
         first, last = kernel.part(blocks)
@@ -78,14 +85,16 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
         k, v = fn.at(state.address("k"), at * (site.dim * k_size)), fn.at(state.address("v"), at * (site.vdim * v_size))
         pos = fn.at(state.address("pos"), row * state.number("entries"), "i32")
         scales = [fn.at(state.address(f"{what}_scale"), at, "f32") for what in site.scaled]
-        mine = fn.at(pages.token(token, "i64"), head * n, "i64")
         stop = fn.minimum(last, chosen)
         with fn.loop(fn.minimum(first, chosen), stop, CHUNK) as chunks:
             here = fn.minimum(stop - chunks.index, CHUNK)
-            with fn.loop(0, LIST) as loop:  # beyond the last one it once more
-                i = fn.minimum(chunks.index + loop.index, chosen - 1)
-                fn.store(fn.load(mine, "i64", i // per) * per + i % per, numbers, loop.index)
-            visit(True, k, v, pos, zero, here, length, scales, no, numbers)
+            if per:
+                with fn.loop(0, LIST) as loop:  # beyond the last one it once more
+                    i = fn.minimum(chunks.index + loop.index, chosen - 1)
+                    fn.store(fn.load(mine, "i64", i // per) * per + i % per, numbers, loop.index)
+                visit(True, k, v, pos, zero, here, length, scales, no, numbers)
+            else:
+                visit(True, k, v, pos, zero, here, length, scales, no, fn.at(numbers, chunks.index, "i64"), mine)
         until = after + (fn.maximum(last, chosen) - chosen)
         with fn.loop(after + (fn.maximum(first, chosen) - chosen), until, CHUNK) as chunks:
             visit(False, k, v, pos, chunks.index, fn.minimum(chunks.index + CHUNK, until), length, scales, no)
@@ -102,3 +111,25 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
                 high = fn.minimum(chunks.index + CHUNK, until)
                 visit(False, k, v, pos, chunks.index, high, nodes, scales, fn.const(1, "i1"))
     return kernel, [*helpers.values(), *flashes.values()]
+
+
+def _blocks(fn: Fn, entries: Val, count: Val, numbers: Val, apart: int) -> Val:
+    """How many blocks the ascending ``entries`` are in; their numbers, `apart` words later the bits of the entries, and as much
+    later where the entries of each begin in the list."""
+    bits, begins, none = fn.at(numbers, apart, "i64"), fn.at(numbers, 2 * apart, "i64"), fn.const(-1, "i64")
+    with fn.loop(0, count, 1, [none, none, fn.const(0, "i64")]) as loop:  # the last block, its number, its bits
+        entry = fn.load(entries, "i64", loop.index)
+        number, bit = entry // LANES, fn.const(1, "i64") << (entry % LANES)
+        again = fn.compare(number, "eq", loop.carried[1])
+        place = fn.select(again, loop.carried[0], loop.carried[0] + 1)
+        seen = fn.select(again, loop.carried[2] | bit, bit)
+        fn.store(number, numbers, place)
+        fn.store(seen, bits, place)
+        with fn.when(fn.compare(number, "ne", loop.carried[1])):
+            fn.store(loop.index, begins, place)
+        loop.give(place, number, seen)
+    found = loop.results[0] + 1
+    fn.store(count, begins, found)
+    with fn.loop(0, LIST) as loop2:  # beyond the last one it once more
+        fn.store(fn.maximum(loop.results[1], 0), numbers, found + loop2.index)
+    return found

@@ -6,8 +6,18 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, page_rules
-from elision.codegen.cpu import quantise, rows, token_rules, topk
+from elision.codegen.cpu import (
+    attention_rules,
+    expert_rules,
+    expression,
+    linear,
+    linear_a8,
+    page_rules,
+    quantise,
+    rows,
+    token_rules,
+    topk,
+)
 from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import Planner, Ref, contiguous

@@ -38,7 +38,10 @@ class Site:
     first: int = 0  # positions that a window shows besides
     apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
-    listed: bool = False  # blocks are named by a list, and all of their entries are seen
+    listed: bool = False  # blocks are named by a list
+    #: Words from the numbers of listed blocks to bits that say which of their entries are seen, and from these to where the
+    #: entries of each block begin in a list of all; 0: all are seen.
+    partly: int = 0
 
     @property
     def queries(self) -> int:
@@ -64,11 +67,13 @@ def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     """``flash(tile, scores, k, v, pos, first, last, limit, masked, nodes, scale)``: entries of blocks ``first .. last - 1``, at
     most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. The scales of keys
     and of values follow, where they have some; then, of a site that is ``listed``, the numbers of the blocks, which ``first`` and
-    ``last`` count."""
+    ``last`` count, and of one that is ``partly`` the list of entries."""
     args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64")]
     args += [("limit", "i64"), ("masked", "i64"), ("nodes", "i1"), ("scale", "f32")]
-    fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled] + [("blocks", PTR)] * site.listed)
+    args += [(f"{what}_scale", PTR) for what in site.scaled]
+    fn = Fn(name, args + [("blocks", PTR)] * site.listed + [("list", PTR)] * bool(site.partly))
     words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *scales = fn.args
+    entries = scales.pop() if site.partly else None
     blocks = scales.pop() if site.listed else None
     key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
     products(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
@@ -81,7 +86,7 @@ def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     if blocks is None:
         _values(fn, site, sums, scores, keys, values, first * LANES, stop)
     else:
-        _listed_values(fn, site, sums, scores, keys, values, first, last, blocks)
+        _listed_values(fn, site, sums, scores, keys, values, first, last, blocks, entries)
     fn.returns()
     return fn
 
@@ -157,9 +162,11 @@ def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values
 
 
 def _listed_values(
-    fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, first: Val, last: Val, blocks: Val
-) -> None:
-    """All entries of the listed blocks ``first .. last - 1`` times their weights. The keys of those behind them come meanwhile."""
+    fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, first: Val, last: Val, blocks: Val,
+    chosen: Val | None,
+) -> None:  # fmt: skip
+    """The entries of the listed blocks ``first .. last - 1``, those in the list ``chosen`` or all, times their weights. The keys
+    of the blocks behind them come meanwhile."""
     form, vdim = site.forms[1], site.vdim
     size = site.dim * BYTES[site.forms[0]]
     for group in _columns(vdim, site.together):
@@ -168,14 +175,18 @@ def _listed_values(
         scales = [fn.load(total, "f32", vdim + 2) for total in sums]
         old = [fn.load(sums[j], type, c, "f32") * fn.splat(scales[j], lanes(type)) for j, c, type in wide]
         with fn.loop(first, last, 1, old) as each:
-            place = fn.load(blocks, "i64", each.index) * LANES
+            low, high, place = fn.const(0, "i64"), fn.const(LANES, "i64"), fn.load(blocks, "i64", each.index) * LANES
+            if chosen is not None:
+                begin = fn.at(blocks, 2 * site.partly, "i64")
+                low, high = fn.load(begin, "i64", each.index), fn.load(begin, "i64", each.index + 1)
             coming = fn.at(keys, fn.load(blocks, "i64", each.index + (last - first)) * (size * LANES))
-            with fn.loop(0, LANES, 1, each.carried) as entries:
+            with fn.loop(low, high, 1, each.carried) as entries:
+                lane = entries.index if chosen is None else fn.load(chosen, "i64", entries.index) - place
                 if begins:
                     for line in range(0, size, 64):
-                        fn.prefetch(fn.at(coming, entries.index * size + line))
-                rows = {c: load(fn, values, (place + entries.index) * vdim + c, form, n) for c, n in group}
-                weight = fn.at(weights, (each.index - first) * LANES + entries.index, "f32")
+                        fn.prefetch(fn.at(coming, lane * size + line))
+                rows = {c: load(fn, values, (place + lane) * vdim + c, form, n) for c, n in group}
+                weight = fn.at(weights, (each.index - first) * LANES + lane, "f32")
                 found = []
                 for i, (j, c, type) in enumerate(wide):
                     p = fn.splat(fn.load(weight, "f32", j * CHUNK * LANES), lanes(type))
@@ -193,9 +204,9 @@ def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
 
 
 def weigh(name: str, site: Site) -> Fn:
-    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales][, blocks])``: scores of ``count`` queries become
-    weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all entries; ``limit``:
-    entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
+    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales][, blocks])``: scores of ``count``
+    queries become weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all
+    entries; ``limit``: entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
     args = [("tile", PTR), ("scores", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64"), ("limit", "i64")]
     args += [("masked", "i64"), ("nodes", "i1"), ("count", "i64")]
     fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled) + [("blocks", PTR)] * site.listed)
@@ -220,6 +231,12 @@ def weigh(name: str, site: Site) -> Fn:
                     slope = fn.splat(fn.cast(fn.i32(word(SLOPE)), "arith.bitcast", "f32"), LANES)
                     score = fn.fma(fn.cast(distance, "arith.sitofp", VF), slope, score)
                 fn.store(score, row, at, "f32")
+        if blocks is not None and site.partly:
+            with fn.loop(first, last) as loop:
+                at = (loop.index - first) * LANES
+                bits = fn.splat(fn.i32(fn.load(blocks, "i64", loop.index + site.partly)), LANES)
+                seen = fn.compare(bits & fn.const([1 << i for i in range(LANES)], VI), "ne", 0)
+                fn.store(fn.select(seen, fn.load(row, VF, at, "f32"), hidden), row, at, "f32")
         with fn.loop(masked, last) as loop:
             at = (loop.index - first) * LANES
             pos = fn.load(positions, VI, loop.index * LANES, "i32")

@@ -20,9 +20,14 @@ def chosen(plan: Planner, value: Value) -> None:
     """Raises NotNative for an attention over pages that no kernel reads."""
     pages = dict(zip(value.attr("extras") or (), value.args[2:], strict=True)).get("pages")
     if pages is not None:
-        page = value.attr("page")
-        need(page % LANES == 0, f"pages of {page}; kernels read blocks of {LANES} entries")
+        _fits(value)
         need(not plan.many and pages.op == "pick" and value.attr("mask") == Mask(), "pages of a prompt, or not of all before")
+
+
+def _fits(value: Value) -> None:
+    page = value.attr("page")
+    fits = (page == 1 or page % LANES == 0) and value.attr("open") % LANES == 0
+    need(fits, f"pages of {page}; kernels read blocks of {LANES} entries, or single ones")
 
 
 def pick(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
@@ -33,7 +38,8 @@ def pick(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     state, n, page, open, room = cached.type, *(value.attr(name) for name in ("n", "page", "open", "room"))
     assert isinstance(state, KV)
     kinds = forms(state)
-    need(not plan.many and (state.summary is not None or page == 1), "the best of pages without summaries")
+    _fits(value)
+    need(not plan.many and (page > 1) == (state.summary is not None), "pages of a prompt, or of a cache without summaries")
     queries, outer, _ = plan.view(plan.ref(q))
     drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
     site = Site(state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted, True, together(level))
@@ -66,7 +72,7 @@ def attend(kernels: Kernels, plan: Planner, value: Value, site: Site, pages: Val
     page, open, room, n = value.attr("page"), value.attr("open"), pages.attr("room"), pages.attr("n")
     queries, *_ = plan.view(plan.ref(q))
     tiles = plan.buffer(-1, made.tiles_bytes(site), private=True)
-    numbers = plan.buffer(-1, made.LIST * 8, private=True)
+    numbers = plan.buffer(-1, made.list_words(page, n) * 8, private=True)
     key = ("attend_pages", site, page, open, room, n)
     name = kernels.add(key, lambda name: made.attend(name, site, page, open, room, n))
     plan.row(

@@ -27,8 +27,8 @@ def closed(fn: Fn, axis: Axis, state: State, token: Val, open: int, room: int, d
 
 
 def bounds(name: str, site: Site, page: int, open: int, room: int, summary: str) -> tuple[Kernel, list[Fn]]:
-    """``out[token][head][page]``: the bound of every closed page. Threads share the pages. ``summary``: the form of the summaries'
-    numbers, or nothing."""
+    """``out[token][head][page]``: the bound of every closed page. Threads share the pages. ``summary``: the form of the
+    summaries' numbers, or nothing."""
     looked = replace(site, dim=2 * site.dim, forms=(summary, site.forms[1])) if summary else site
     sizes = [min(TILE, site.group - i) for i in range(0, site.group, TILE)]
     inner = {size: _tile(f"{name}_tile{size}", looked, size) for size in set(sizes)}

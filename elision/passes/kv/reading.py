@@ -12,10 +12,10 @@ from elision.ir.walk import Site, sites
 from elision.passes.kv.caches import Cached, partly
 
 
-def readable(program: Program, by: str) -> dict[str, int]:
+def readable(program: Program, by: str, extras: tuple[str, ...] = ("sinks",)) -> dict[str, int]:
     """The caches that `step` reads by a causal mask, by name the layer that reads them. Layers with a window, which reads little
     already, and attention to another stream are left as they are. Raises BadInput if nothing is left, and for caches that another
-    method has compressed or reads in part."""
+    method has compressed or reads in part. ``extras``: operands of attention that the method can cope with."""
     cached, found = Cached(program, by), {}
     masks = set()
     for site in (s for s in sites(program, program.entries["step"]) if s.value.op == "attend"):
@@ -23,7 +23,7 @@ def readable(program: Program, by: str) -> dict[str, int]:
         masks.add(str(mask))
         if name not in cached.states or not isinstance(mask, Mask) or mask.kind != "causal":
             continue
-        _check(site, name, type, by)  # type: ignore[arg-type]
+        _check(site, name, type, by, extras)  # type: ignore[arg-type]
         number = re.match(r"(\d+)\.", site.frame.label)
         if number is None:
             raise BadInput(f"{by}: the attention to {name} is in no layer of the stream of {program.name}")
@@ -33,8 +33,10 @@ def readable(program: Program, by: str) -> dict[str, int]:
     return found
 
 
-def _check(site: Site, name: str, type: KV, by: str) -> None:
+def _check(site: Site, name: str, type: KV, by: str, extras: tuple[str, ...]) -> None:
     if type.keyed_by != "position" or len(type.main) != 1 or partly(site):
         raise BadInput(f"{by}: {name} has been compressed by another pass, or is read in part; apply one of them")
-    if "slopes" in (site.value.attr("extras") or ()):
-        raise BadInput(f"{by}: {site.frame.label} attends with ALiBi, so products with keys do not say what it looks at")
+    if more := set(site.value.attr("extras") or ()) - set(extras):
+        known = {"slopes": "ALiBi", "sinks": "learnt sinks"}
+        what = " and ".join(known[x] for x in sorted(more))
+        raise BadInput(f"{by}: {site.frame.label} attends with {what}, which the method does not know")
