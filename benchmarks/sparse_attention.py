@@ -1,5 +1,5 @@
 """What methods that read a part of the cache save of a decode step, and cost in quality:
-``python benchmarks/sparse_attention.py compile DIRECTORY | time DIRECTORY | quality DIRECTORY [--out FILE]``.
+``python benchmarks/sparse_attention.py compile|time|quality DIRECTORY [--out FILE]``.
 
 compile: SmolLM2 with each method as an artefact, so that a measurement begins at once. time: milliseconds of a step at contexts of
 2048 and 8000 tokens, of its attention alone (the rows of the schedule that attend, choose and join, run by themselves), and bytes
