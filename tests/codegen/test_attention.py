@@ -217,7 +217,7 @@ def test_chosen_pages(threads: int) -> None:
     for form, page, more in (
         ("f32", 16, {"group": 3, "n": 2}), ("bf16", 16, {"group": 7, "n": 5, "softcap": 1.5}),
         ("i8", 16, {"group": 1, "heads": 3, "n": 3, "extras": ("sinks",)}), ("f16", 32, {"n": 2, "dim": 13}),
-        ("f32", 48, {"group": 13, "n": 1, "vdim": 40}),
+        ("f32", 48, {"group": 13, "n": 1, "vdim": 40}), ("bf16", 1, {"group": 3, "n": 7}), ("i8", 1, {"n": 40, "softcap": 1.5}),
     ):  # fmt: skip
         bench.add(attention({**PLAIN, "k": form, "v": form, "page": page, **more}))
     bench.compile()

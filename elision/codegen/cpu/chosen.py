@@ -13,6 +13,7 @@ from elision.codegen.cpu.cache_rows import BYTES
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.flash import CHUNK, Site, flash, weigh
 from elision.codegen.cpu.kernel import Kernel
+from elision.codegen.cpu.listed_flash import listed_flash
 from elision.codegen.cpu.pages import closed
 from elision.codegen.cpu.tile import BITS, HIGH, LOW, PAD, POS, QUERY, SUM, TILE, bounds, clear, put, tile_words
 from elision.ir.layout import LANES
@@ -37,7 +38,7 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
     sizes = [min(TILE, site.group - i) for i in range(0, site.group, TILE)]
     helpers = {False: weigh(f"{name}_weigh", site), True: weigh(f"{name}_listed_weigh", listed)}
     flashes = {(False, s): flash(f"{name}_flash{s}", site, s, helpers[False].name) for s in set(sizes)}
-    flashes |= {(True, s): flash(f"{name}_listed_flash{s}", listed, s, helpers[True].name) for s in set(sizes)}
+    flashes |= {(True, s): listed_flash(f"{name}_listed_flash{s}", listed, s, helpers[True].name) for s in set(sizes)}
     kernel = Kernel(name)
     fn = kernel.fn
     axis, q, state = kernel.axis(), kernel.view("q"), kernel.state("S")
@@ -53,8 +54,8 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
     ) -> None:
         """All tiles over one chunk of blocks."""
         for tile, _, count in places:
-            masked = high if each else low
-            fn.call(flashes[each, count].name, tile, scores, k, v, pos, low, high, limit, masked, nodes, scale, *scales, *blocks)
+            some = [] if each else [limit, low, nodes]
+            fn.call(flashes[each, count].name, tile, scores, k, v, pos, low, high, *some, scale, *scales, *blocks)
 
     with fn.loop(0, axis.count) as tokens, fn.loop(0, site.heads) as heads:
         token, head = tokens.index, heads.index

@@ -38,7 +38,7 @@ class Site:
     first: int = 0  # positions that a window shows besides
     apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
-    listed: bool = False  # blocks are named by a list
+    listed: bool = False  # blocks are named by a list (`elision.codegen.cpu.listed_flash`)
     #: Words from the numbers of listed blocks to bits that say which of their entries are seen, and from these to where the
     #: entries of each block begin in a list of all; 0: all are seen.
     partly: int = 0
@@ -66,57 +66,46 @@ def together(level: str) -> int:
 def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     """``flash(tile, scores, k, v, pos, first, last, limit, masked, nodes, scale)``: entries of blocks ``first .. last - 1``, at
     most `CHUNK`, added to the partial sums of ``tile`` queries; the arguments beyond are those of `weigh`. The scales of keys
-    and of values follow, where they have some; then, of a site that is ``listed``, the numbers of the blocks, which ``first`` and
-    ``last`` count, and of one that is ``partly`` the list of entries."""
+    and of values follow, where they have some."""
     args = [("tile", PTR), ("scores", PTR), ("k", PTR), ("v", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64")]
     args += [("limit", "i64"), ("masked", "i64"), ("nodes", "i1"), ("scale", "f32")]
-    args += [(f"{what}_scale", PTR) for what in site.scaled]
-    fn = Fn(name, args + [("blocks", PTR)] * site.listed + [("list", PTR)] * bool(site.partly))
+    fn = Fn(name, args + [(f"{what}_scale", PTR) for what in site.scaled])
     words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *scales = fn.args
-    entries = scales.pop() if site.partly else None
-    blocks = scales.pop() if site.listed else None
     key_scales, value_scales = (dict(zip(site.scaled, scales, strict=True)).get(what) for what in "kv")
     products(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
-            fn.splat(scale, LANES), key_scales, blocks)  # fmt: skip
+            fn.splat(scale, LANES), key_scales)  # fmt: skip
     count = fn.const(tile, "i64")
-    more = [x for x in (value_scales, blocks) if x is not None]
+    more = [value_scales] if value_scales is not None else []
     fn.call(weigh, words, scores, positions, first, last, limit, masked, nodes, count, *more)
     stop = fn.emit(f"arith.minsi {limit.name}, {(last * LANES).name} : i64", "i64")
     sums = [fn.load(words, PTR, j * WORDS + SUM, "i64") for j in range(tile)]
-    if blocks is None:
-        _values(fn, site, sums, scores, keys, values, first * LANES, stop)
-    else:
-        _listed_values(fn, site, sums, scores, keys, values, first, last, blocks, entries)
+    _values(fn, site, sums, scores, keys, values, first * LANES, stop)
     fn.returns()
     return fn
 
 
 def products(
     fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val | None, first: Val, last: Val, scale: Val,
-    key_scales: Val | None, blocks: Val | None = None,
+    key_scales: Val | None,
 ) -> None:  # fmt: skip
-    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile. ``blocks``:
-    numbers of the blocks, if they are not those from ``first`` on."""
+    """``scores[query][entry]``: products of queries and keys, times ``scale``. The values, if any, come meanwhile."""
     dim, form = site.dim, site.forms[0]
     step = next(s for s in (2, 1) if dim % s == 0)
 
     def together(begin: Val, end: Val, n: int) -> None:
         """Blocks ``begin .. end - 1``, ``n`` at a time."""
-        size = LANES * site.vdim * BYTES[site.forms[1]]
-        run = n if blocks is None else 1  # blocks side by side
-        ahead = -(-run * size * step // (dim * 64)) * 64  # bytes of values for a step of keys
+        coming_size = n * LANES * site.vdim * BYTES[site.forms[1]]
+        ahead = -(-coming_size * step // (dim * 64)) * 64  # bytes of values for a step of keys
         with fn.loop(begin, end, n) as loop:
-            numbers = [loop.index] if blocks is None else [fn.load(blocks, "i64", loop.index + i) for i in range(n)]
-            starts = [fn.at(keys, number * (dim * LANES * BYTES[form])) for number in numbers]
-            places = [(start, i * dim) for start in starts for i in range(run)]
-            coming = [] if values is None else [fn.at(values, number * size) for number in numbers]
+            base = fn.at(keys, loop.index * (dim * LANES * BYTES[form]))
+            coming = None if values is None else fn.at(values, loop.index * (coming_size // n))
             with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
                 sums = list(inner.carried)
-                for start in coming:
+                if coming is not None:
                     for line in range(0, ahead, 64):
-                        fn.prefetch(fn.at(start, (inner.index // step) * ahead + line))
+                        fn.prefetch(fn.at(coming, (inner.index // step) * ahead + line))
                 for s in range(step):
-                    k = [load(fn, start, (inner.index + (i + s)) * LANES, form, LANES) for start, i in places]
+                    k = [load(fn, base, (inner.index + (i * dim + s)) * LANES, form, LANES) for i in range(n)]
                     for j, query in enumerate(queries):
                         q = fn.splat(fn.load(query, "f32", inner.index + s), LANES)
                         for i in range(n):
@@ -126,8 +115,7 @@ def products(
             for i in range(n):
                 factor = scale
                 if key_scales is not None:
-                    number = loop.index + i if blocks is None else numbers[i]
-                    factor = fn.load(key_scales, VF, number * LANES, "f32") * scale
+                    factor = fn.load(key_scales, VF, (loop.index + i) * LANES, "f32") * scale
                 for j in range(len(queries)):
                     fn.store(inner.results[j * n + i] * factor, place, (j * CHUNK + i) * LANES, "f32")
 
@@ -141,7 +129,7 @@ def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values
     """Entries ``begin .. stop - 1`` times their weights. The keys behind them come meanwhile."""
     form, vdim = site.forms[1], site.vdim
     size = site.dim * BYTES[site.forms[0]]
-    for group in _columns(vdim, site.together):
+    for group in columns(vdim, site.together):
         begins = group[0][0] == 0
         wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
         scales = [fn.load(total, "f32", vdim + 2) for total in sums]
@@ -161,52 +149,17 @@ def _values(fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values
             fn.store(total, sums[j], c, "f32")
 
 
-def _listed_values(
-    fn: Fn, site: Site, sums: list[Val], weights: Val, keys: Val, values: Val, first: Val, last: Val, blocks: Val,
-    chosen: Val | None,
-) -> None:  # fmt: skip
-    """The entries of the listed blocks ``first .. last - 1``, those in the list ``chosen`` or all, times their weights. The keys
-    of the blocks behind them come meanwhile."""
-    form, vdim = site.forms[1], site.vdim
-    size = site.dim * BYTES[site.forms[0]]
-    for group in _columns(vdim, site.together):
-        begins = group[0][0] == 0
-        wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
-        scales = [fn.load(total, "f32", vdim + 2) for total in sums]
-        old = [fn.load(sums[j], type, c, "f32") * fn.splat(scales[j], lanes(type)) for j, c, type in wide]
-        with fn.loop(first, last, 1, old) as each:
-            low, high, place = fn.const(0, "i64"), fn.const(LANES, "i64"), fn.load(blocks, "i64", each.index) * LANES
-            if chosen is not None:
-                begin = fn.at(blocks, 2 * site.partly, "i64")
-                low, high = fn.load(begin, "i64", each.index), fn.load(begin, "i64", each.index + 1)
-            coming = fn.at(keys, fn.load(blocks, "i64", each.index + (last - first)) * (size * LANES))
-            with fn.loop(low, high, 1, each.carried) as entries:
-                lane = entries.index if chosen is None else fn.load(chosen, "i64", entries.index) - place
-                if begins:
-                    for line in range(0, size, 64):
-                        fn.prefetch(fn.at(coming, lane * size + line))
-                rows = {c: load(fn, values, (place + lane) * vdim + c, form, n) for c, n in group}
-                weight = fn.at(weights, (each.index - first) * LANES + lane, "f32")
-                found = []
-                for i, (j, c, type) in enumerate(wide):
-                    p = fn.splat(fn.load(weight, "f32", j * CHUNK * LANES), lanes(type))
-                    found.append(fn.fma(rows[c], p, entries.carried[i]))
-                entries.give(*found)
-            each.give(*entries.results)
-        for (j, c, _), total in zip(wide, each.results, strict=True):
-            fn.store(total, sums[j], c, "f32")
-
-
-def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
+def columns(size: int, together: int) -> list[list[tuple[int, int]]]:
     """Channels in vectors, ``together`` at a time: the first one and how many of each. The last vector may be half a one."""
     every = [(c, min(LANES, size - c)) for c in range(0, size, LANES)]
     return [every[i : i + together] for i in range(0, len(every), together)]
 
 
 def weigh(name: str, site: Site) -> Fn:
-    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales][, blocks])``: scores of ``count``
-    queries become weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all
-    entries; ``limit``: entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
+    """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales])``: scores of ``count`` queries become
+    weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all entries; ``limit``:
+    entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors. The numbers of blocks come
+    last, if they are listed."""
     args = [("tile", PTR), ("scores", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64"), ("limit", "i64")]
     args += [("masked", "i64"), ("nodes", "i1"), ("count", "i64")]
     fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled) + [("blocks", PTR)] * site.listed)
