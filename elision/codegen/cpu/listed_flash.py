@@ -23,6 +23,12 @@ def listed_flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     chosen = rest.pop() if site.partly else None
     blocks, scales = rest.pop(), dict(zip(site.scaled, rest, strict=True))
     queries = [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)]
+    if chosen is not None:  # just these values come
+        begins, row = fn.at(blocks, 2 * site.partly, "i64"), site.vdim * BYTES[site.forms[1]]
+        with fn.loop(fn.load(begins, "i64", first), fn.load(begins, "i64", last)) as loop:
+            coming = fn.at(values, fn.load(chosen, "i64", loop.index) * row)
+            for line in range(0, row, 64):
+                fn.prefetch(fn.at(coming, line))
     done = last - (last - first) % site.together
     for begin, end, n in ((first, done, site.together), (done, last, 1))[: 1 + (site.together > 1)]:
         _products(fn, site, queries, scores, keys, values, first, begin, end, n, fn.splat(scale, LANES), scales.get("k"), blocks)
@@ -39,14 +45,14 @@ def _products(
     fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val, first: Val, begin: Val, end: Val, n: int,
     scale: Val, key_scales: Val | None, blocks: Val,
 ) -> None:  # fmt: skip
-    """``scores[query][entry]`` of blocks ``begin .. end - 1``, ``n`` at a time. Their values come meanwhile."""
+    """``scores[query][entry]`` of blocks ``begin .. end - 1``, ``n`` at a time. Their values come meanwhile, if all are seen."""
     dim, form = site.dim, site.forms[0]
     step, size = next(s for s in (2, 1) if dim % s == 0), LANES * site.vdim * BYTES[site.forms[1]]
     ahead = -(-size * step // (dim * 64)) * 64  # bytes of values for a step of keys
     with fn.loop(begin, end, n) as loop:
         numbers = [fn.load(blocks, "i64", loop.index + i) for i in range(n)]
         starts = [fn.at(keys, number * (dim * LANES * BYTES[form])) for number in numbers]
-        coming = [fn.at(values, number * size) for number in numbers]
+        coming = [] if site.partly else [fn.at(values, number * size) for number in numbers]
         with fn.loop(0, dim, step, [fn.const(0.0, VF)] * (n * len(queries))) as inner:
             sums = list(inner.carried)
             for place in coming:
@@ -85,9 +91,12 @@ def _values(
                 begin = fn.at(blocks, 2 * site.partly, "i64")
                 low, high = fn.load(begin, "i64", each.index), fn.load(begin, "i64", each.index + 1)
             coming = fn.at(keys, fn.load(blocks, "i64", each.index + (last - first)) * (size * LANES))
+            if begins and chosen is not None:
+                for line in range(0, size * LANES, 64):
+                    fn.prefetch(fn.at(coming, line))
             with fn.loop(low, high, 1, each.carried) as entries:
                 lane = entries.index if chosen is None else fn.load(chosen, "i64", entries.index) - place
-                if begins:
+                if begins and chosen is None:
                     for line in range(0, size, 64):
                         fn.prefetch(fn.at(coming, lane * size + line))
                 rows = {c: load(fn, values, (place + lane) * vdim + c, form, n) for c, n in group}
