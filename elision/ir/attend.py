@@ -11,6 +11,7 @@ import torch
 from elision.errors import BadInput, IllegalProgram
 from elision.ir.mask import Mask
 from elision.ir.nodes import counts_of
+from elision.ir.pages import Chosen
 from elision.ir.states import Ring
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
@@ -28,6 +29,7 @@ def attend(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     results: Sequence[str] = (),
+    chosen: Chosen | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Attention of ``q [n, Hq, D]`` over the entries of each token's row: ``(out [n, Hq, Dv], *results)``.
 
@@ -35,7 +37,7 @@ def attend(
     c, plus ``slopes[h] (k_pos - q_pos)`` (ALiBi, Press et al. 2022): out = sum exp(s) v / (sum exp(s) +
     exp(sinks[h])). An entry is visible when ``mask`` says so and, in a Ring, while ``k_pos < sinks or q_pos -
     k_pos < window``; a drafted query sees, by the same two rules, node j of its row in Scratch when bit j of
-    its ``anc`` is set. Half precision is computed in fp32.
+    its ``anc`` is set. Of older entries it sees those of its pages, if these are ``chosen``. Half precision is computed in fp32.
 
     Results: ``lse [n, Hq]``, the log of the denominator; ``mass [B, H, C]``, the probability that each entry
     of the logical list (not Scratch) received, summed over the queries of this call and the query heads of
@@ -44,7 +46,7 @@ def attend(
     """
     if any(r not in RESULTS for r in results):
         raise BadInput(f"attend: unknown results {list(results)}; expected some of {', '.join(RESULTS)}")
-    found = weigh(q, store, tokens, mask, scale, softcap, sinks, slopes)
+    found = weigh(q, store, tokens, mask, scale, softcap, sinks, slopes, chosen)
     weight, n = found.weight, found.entries
     values = store.entries("v", n, weight.dtype)
     if drafts := weight.shape[-1] - n:
@@ -93,6 +95,7 @@ def weigh(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    chosen: Chosen | None = None,
 ) -> Weighed:
     """The softmax of `attend` before its division."""
     heads, group = store.type.heads, q.shape[1] // store.type.heads
@@ -114,6 +117,8 @@ def weigh(
     q_pos = grid(tokens.pos)[:, None, :, None]  # [B, 1, T, 1]
     seen, k_pos = _main_visible(store, mask, q_pos, n), store.pos[:, :, None, :n]
     keys = store.entries("k", n, wide)
+    if chosen is not None:
+        seen = seen & chosen.visible(store, q_pos, grid(chosen.pages), n)
     if tokens.anc is not None and store.type.scratch is not None:
         visible, node_pos = _draft_visible(store, mask, q_pos, grid(tokens.anc))
         seen = torch.cat((seen, visible.expand(-1, seen.shape[1], -1, -1)), -1)

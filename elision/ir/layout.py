@@ -32,6 +32,7 @@ from elision.ir.states import (
     Scratch,
     Segment,
     Slots,
+    Summary,
 )
 from elision.ir.types import DTYPES
 
@@ -243,6 +244,8 @@ def index_spec(type: KV, rows: int, capacity: int, prompt: int | None = 0) -> Sp
         spec |= {"node_pos": (nodes, torch.int32), "node_live": (nodes, torch.bool)}
     if type.scores is not None:
         spec |= score_spec(type, type.scores, rows, entries)
+    if type.summary is not None:
+        spec |= summary_spec(type, type.summary, rows, entries)
     return spec
 
 
@@ -259,6 +262,15 @@ def score_spec(type: KV, scores: Scores, rows: int, entries: int) -> Spec:
             "waiting_norm": ((*waiting, 2), torch.float32),
         }
     return spec
+
+
+def summary_spec(type: KV, summary: Summary, rows: int, entries: int) -> Spec:
+    """Of every page that can be complete the largest numbers of the channels of its keys, then the smallest ones, pages in the
+    lanes; and how many pages have theirs. A number is as wide as one of the keys (integers: as their scale)."""
+    enc = type.main[-1].k
+    numbers = enc if isinstance(enc, Float) else Float("f32")
+    codes = plane_spec(numbers, rows, type.heads, entries // summary.page, 2 * type.dim, True)["codes"]
+    return {"summary": codes, "summarised": ((rows,), torch.int64)}
 
 
 def row_bytes(type: KV) -> float:

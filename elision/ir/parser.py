@@ -26,7 +26,8 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         states.Float, states.Int, states.Repaired, states.Dense, states.Ring, states.Budget, states.Paged, states.Scratch,
-        states.Segment, states.Present, states.Scores, states.KV, states.Journal, states.Snapshot, states.Array, Host,
+        states.Segment, states.Present, states.Scores, states.Summary, states.KV, states.Journal, states.Snapshot, states.Array,
+        Host,
     )
 }  # fmt: skip
 
@@ -262,15 +263,13 @@ def _fits(value: Any, hint: str) -> bool:
     """Whether a value is of a field's annotated type, for the few types that fields of the IR have."""
     kinds: dict[str, Any] = {
         "int": int, "float": (int, float), "str": str, "bool": bool, "Slots": states.Slots, "Encoding": states.Encoding,
-        "Present": states.Present, "Int": states.Int,
+        "Present": states.Present, "Undo": states.Undo, "Scores": states.Scores, "Summary": states.Summary, "Int": states.Int,
     }  # fmt: skip
+    if hint.endswith(" | None"):
+        return value is None or _fits(value, hint.removesuffix(" | None"))
     if hint.startswith("tuple"):
         inner = states.Segment if "Segment" in hint else int
         return isinstance(value, tuple) and all(isinstance(v, inner) and not isinstance(v, bool) for v in value)
-    if hint.startswith("Undo"):
-        return value is None or isinstance(value, states.Undo)
-    if hint.startswith("Scores"):
-        return value is None or isinstance(value, states.Scores)
     return isinstance(value, kinds[hint]) and (hint == "bool" or not isinstance(value, bool))
 
 

@@ -140,6 +140,9 @@ def bypassing(labels: Container[str]) -> Rule:
     def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | tuple[Value, ...] | None:
         if v.op != "call" or v.attr("label") not in labels:
             return None
+        results = v.type if isinstance(v.type, tuple) else (v.type,)
+        if sum(isinstance(t, Tensor) for t in results) > 1:
+            raise BadInput(f"block {v.attr('label')} gives what later ones read besides the stream, so it cannot be left out")
         return (args[0], *(a for a in args if a.is_state)) if isinstance(v.type, tuple) else args[0]
 
     return rule

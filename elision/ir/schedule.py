@@ -35,14 +35,15 @@ AXIS_WORDS, MAX_AXES = 8, 64
 CONTEXT_WORDS = AXES + AXIS_WORDS * MAX_AXES
 
 #: Words of a cache's descriptor: addresses of the arrays of `elision.ir.layout` (0 where there are none) in the main segment
-#: that is appended to and in Scratch, and the blocks of 16 slots that a head has there; positions per sequence; of a main
-#: segment before it (``older``) the same, its lengths, and items per head of what its keys and values have for several rows.
+#: that is appended to and in Scratch, and the blocks of 16 slots that a head has there (``pages``: of 16 pages); positions per
+#: sequence; of a main segment before it (``older``) the same, its lengths, and items per head of what its keys and values have
+#: for several rows.
 STATE = {
     name: i
     for i, name in enumerate(
         ("k", "v", "k_scale", "v_scale", "pos", "len_k", "len_v", "blocks", "entries")
         + ("draft_k", "draft_v", "draft_k_scale", "draft_v_scale", "node_pos", "node_live", "draft_blocks", "nodes", "sequences")
-        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth")
+        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "summary", "pages")
         + ("k_low", "v_low", "draft_k_low", "draft_v_low", "older_len_k", "older_blocks", "older_k_groups")
         + tuple(f"older_{what}{name}" for what in "kv" for name in ("", "_scale", "_low"))
     )

@@ -176,6 +176,18 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """Beside every ``page`` entries, once they are complete, the largest and the smallest number of each channel of their keys
+    (`elision.ir.pages`)."""
+
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        if self.page < 1:
+            raise BadInput(f"{self}: expected at least 1 entry to a page")
+
+
+@dataclass(frozen=True)
 class KV:
     """A key/value cache of one attention site. Per row b and head h: ``pos [B, heads, C]``, ``len [B, heads]``.
 
@@ -183,7 +195,8 @@ class KV:
     ``keyed_by``: ``position`` (entry i holds position i) or ``explicit`` (once entries can be evicted).
     ``keep``: entries are chosen for all layers (``shared``), ``per_layer`` or ``per_head``.
     ``rope``: keys are rotated ``on_write`` or ``on_read``. ``ragged``: rows may differ in length.
-    ``storage``: ``owned``, or ``external`` (the caller's tensors). ``scores``: what is counted beside each entry.
+    ``storage``: ``owned``, or ``external`` (the caller's tensors). ``scores``: what is counted beside each entry. ``summary``:
+    what is known of each page of entries.
     """
 
     heads: int
@@ -197,6 +210,7 @@ class KV:
     ragged: bool = True
     storage: str = "owned"
     scores: Scores | None = None
+    summary: Summary | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in _CHOICES.items():
@@ -217,6 +231,8 @@ class KV:
             raise BadInput("KV: a Ring overwrites its oldest row, so only the last main segment can be one")
         if self.scores is not None and isinstance(tail.slots, Ring):
             raise BadInput("KV: the rows of a Ring are overwritten, so they have no scores")
+        if self.summary is not None and not (len(main) == 1 and isinstance(tail.slots, Dense) and self.keyed_by == "position"):
+            raise BadInput("KV: pages are summarised of one Dense segment that nothing evicts from; leave out one of the methods")
 
     @property
     def main(self) -> tuple[Segment, ...]:

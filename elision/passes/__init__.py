@@ -4,12 +4,15 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
+from elision.passes.kv.duo_attention import DuoAttention
 from elision.passes.kv.gear import GEAR
 from elision.passes.kv.h2o import H2O
 from elision.passes.kv.kivi import KIVI
 from elision.passes.kv.kv_quant import QuantisedKV
+from elision.passes.kv.quest import Quest
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
+from elision.passes.kv.tidal_decode import TidalDecode
 from elision.passes.layers.evopress import EvoPress
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
@@ -44,6 +47,7 @@ __all__ = [
     "BFloat16Weights",
     "Clean",
     "Del",
+    "DuoAttention",
     "DySpec",
     "EViT",
     "EvoPress",
@@ -57,6 +61,7 @@ __all__ = [
     "PromptLookup",
     "ShortGPT",
     "QuantisedKV",
+    "Quest",
     "SkipLayers",
     "SmoothQuantPlus",
     "SpecSampling",
@@ -65,6 +70,7 @@ __all__ = [
     "StoredWeights",
     "ToMe",
     "StreamingLLM",
+    "TidalDecode",
     "TokenRecycling",
     "UnifiedSkip",
     "from_text",

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elision.ir import tree
+from elision.ir.layout import LANES
 from elision.ir.mask import Mask
-from elision.ir.states import KV, Budget, Dense, Encoding, Float, Int, Scores, Scratch, Segment
+from elision.ir.pages import summarise
+from elision.ir.states import KV, Budget, Dense, Encoding, Float, Int, Scores, Scratch, Segment, Summary
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
@@ -63,12 +65,18 @@ def attention(site: dict[str, Any]) -> Any:
         scores = Scores(site["group"], 64, decay) if site["observed"] else None
         slots = Budget(CAPACITY) if scores else Dense()
         segments = (Segment(slots, k, v), Segment(Scratch(64), k, v))
-        type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], keep=site["keep"], scores=scores)
+        page, summary = site.get("page", 0), Summary(site["page"]) if site.get("page", 0) > 1 else None
+        type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], keep=site["keep"], scores=scores, summary=summary)
         queries, keys, values = m.x(heads * site["group"], dim), m.x(heads, dim), m.x(heads, vdim)
         state = m("append", m.state(type), keys, values)
         extra = [m.weight(name, heads * site["group"]) for name in site["extras"]]
         softcap = {"softcap": site["softcap"]} if site["softcap"] else {}
         how = {"mask": site["mask"], "scale": 0.3, "extras": site["extras"], **softcap}
+        if page and m.axis.draft:
+            open = max(page, LANES)
+            pages = m("pick", queries, state, n=site["n"], page=page, open=open, room=CAPACITY, first=1)
+            how["extras"] = (*site["extras"], "pages")
+            return m("attend", queries, state, *extra, pages, **how, page=page, open=open), pages, state
         found = m("attend", queries, state, *extra, **how)
         if scores:
             state = m("observe", state, queries, *extra, **how, last=last)
@@ -106,6 +114,7 @@ def scenario(
         same(fast, slow)
         for store in (*fast.values(), *slow.values()):
             thin(store)
+            close_pages(store)
     for drafted in trees:
         each(step, nodes(drafted, committed), f"trees {drafted}")
         paths = [drafted[r].path(len(drafted[r].parent) // 2) if r in drafted else [] for r in range(ROWS)]
@@ -113,6 +122,8 @@ def scenario(
         bench.engines[threads].commit([fast[n] for n in names], paths)
         for store in slow.values():
             store.commit(paths)
+        for store in (*fast.values(), *slow.values()):
+            close_pages(store)
         committed = [a + len(p) for a, p in zip(committed, paths, strict=True)]
         same(fast, slow)
 
@@ -125,6 +136,11 @@ def thin(store: KVStore) -> None:
         lost = (store.pos * 7919 + torch.arange(len(store.groups))[:, None] * 31) % 3 == 0
         kept = torch.where(there & ~lost, torch.arange(n), n).sort(-1).values
         store.select(torch.where(kept == n, -1, kept))
+
+
+def close_pages(store: KVStore) -> None:
+    if store.type.summary is not None:
+        summarise(store, torch.arange(store.rows))
 
 
 def stored(store: KVStore, what: str, n: int) -> dict[str, torch.Tensor]:
@@ -194,11 +210,30 @@ def test_scores_of_entries(threads: int) -> None:
     scenario(bench, [[120, 0, 17, 2], [3, 40, 1, 0]], trees, threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_chosen_pages(threads: int) -> None:
+    """The pages of every token and head, and attention over them; trees that begin anywhere in a page, and leave it."""
+    bench = Bench()
+    for form, page, more in (
+        ("f32", 16, {"group": 3, "n": 2}), ("bf16", 16, {"group": 7, "n": 5, "softcap": 1.5}),
+        ("i8", 16, {"group": 1, "heads": 3, "n": 3, "extras": ("sinks",)}), ("f16", 32, {"n": 2, "dim": 13}),
+        ("f32", 48, {"group": 13, "n": 1, "vdim": 40}), ("bf16", 1, {"group": 3, "n": 7}), ("i8", 1, {"n": 40, "softcap": 1.5}),
+    ):  # fmt: skip
+        bench.add(attention({**PLAIN, "k": form, "v": form, "page": page, **more}))
+    bench.compile()
+    trees = [
+        {r: chain(1) for r in range(ROWS)}, {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 2: chain(12)},
+        {1: chain(40), 3: chain(2)}, {0: chain(1), 1: chain(1)},
+    ]  # fmt: skip
+    scenario(bench, [[120, 0, 17, 2], [33, 46, 15, 0]], trees, threads)
+
+
 @pytest.mark.parametrize("level", [x for x in LEVELS if host_features().issuperset(needs(x))][1:])
 def test_lesser_processors(level: str) -> None:
     bench = Bench()
     for form in ("f32", "bf16", "i8"):
         bench.add(attention({**PLAIN, "group": 7, "k": form, "v": form, "mask": Mask("window", 30), "softcap": 1.5}))
+        bench.add(attention({**PLAIN, "group": 7, "k": form, "v": form, "page": 16, "n": 3}))
     bench.compile(level=level)
     scenario(bench, [[90, 0, 17, 2], [40, 1, 0, 33]], [{0: chain(9), 3: chain(1)}], 2)
 

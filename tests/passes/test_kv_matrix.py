@@ -39,7 +39,11 @@ METHODS = {
     "kv-quant": ("kv-quant", ""),
     "kivi": ("kivi:bits=2,group=16,residual=16", "kivi:group=16,residual=160"),
     "gear": ("gear:bits=2,block=16,rank=1", "gear:block=16,residual=160"),
+    "quest": ("quest:budget=48,dense=1", "quest:budget=160,dense=0"),
+    "duo-attention": ("duo-attention:heads=0+4,sinks=2,window=12", "duo-attention:heads=0+4,window=160"),
+    "tidal-decode": ("tidal-decode:budget=12,layers=0", "tidal-decode:budget=160,layers=0"),
 }
+READING = ("quest", "tidal-decode")  # keep all entries, and read some
 BUDGETS = {
     "streaming-llm": "streaming-llm:sinks=2,window={}",
     "h2o": "h2o:recent=4,sinks=1,budget={}",
@@ -48,6 +52,9 @@ BUDGETS = {
     "kv-quant": "kv-quant:group=4,bits={}",
     "kivi": "kivi:group=16,residual=0,bits={}",
     "gear": "gear:block=16,rank=1,bits={}",
+    "quest": "quest:page=2,dense=0,budget={}",
+    "duo-attention": "duo-attention:sparsity=1,sinks=1,window={}",
+    "tidal-decode": "tidal-decode:layers=0,budget={}",
 }
 
 
@@ -125,8 +132,9 @@ def test_bytes_are_those_of_the_type(name: str) -> None:
     assert model.stats is not None and all(isinstance(t, KV) for t in types)
     assert model.stats.state_bytes == sum(nbytes(t, 2, PROMPT + NEW, PROMPT) for t in types)
     assert model.stats.prompt_state_bytes == sum(nbytes(t, 2, PROMPT + NEW, None) for t in types)
-    tokens(compiled())
-    assert compiled().stats.state_bytes > model.stats.state_bytes  # type: ignore[union-attr]
+    if name not in READING:
+        tokens(compiled())
+        assert compiled().stats.state_bytes > model.stats.state_bytes  # type: ignore[union-attr]
 
 
 def drafted(model: elision.Model) -> torch.Tensor:
@@ -157,9 +165,9 @@ def test_weight_formats_and_skipped_layers(name: str) -> None:
     for formats in FORMATS:
         model = compiled(tight, "skip-layers:layers=1", *formats, target="cpu")
         assert torch.equal(tokens(model), tokens(compiled("skip-layers:layers=1", *formats, tight)))
-        assert sorted(model.program.states) == ["kv_0", "kv_2"] and model.native is not None
+        assert {n.removesuffix("_few") for n in model.program.states} == {"kv_0", "kv_2"} and model.native is not None
         hosts = {op for entry in model.native.hosts.values() for op, _ in entry}
-        assert bool(hosts & {"append", "attend", "observe"}) == (name == "gear")
+        assert bool(hosts & {"append", "attend", "observe", "pick"}) == (name == "gear")
         if whole:
             plain = tokens(compiled("skip-layers:layers=1", *formats))
             assert torch.equal(tokens(compiled(whole, "skip-layers:layers=1", *formats)), plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elision.codegen.cpu import attend as made
-from elision.codegen.cpu import cache
+from elision.codegen.cpu import cache, page_rules
 from elision.codegen.cpu import observe as light
 from elision.codegen.cpu.cache_rows import Form, form
 from elision.codegen.cpu.flash import CHUNK, Site, together
@@ -59,7 +59,13 @@ def _read_natively(plan: Planner, state: Value) -> None:
     for value in plan.graph.values:
         if value.op == "attend" and origin(value.args[1]) is origin(state):
             need(not value.attr("results"), "results beside the output")
-            floats(value.args[0], *value.args[2:])
+            floats(value.args[0], *(x for name, x in operands(value).items() if name != "pages"))
+            page_rules.chosen(plan, value)
+
+
+def operands(value: Value) -> dict[str, Value]:
+    """The further operands of an `attend` by name."""
+    return dict(zip(value.attr("extras") or (), value.args[2:], strict=True))
 
 
 def fresh(kernels: Kernels, plan: Planner, value: Value) -> None:
@@ -106,13 +112,15 @@ def _append(kernels: Kernels, plan: Planner, value: Value, k: Value, v: Value, b
 
 
 def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
-    q, cached, *extra = value.args
-    floats(q, *extra)
+    q, cached = value.args[:2]
+    named = operands(value)
+    pages = named.pop("pages", None)
+    floats(q, *named.values())
     state = cached.type
     assert isinstance(state, KV)
     kinds = forms(state)
     need(not value.attr("results"), "results beside the output")
-    mask, named = value.attr("mask"), dict(zip(value.attr("extras") or (), extra, strict=True))
+    mask = value.attr("mask")
     assert isinstance(mask, Mask)
     queries, outer, _ = plan.view(plan.ref(q))
     drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
@@ -124,20 +132,23 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
         mask.sinks, lists_of(state) > 1, drafted and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
         older(state),
     )  # fmt: skip
-    name = kernels.add(("attend", site), lambda n: made.attend(n, site))
-    joined = kernels.add(("combine", site), lambda n: made.combine(n, site))
     axis = plan.axis(value)
     part = plan.buffer(axis, outer * (state.vdim + PAD) * 4, private=not plan.many, across=True)
     scratch = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
-    tiles = plan.buffer(-1, made.batch_bytes(site), private=True)
-    sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
-    more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
-    plan.row(
-        name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
-        ("tensor", tiles, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
-        ("int", int(mask.kind == "full")), *more,
-        reads=[plan.state(cached)] if plan.many else [], writes=[part, scratch, tiles],
-    )  # fmt: skip
+    if pages is None:
+        name = kernels.add(("attend", site), lambda n: made.attend(n, site))
+        tiles = plan.buffer(-1, made.batch_bytes(site), private=True)
+        sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
+        more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
+        plan.row(
+            name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
+            ("tensor", tiles, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
+            ("int", int(mask.kind == "full")), *more,
+            reads=[plan.state(cached)] if plan.many else [], writes=[part, scratch, tiles],
+        )  # fmt: skip
+    else:
+        page_rules.attend(kernels, plan, value, site, pages, part, scratch)
+    joined = kernels.add(("combine", site), lambda n: made.combine(n, site))
     plan.tables["attended", q, plan.state(cached)] = Ref(part, 0, (1,), (1,))
     out = plan.new(value)
     more = [plan.packing(named["sinks"], "plain")] if "sinks" in named else []

@@ -6,7 +6,18 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from elision.codegen.cpu import attention_rules, expert_rules, expression, linear, linear_a8, quantise, rows, token_rules, topk
+from elision.codegen.cpu import (
+    attention_rules,
+    expert_rules,
+    expression,
+    linear,
+    linear_a8,
+    page_rules,
+    quantise,
+    rows,
+    token_rules,
+    topk,
+)
 from elision.codegen.cpu.integer_dot import best_way
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.planner import Planner, Ref, contiguous
@@ -31,7 +42,7 @@ class Emitter:
         need(region.op in _RULES, f"{region.op} has no kernel")
         rule, *attributes = _RULES[region.op]
         knows(region, frozenset(attributes))
-        if isinstance(region.type, Tensor) and region.op not in ("view", "slice"):
+        if isinstance(region.type, Tensor) and region.op not in ("view", "slice", "pick"):
             need(region.tensor.dtype == "f32", f"{region.tensor.dtype} values")
         rule(self, plan, region)
 
@@ -290,7 +301,11 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "append": (lambda emitter, plan, value: attention_rules.append(emitter.kernels, plan, value),),
     "attend": (
         lambda emitter, plan, value: attention_rules.attend(emitter.kernels, emitter.level, plan, value),
-        "mask", "scale", "softcap", "extras", "results",
+        "mask", "scale", "softcap", "extras", "results", "page", "open",
+    ),
+    "pick": (
+        lambda emitter, plan, value: page_rules.pick(emitter.kernels, emitter.level, plan, value),
+        "n", "page", "open", "room", "first",
     ),
     "observe": (
         lambda emitter, plan, value: attention_rules.observe(emitter.kernels, emitter.level, plan, value),

@@ -43,6 +43,10 @@ class Site:
     apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
     older: tuple[Form, Form] | None = None  # of a segment before the one that is appended to
+    listed: bool = False  # blocks are named by a list (`elision.codegen.cpu.listed_flash`)
+    #: Words from the numbers of listed blocks to bits that say which of their entries are seen, and from these to where the
+    #: entries of each block begin in a list of all; 0: all are seen.
+    partly: int = 0
 
     @property
     def queries(self) -> int:
@@ -177,7 +181,7 @@ def _values(
     """Entries ``begin .. stop - 1`` times their weights. The keys behind them come meanwhile."""
     form, vdim = site.forms[1], site.vdim
     size = row_bytes(site.forms[0], site.dim)
-    for group in _columns(vdim, site.together):
+    for group in columns(vdim, site.together):
         begins = group[0][0] == 0
         wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
         scales = [fn.load(total, "f32", vdim + 2) for total in sums]
@@ -200,7 +204,7 @@ def _values(
             fn.store(total, sums[j], c, "f32")
 
 
-def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
+def columns(size: int, together: int) -> list[list[tuple[int, int]]]:
     """Channels in vectors, ``together`` at a time: the first one and how many of each. The last vector may be half a one."""
     every = [(c, min(LANES, size - c)) for c in range(0, size, LANES)]
     return [every[i : i + together] for i in range(0, len(every), together)]
@@ -209,11 +213,13 @@ def _columns(size: int, together: int) -> list[list[tuple[int, int]]]:
 def weigh(name: str, site: Site) -> Fn:
     """``weigh(tile, scores, pos, first, last, limit, masked, nodes, count[, value_scales])``: scores of ``count`` queries become
     weights, relative to the largest score so far. ``masked``: the block from which on a query may not see all entries; ``limit``:
-    entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors."""
+    entries that there are; ``nodes``: entries are drafted nodes, of which a query sees its ancestors. The numbers of blocks come
+    last, if they are listed."""
     args = [("tile", PTR), ("scores", PTR), ("pos", PTR), ("first", "i64"), ("last", "i64"), ("limit", "i64")]
     args += [("masked", "i64"), ("nodes", "i1"), ("count", "i64")]
-    fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled))
+    fn = Fn(name, args + [("v_scale", PTR)] * ("v" in site.scaled) + [("blocks", PTR)] * site.listed)
     words, scores, positions, first, last, limit, masked, nodes, count, *scales = fn.args
+    blocks = scales.pop() if site.listed else None
     zero, hidden, iota = fn.const(0.0, VF), fn.const(HIDDEN, VF), fn.const(list(range(LANES)), VI)
     with fn.loop(0, count) as queries:
         query = fn.at(words, queries.index * WORDS, "i64")
@@ -233,6 +239,12 @@ def weigh(name: str, site: Site) -> Fn:
                     slope = fn.splat(fn.cast(fn.i32(word(SLOPE)), "arith.bitcast", "f32"), LANES)
                     score = fn.fma(fn.cast(distance, "arith.sitofp", VF), slope, score)
                 fn.store(score, row, at, "f32")
+        if blocks is not None and site.partly:
+            with fn.loop(first, last) as loop:
+                at = (loop.index - first) * LANES
+                bits = fn.splat(fn.i32(fn.load(blocks, "i64", loop.index + site.partly)), LANES)
+                seen = fn.compare(bits & fn.const([1 << i for i in range(LANES)], VI), "ne", 0)
+                fn.store(fn.select(seen, fn.load(row, VF, at, "f32"), hidden), row, at, "f32")
         with fn.loop(masked, last) as loop:
             at = (loop.index - first) * LANES
             pos = fn.load(positions, VI, loop.index * LANES, "i32")
@@ -260,7 +272,8 @@ def weigh(name: str, site: Site) -> Fn:
             p = fn.select(fn.compare(score, "ole", HIDDEN / 2), zero, vm.exp(fn, score - wide_top))
             share = p
             if scales:
-                share = p * fn.load(scales[0], VF, (first + loop.index) * LANES, "f32")
+                number = first + loop.index if blocks is None else fn.load(blocks, "i64", first + loop.index)
+                share = p * fn.load(scales[0], VF, number * LANES, "f32")
             fn.store(share, row, at, "f32")
             if site.observed:
                 left = fn.select(nodes, fn.load(query, PTR, LEFT_NODES, "i64"), fn.load(query, PTR, LEFT, "i64"))

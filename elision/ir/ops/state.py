@@ -11,6 +11,7 @@ from elision.ir import observe as observation
 from elision.ir.layout import row_bytes, slot_count
 from elision.ir.mask import Mask
 from elision.ir.op import Cost, Sizes, need, op, token_axis
+from elision.ir.pages import Chosen
 from elision.ir.states import KV, Array, Encoding
 from elision.ir.store import ArrayStore, KVStore
 from elision.ir.tokens import Tokens
@@ -83,12 +84,20 @@ def _attend_type(
     softcap: Any = None,
     extras: tuple[str, ...] = (),
     results: tuple[str, ...] = (),
+    page: int = 0,
+    open: int = 0,
 ) -> Any:
     axis = token_axis(q)
     need(len(q.axes) == 3 and q.axes[2] == S.dim, f"expected queries [t, heads, {S.dim}], got {q}")
     heads = q.axes[1]
     need(isinstance(heads, int) and heads % S.heads == 0, f"{heads} query heads over {S.heads} key heads")
-    need(len(extra) == len(extras) and set(extras) <= {"sinks", "slopes"}, f"extras {extras} for {len(extra)} operands")
+    known = {"sinks", "slopes", "pages"}
+    need(len(extra) == len(extras) and set(extras) <= known, f"extras {extras} for {len(extra)} operands")
+    pages = dict(zip(extras, extra, strict=True)).get("pages")
+    need((pages is not None) == (page > 0) == (open > 0), f"page={page}, open={open}; expected both, with the operand pages")
+    if pages is not None:
+        legal = pages.dtype == "i64" and pages.axes[:2] == (axis, S.heads) and len(pages.axes) == 3
+        need(legal and open % page == 0, f"expected pages i64[{axis}, {S.heads}, n], and open={open} in pages of {page}")
     need(set(results) <= {"lse", "mass"}, f"results {results}; expected lse or mass")
     out: list[Tensor] = [Tensor((axis, heads, S.vdim), q.dtype)]
     for name in results:
@@ -101,6 +110,8 @@ def _attend_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, A
     entries = min(sizes.context, sum(slot_count(s.slots, sizes.context) for s in S.main))
     if isinstance(mask, Mask) and mask.size:
         entries = min(entries, mask.size + mask.sinks)
+    if "pages" in attrs.get("extras", ()):
+        entries = min(entries, types[2 + attrs["extras"].index("pages")].width * attrs["page"] + attrs["open"])
     flops = 2.0 * sizes.of(q.axes[0]) * entries * q.axes[1] * (S.dim + S.vdim)
     cache = float(sizes.rows * entries * row_bytes(S))
     out = result[0] if isinstance(result, tuple) else result
@@ -118,14 +129,20 @@ def attend(
     softcap: float | None = None,
     extras: tuple[str, ...] = (),
     results: tuple[str, ...] = (),
+    page: int = 0,
+    open: int = 0,
     at: Tokens,
 ) -> Any:
     """Softmax attention of queries ``[t, heads, dim]`` over every visible entry of the cache (see `elision.ir.attend`).
 
-    ``extras`` names further operands: ``sinks [heads]`` (a logit that takes mass and gives nothing), ``slopes [heads]`` (ALiBi).
+    ``extras`` names further operands: ``sinks [heads]`` (a logit that takes mass and gives nothing), ``slopes [heads]`` (ALiBi),
+    ``pages [t, kv heads, n]`` (see `pick`): of the entries before the last multiple of ``open``, only those of these pages of
+    ``page`` entries are seen.
     ``results``: ``lse [t, heads]`` and ``mass [rows, kv heads, entries]``, the column sums of the probabilities.
     """
-    named = dict(zip(extras, extra, strict=True))
+    named: dict[str, Any] = dict(zip(extras, extra, strict=True))
+    if "pages" in named:
+        named["chosen"] = Chosen(named.pop("pages"), page, open)
     found = attention.attend(q, S, at, mask, scale, softcap, results=results, **named)
     return found if results else found[0]
 

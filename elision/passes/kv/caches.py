@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 
 from elision.errors import BadInput
 from elision.ir.mask import Mask
+from elision.ir.ops.program import origin
 from elision.ir.program import Program, Tick, state_inputs
 from elision.ir.states import KV, Dense, Float, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.ir.walk import Site, sites
 
+#: Gives what stands for an `attend` with these operands.
+Read = Callable[[Builder, Value, tuple[Value, ...]], Value]
 #: Gives the next state from the sequences that are due, the state, and what it holds (`entries`).
 Change = Callable[[Builder, Value, Value, Value], Value]
 
@@ -38,7 +41,7 @@ class Cached:
                     f"{self.by}: {site.frame.label} attends by the mask {mask}, and the method is for layers that see all before "
                     "them; a window bounds its cache already"
                 )
-            if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1):
+            if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1 or partly(site)):
                 raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
 
     def whole(self) -> None:
@@ -88,13 +91,22 @@ class Cached:
 
         self.retype(changed, observe, last, mask)
 
-    def retype(self, change: Callable[[KV], KV], observe: tuple[str, ...] = (), last: int = 0, mask: Mask | None = None) -> None:
-        """Change the type of every cache. The model's own forward stays as it is."""
+    def retype(
+        self,
+        change: Callable[[KV], KV],
+        observe: tuple[str, ...] = (),
+        last: int = 0,
+        mask: Mask | None = None,
+        only: Container[str] | None = None,
+        read: Read | None = None,
+    ) -> None:
+        """Change the type of every cache, or of those named ``only``. The model's own forward stays as it is. ``read``: how
+        `step` attends to them."""
         program = self.program
-        types = {n: change(t) for n, t in self.states.items()}
+        types = {n: change(t) for n, t in self.states.items() if only is None or n in only}
         program.states = {**program.states, **types}
         for entry in ("prefill", "step"):
-            work = _Templates(program, types, entry in observe, last, mask)
+            work = _Templates(program, types, entry in observe, last, mask, read if entry == "step" else None)
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
         program.ticks = tuple(replace(t, graph=_Templates(program, types).entry(t.graph)) for t in program.ticks)
@@ -105,11 +117,11 @@ class Cached:
         if any(t.scores is not None and 0 < t.scores.depth < nodes for t in self.states.values()):
             self.retype(lambda type: replace(type, scores=type.scores and replace(type.scores, depth=nodes)))
 
-    def on_tick(self, every: int, change: Change, chunks: bool = False) -> None:
-        """Change every cache on the clock (`Tick`)."""
+    def on_tick(self, every: int, change: Change, chunks: bool = False, only: Container[str] | None = None) -> None:
+        """Change every cache, or those named ``only``, on the clock (`Tick`)."""
         b = Builder(self.by.replace("-", "_"), self.program.targets)
         rows = b.input("rows", Tensor((Axis("b"),), "i64"))
-        states = {n: b.input(n, t) for n, t in self.states.items()}
+        states = {n: b.input(n, t) for n, t in self.states.items() if only is None or n in only}
         done = [change(b, rows, s, b.add("entries", s, rows, name="pos")) for s in states.values()]
         self.program.ticks = (*self.program.ticks, Tick(every, b.build(*done), chunks))
 
@@ -123,8 +135,9 @@ class _Templates:
     observe: bool = False
     last: int = 0
     mask: Mask | None = None
+    read: Read | None = None
     made: dict[str, Graph] = field(default_factory=dict)
-    names: dict[tuple[str, tuple[KV, ...]], str] = field(default_factory=dict)
+    names: dict[tuple[str, tuple[tuple[KV, bool], ...]], str] = field(default_factory=dict)
 
     def entry(self, graph: Graph) -> Graph:
         named = {v: self.types[n] for n, v in state_inputs(graph).items() if n in self.types}
@@ -132,15 +145,15 @@ class _Templates:
         def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
             if v in named:
                 return b.input(v.attr("name"), named[v])
-            caches = tuple(a.type for a in args if isinstance(a.type, KV))
-            if v.op == "call" and caches:
+            caches = tuple((a.type, origin(old) in named) for old, a in zip(v.args, args, strict=True) if isinstance(a.type, KV))
+            if v.op == "call" and any(mine for _, mine in caches):
                 attrs = {**dict(v.attrs), "target": self._template(v.attr("target"), caches)}
                 return b.add_with("call", args, attrs, None)
             return None
 
         return rewrite(graph, rule, ChainMap(self.made, dict(self.program.targets)), keep=True)
 
-    def _template(self, name: str, caches: tuple[KV, ...]) -> str:
+    def _template(self, name: str, caches: tuple[tuple[KV, bool], ...]) -> str:
         if (name, caches) not in self.names:
             taken = {**self.program.targets, **self.made}
             new = next(n for i in range(1, len(taken) + 2) if (n := f"{name}_kv{i}") not in taken)
@@ -148,15 +161,19 @@ class _Templates:
             self.names[name, caches] = new
         return self.names[name, caches]
 
-    def _changed(self, graph: Graph, caches: tuple[KV, ...]) -> Graph:
-        given = dict(zip((v for v in graph.inputs if isinstance(v.type, KV)), caches, strict=True))
+    def _changed(self, graph: Graph, caches: tuple[tuple[KV, bool], ...]) -> Graph:
+        """``caches``: their types, and whether they are among those that are changed."""
+        inputs = [v for v in graph.inputs if isinstance(v.type, KV)]
+        given = {v: type for v, (type, mine) in zip(inputs, caches, strict=True) if mine}
         observed: dict[Value, Value] = {}
 
         def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
             if v in given:
                 return b.input(v.attr("name"), given[v])
-            if v.op != "attend":
+            if v.op != "attend" or origin(v.args[1]) not in given:
                 return None
+            if self.read is not None:
+                return self.read(b, v, args)
             attrs = dict(v.attrs) | ({"mask": self.mask} if self.mask is not None else {})
             found = b.add_with("attend", args, attrs, None, graph.names.get(v))
             if self.observe:
@@ -168,6 +185,11 @@ class _Templates:
         new = rewrite(graph, rule, more=lambda: observed.values())
         count = len(new.outputs) - len(observed)
         return replace(new, outputs=tuple(observed.get(v, v) for v in new.outputs[:count]))
+
+
+def partly(site: Site) -> bool:
+    """Whether this attention reads chosen pages only."""
+    return "pages" in (site.value.attr("extras") or ())
 
 
 def sizes(by: str, **given: int) -> None:
