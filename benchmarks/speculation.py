@@ -3,10 +3,11 @@
 python benchmarks/speculation.py [--formats fp32 bf16 ...] [--tokens 128] [--prompts 8] [--output FILE]
 
 Greedy, SmolLM2-135M-Instruct, 2 threads. For every prompt plain decoding and sets of drafters take turns. Drafters begin cold and
-keep their tables from prompt to prompt; the first ``WARM`` prompts of each kind are run and not counted. Two figures: wall time
-(plain over speculative, of the rounds after the first token; median over prompts and their quartiles), and counted: the times
-that a step of n nodes took when the machine was measured, summed over the rounds, plus the time of drafting. Tokens are compared
-with those of plain decoding. A text repeats itself if fewer than 80 % of its 4-grams are different.
+keep their tables from prompt to prompt; the first ``WARM`` prompts of every kind are run before the others and not counted. Two
+figures: wall time of a token (plain over speculative, of the rounds after the first token; median over prompts and their
+quartiles), and counted: the times that a step of n nodes took when the machine was measured, summed over the rounds, plus the
+time of drafting. Tokens are compared with those of plain decoding. A text repeats itself if fewer than 80 % of its 4-grams are
+different.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FORMATS: dict[str, list[str]] = {
 }
 DRAFTERS = ["prompt-lookup", "pain-trie", "token-recycling", "aded"]
 SETS = [(0,), (1,), (2,), (3,), (1, 2), (0, 2), (0, 1, 2, 3)]
-WARM = 1
+WARM = 2
 ROOT = Path(__file__).parent
 
 
@@ -81,29 +82,30 @@ def run(name: str, tokens: int, count: int, progress: Progress) -> tuple[dict[tu
     task = progress.add_task(name, total=len(KINDS) * count)
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     wrong = 0
-    for kind in KINDS:
-        for i, message in enumerate(prompts(kind)[:count]):
-            ids = torch.tensor([drafted.tokenizer.encode(drafted.tokenizer.chat(message), add_special=False)])
-            for turn, (label, found) in enumerate(sets.items()):
-                if turn % 3 == 0:  # plain decoding's turn comes again before every third set
-                    expected = plain.generate(ids, max_new_tokens=tokens, temperature=0)
-                    before = plain.stats
-                drafted.drafting = found
-                out = drafted.generate(ids, max_new_tokens=tokens, temperature=0)
-                stats = drafted.stats
-                assert before is not None and stats is not None
-                wrong += not torch.equal(out, expected)
-                if i >= WARM and before.new_tokens >= 16:
-                    samples[label, kind].append(_sample(before, stats, found.policy, out[0, ids.shape[1] :].tolist()))
-            progress.advance(task)
+    texts = [(kind, i, message) for kind in KINDS for i, message in enumerate(prompts(kind)[:count])]
+    for kind, i, message in sorted(texts, key=lambda t: t[1] >= WARM):
+        ids = torch.tensor([drafted.tokenizer.encode(drafted.tokenizer.chat(message), add_special=False)])
+        for turn, (label, found) in enumerate(sets.items()):
+            if turn % 3 == 0:  # plain decoding's turn comes again before every third set
+                expected = plain.generate(ids, max_new_tokens=tokens, temperature=0)
+                before = plain.stats
+            drafted.drafting = found
+            out = drafted.generate(ids, max_new_tokens=tokens, temperature=0)
+            stats = drafted.stats
+            assert before is not None and stats is not None
+            wrong += not torch.equal(out, expected)
+            if i >= WARM and min(before.new_tokens, stats.new_tokens) >= 16:
+                samples[label, kind].append(_sample(before, stats, found.policy, out[0, ids.shape[1] :].tolist()))
+        progress.advance(task)
     return samples, times, wrong
 
 
 def _sample(before: Stats, stats: Stats, policy: Policy, text: list[int]) -> Sample:
     counted = sum(policy.seconds(n) * times for n, times in stats.sizes.items()) + stats.draft_time
+    tokens = stats.new_tokens - 1
     return Sample(
-        before.decode_time / stats.decode_time,
-        (before.new_tokens - 1) * policy.seconds(1) / counted,
+        before.decode_time / (before.new_tokens - 1) / (stats.decode_time / tokens),
+        tokens * policy.seconds(1) / counted,
         stats.tokens_per_round,
         repeats(text),
         stats.drafted / max(stats.rounds, 1) + 1,

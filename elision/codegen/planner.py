@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from elision.codegen.refusal import NotNative
+from elision.codegen.refusal import NotNative, floats, need
 from elision.codegen.regions import Products, Region
 from elision.ir import schedule as abi
 from elision.ir.ops.program import origin
@@ -99,9 +99,11 @@ class Planner:
         return len(self._buffers) - 1
 
     def packing(self, weight: Value, packing: str) -> tuple[Any, ...]:
-        """The operand of a weight in a packing. Raises NotNative if it is needed in two."""
-        if weight.op != "param":
-            raise NotNative(f"{weight.op} in the place of a weight")
+        """The operand of a weight in a packing. Raises NotNative if it is needed in two, or is plain and not of float32, as which
+        kernels read it."""
+        need(weight.op == "param", f"{weight.op} in the place of a weight")
+        if packing == "plain":
+            floats(weight)
         name = weight.attr("name")
         known = self.schedule.packings.setdefault(name, packing)
         if known != packing:

@@ -31,7 +31,7 @@ from elision.ir.verify import Request
 from elision.runtime.session import Session
 
 log = logging.getLogger("elision")
-_RUNS, _BEFORE = 3, 64
+_RUNS, _BEFORE = 8, 64
 _made: weakref.WeakSet[Drafting | ModelDrafting] = weakref.WeakSet()
 
 
@@ -67,8 +67,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def step_seconds(interpreter: Interpreter, key: str) -> Array:
-    """Seconds of a round's call over each of `SIZES` nodes after a short prompt, medians; measured once per ``key`` and
-    machine."""
+    """Seconds of a round's call over each of `SIZES` nodes after a short prompt; measured once per ``key`` and machine."""
     path = _path(key)
     try:
         found = json.loads(path.read_text())
@@ -77,10 +76,7 @@ def step_seconds(interpreter: Interpreter, key: str) -> Array:
     except (OSError, ValueError, TypeError):
         pass
     log.info("measuring what a step of 1 to %d nodes costs", SIZES[-1])
-    next, _ = _round(interpreter, 1, 0)
-    wrong = (next + 1) % interpreter.program.meta["vocab"]
-    seen = np.array([[_round(interpreter, n, wrong)[1] for n in SIZES] for _ in range(_RUNS + 1)])[1:]
-    times = np.median(seen, 0)
+    times = _measure(interpreter)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(times.tolist()))
@@ -89,31 +85,43 @@ def step_seconds(interpreter: Interpreter, key: str) -> Array:
     return times
 
 
-def _round(interpreter: Interpreter, n: int, token: int) -> tuple[int, float]:
-    """One round over a chain of n nodes, all of which guess ``token``: the first new token, and the seconds."""
-    positions = interpreter.program.meta["positions"]
-    before = min(_BEFORE, positions - 1)
-    session = Session(interpreter, 1, before + SIZES[-1], _Chain(n, token, interpreter.program))  # type: ignore[arg-type]
-    session.prefill([[0] * before])
-    requests = Requests([Request()], [torch.zeros(before + 1, dtype=torch.int64)], [before])
-    start = time.perf_counter()
-    tokens = session.round({0: 0}, requests)
-    return tokens[0][0], time.perf_counter() - start
+def _measure(interpreter: Interpreter) -> Array:
+    """Lower quartiles of ``_RUNS`` rounds of each size. All runs write one text, whose next tokens the first of them finds out
+    without drafts, so that every guess can be wrong; sizes come in another order each time, since contexts and clocks move on."""
+    positions, vocabulary = interpreter.program.meta["positions"], interpreter.program.meta["vocab"]
+    before = max(1, min(_BEFORE, positions - 1 - len(SIZES)))
+    drafts = _Chain(interpreter.program)
+    text: list[int] = []
+    seen = np.empty((_RUNS, len(SIZES)))
+    for run in range(-1, _RUNS):
+        session = Session(interpreter, 1, before + len(SIZES) + SIZES[-1], drafts)  # type: ignore[arg-type]
+        session.prefill([[0] * before])
+        last = 0
+        for turn, i in enumerate(np.roll(np.arange(len(SIZES)), 5 * run).tolist()):
+            drafts.n, drafts.token = (1, 0) if run < 0 else (SIZES[i], (text[turn] + 1) % vocabulary)
+            requests = Requests([Request()], [torch.zeros(session.committed[0] + 1, dtype=torch.int64)], [before])
+            start = time.perf_counter()
+            last = session.round({0: last}, requests)[0][0]
+            seen[run, i] = time.perf_counter() - start
+            if run < 0:
+                text.append(last)
+    return np.quantile(seen, 0.25, axis=0)
 
 
 class _Chain:
-    """In the place of drafts: always the same chain, of a guess that is wrong at once. Positions end where the model's do."""
+    """In the place of drafts: always a chain of ``n`` nodes, of a guess that is wrong at once. Positions end where the model's
+    do."""
 
     seconds = verify_seconds = commit_seconds = 0.0
+    n, token = 1, 0
 
-    def __init__(self, n: int, token: int, program: Program) -> None:
-        self._n, self._token = n, token
+    def __init__(self, program: Program) -> None:
         self._positions, self._vocabulary = program.meta["positions"], program.meta["vocab"]
 
     def propose(self, last: torch.Tensor, requests: Requests, at: Tokens) -> tuple[torch.Tensor, Tokens]:
-        tree = chain(0, np.full(self._n - 1, self._token), np.zeros(self._n - 1, np.int64))
+        tree = chain(0, np.full(self.n - 1, self.token), np.zeros(self.n - 1, np.int64))
         pos = np.minimum(int(at.pos[0]) + tree.depth, self._positions - 1)
-        nodes = [torch.from_numpy(x) for x in (tree.token, np.zeros(self._n, np.int64), pos, tree.parent)]
+        nodes = [torch.from_numpy(x) for x in (tree.token, np.zeros(self.n, np.int64), pos, tree.parent)]
         return nodes[0], Tokens(nodes[1], nodes[2], 1, nodes[3], torch.from_numpy(tree.ancestors()))
 
     def feed(self, *round: object) -> None:
@@ -131,4 +139,4 @@ class _Chain:
 def _path(key: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     machine = f"{platform.node()} {platform.processor()} {os.cpu_count()}"
-    return Path(base) / "elision" / f"step-seconds-{hashlib.sha256(f'{machine} {key}'.encode()).hexdigest()[:24]}.json"
+    return Path(base) / "elision" / f"steps-{hashlib.sha256(f'{machine} {key}'.encode()).hexdigest()[:24]}.json"

@@ -187,7 +187,7 @@ class ModelRun:
         self.counts = {drafting.name: Counts()}
         self._chosen: tuple[int, int] | None = None
         self._fed: dict[int, torch.Tensor] | None = None  # by row the draft's logits after the root, if its caches are its own
-        self._verified = 0.0  # of `verify_seconds`, what the policy has been told
+        self._called = 0.0  # of the seconds of verifying and committing, what the policy has been told
         self._late = 0.0  # seconds of `feed` for what a round left
         self._round = _Round()
 
@@ -257,9 +257,9 @@ class ModelRun:
         """Count what was accepted (``paths``: by row, empty if it took no part)."""
         start, done, counts = time.perf_counter(), self._round, self.counts[self._all.name]
         self.sizes[len(ids)] += 1
-        if self.verify_seconds > self._verified:
-            self._all.policy.called(len(ids), self.verify_seconds - self._verified)
-            self._verified = self.verify_seconds
+        if (called := self.verify_seconds + self.commit_seconds) > self._called:
+            self._all.policy.called(len(done.forest.rows), len(ids), called - self._called)
+            self._called = called
         if done.levels:
             drafted = len(ids) - len(done.forest.rows)
             self.drafted += drafted

@@ -19,7 +19,7 @@ class Policy:
     def __init__(self, measure: Callable[[], Array]) -> None:
         self._measure, self._times, self.lock = measure, np.zeros(0), threading.Lock()
         self.overhead = 0.0  # seconds that drafting and learning add to a round
-        self._drift = 1.0  # what a call takes now, of what it took when it was measured
+        self._drift = np.ones(2)  # what a call without and with drafts takes now, of what it took when it was measured
 
     def seconds(self, n: int) -> float:
         """A call over n nodes, by the line between the sizes that were measured and on beyond them."""
@@ -31,7 +31,8 @@ class Policy:
             return
         with self.lock:
             if not len(self._times):
-                self._times = np.maximum.accumulate(self._measure())  # a larger call never costs less: noise does
+                # A larger call never costs less, and noise only ever adds: what a larger one took is enough.
+                self._times = np.minimum.accumulate(self._measure()[::-1])[::-1]
 
     def _of(self, n: Array) -> Array:
         self.ready()
@@ -39,12 +40,17 @@ class Policy:
         found: Array = np.interp(n, SIZES, self._times) + np.maximum(n - SIZES[-1], 0) * slope
         return found
 
+    def _now(self, rows: int, n: Array) -> Array:
+        """Seconds of calls over ``n`` nodes for ``rows`` sequences, as they are now."""
+        found: Array = self._of(n) * self._drift[(n > rows).astype(int)]
+        return found
+
     def nodes(self, chances: Array, rows: int) -> int:
         """How many of the drafted nodes of a round over ``rows`` sequences to run, given the chance of each, largest first: the
         number with the most tokens per second, or 0 if that is not clearly more than without them."""
         if not len(chances):
             return 0
-        times = self._of(np.arange(rows, rows + len(chances) + 1))
+        times = self._now(rows, np.arange(rows, rows + len(chances) + 1))
         rate = (rows + np.cumsum(chances)) / (times[1:] + self.overhead)
         best = int(rate.argmax())
         return best + 1 if rate[best] > _LEAST * rows / times[0] else 0
@@ -54,7 +60,7 @@ class Policy:
         none): each level takes ``step`` seconds and adds ``width`` nodes a row, one of which is accepted with ``chance`` if its
         parent is."""
         n = np.arange(most + 1)
-        times = self._of(rows * (1 + n * width)) * self._drift + n * step
+        times = self._now(rows, rows * (1 + n * width)) + n * step
         gain = np.cumsum(chance**n) * times[0] / times
         best = int(gain.argmax())
         return best, float(gain[best])
@@ -62,12 +68,13 @@ class Policy:
     def another(self, chances: Sequence[float], next: float, step: float, rows: int, width: float = 1.0) -> bool:
         """Whether one more level pays after those whose nodes have been accepted with ``chances``, if its own is ``next``."""
         n = len(chances)
-        before, after = self._of(rows * (1 + np.array([n, n + 1]) * width)) * self._drift + np.array([n, n + 1]) * step
+        before, after = self._now(rows, rows * (1 + np.array([n, n + 1]) * width)) + np.array([n, n + 1]) * step
         return bool(next * before > (1 + sum(chances)) * (after - before))
 
-    def called(self, n: int, seconds: float) -> None:
-        """A call over n nodes took so long: contexts grow, and the machine is not always as free."""
-        self._drift += 0.1 * (min(seconds / self.seconds(n), 3.0) - self._drift)
+    def called(self, rows: int, n: int, seconds: float) -> None:
+        """A call over n nodes for ``rows`` sequences took so long: contexts grow, and the machine is not always as free."""
+        which = int(n > rows)
+        self._drift[which] += 0.05 * (min(seconds / self.seconds(n), 1.5 * self._drift[which]) - self._drift[which])
 
     def pays(self, gain: float) -> bool:
         """Whether an expected gain is worth its risk."""

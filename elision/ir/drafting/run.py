@@ -67,6 +67,7 @@ class DraftRun:
         self._sources: dict[int, Array] = {}  # by row, which drafters proposed each node of this round's tree
         self._seen = [0] * rows  # tokens of each row that the drafters have read
         self._round = 0.0  # seconds of this round
+        self._called = 0.0  # of the seconds of verifying and committing, what the policy has been told
         self._idle = 0  # rounds since drafting paid
 
     def propose(self, last: torch.Tensor, requests: Requests, at: Tokens) -> tuple[torch.Tensor, Tokens]:
@@ -107,6 +108,9 @@ class DraftRun:
                 counts.accepted += int((right >> i & 1).sum())
                 counts.rounds += int((bits[1:] >> i & 1).any())
         self.sizes[len(ids)] += 1
+        if (called := self.verify_seconds + self.commit_seconds) > self._called:
+            self._all.policy.called(sum(bool(p) for p in paths), len(ids), called - self._called)
+            self._called = called
         self._round += time.perf_counter() - start
         if self._sources:
             self._all.policy.took(self._round)
