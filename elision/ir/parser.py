@@ -26,7 +26,7 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         states.Float, states.Int, states.Dense, states.Ring, states.Budget, states.Paged, states.Scratch, states.Segment,
-        states.Present, states.Scores, states.KV, states.Journal, states.Snapshot, states.Array, Host,
+        states.Present, states.Gumbel, states.Scores, states.KV, states.Journal, states.Snapshot, states.Array, Host,
     )
 }  # fmt: skip
 
@@ -269,8 +269,8 @@ def _fits(value: Any, hint: str) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, inner) and not isinstance(v, bool) for v in value)
     if hint.startswith("Undo"):
         return value is None or isinstance(value, states.Undo)
-    if hint.startswith("Scores"):
-        return value is None or isinstance(value, states.Scores)
+    if hint.startswith(("Scores", "Gumbel")):
+        return value is None or isinstance(value, states.Scores if hint[0] == "S" else states.Gumbel)
     return isinstance(value, kinds[hint]) and (hint == "bool" or not isinstance(value, bool))
 
 

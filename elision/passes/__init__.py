@@ -5,6 +5,7 @@ from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
 from elision.passes.kv.h2o import H2O
+from elision.passes.kv.keyformer import Keyformer
 from elision.passes.kv.kv_quant import QuantisedKV
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
@@ -47,6 +48,7 @@ __all__ = [
     "Int4Weights",
     "Int8Activations",
     "Int8Weights",
+    "Keyformer",
     "LayerSkipDraft",
     "PainTrie",
     "Pass",

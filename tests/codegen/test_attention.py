@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elision.ir import tree
 from elision.ir.mask import Mask
-from elision.ir.states import KV, Budget, Dense, Encoding, Float, Int, Scores, Scratch, Segment
+from elision.ir.states import KV, Budget, Dense, Encoding, Float, Gumbel, Int, Scores, Scratch, Segment
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
@@ -60,7 +60,7 @@ def attention(site: dict[str, Any]) -> Any:
         heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
         k, v = encoding(site["k"], dim), encoding(site["v"], vdim)
         decay, last = site["observed"] or (1.0, 0)
-        scores = Scores(site["group"], 64, decay) if site["observed"] else None
+        scores = Scores(site["group"], 64, decay, site.get("gumbel")) if site["observed"] else None
         slots = Budget(CAPACITY) if scores else Dense()
         segments = (Segment(slots, k, v), Segment(Scratch(64), k, v))
         type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], keep=site["keep"], scores=scores)
@@ -189,6 +189,9 @@ def test_scores_of_entries(threads: int) -> None:
         for form, more in forms:
             how = {"k": form, "v": form, "keyed_by": "explicit", "observed": (decay, last), "keep": keep}
             bench.add(attention({**PLAIN, "group": 3, **how, **more}))
+    for keep in ("per_head", "per_layer"):
+        noisy = {"observed": (0.9, 0), "gumbel": Gumbel(7, 1.0, 0.8, 2.0, 12), "keyed_by": "explicit", "keep": keep}
+        bench.add(attention({**PLAIN, **FLOATS, "group": 3, **noisy}))
     bench.compile()
     trees = [{0: chain(1), 2: chain(1)}, {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 3: chain(12)}, {1: chain(1)}]
     scenario(bench, [[120, 0, 17, 2], [3, 40, 1, 0]], trees, threads)

@@ -35,6 +35,7 @@ METHODS = {
     "streaming-llm": ("streaming-llm:window=21,sinks=3", "streaming-llm:window=160"),
     "h2o": ("h2o:budget=24,recent=8,sinks=1", "h2o:budget=160"),
     "a2sf": ("a2sf:budget=24,recent=8,sinks=1,alpha=0.9", "a2sf:budget=160,alpha=0.9"),
+    "keyformer": ("keyformer:budget=24,recent=8,sinks=1,steps=40", "keyformer:budget=160"),
     "snapkv": ("snapkv:budget=24,window=8", "snapkv:budget=160"),
     "kv-quant": ("kv-quant", ""),
 }
@@ -42,6 +43,7 @@ BUDGETS = {
     "streaming-llm": "streaming-llm:sinks=2,window={}",
     "h2o": "h2o:recent=4,sinks=1,budget={}",
     "a2sf": "a2sf:recent=4,sinks=1,budget={}",
+    "keyformer": "keyformer:recent=4,sinks=1,budget={}",
     "snapkv": "snapkv:window=4,budget={}",
     "kv-quant": "kv-quant:group=4,bits={}",
 }

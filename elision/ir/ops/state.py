@@ -143,6 +143,7 @@ def _observe_type(
     _attend_type(q, S, *extra, mask=mask, scale=scale, softcap=softcap, extras=extras)
     need(S.scores is not None and S.scores.group * S.heads == q.axes[1], f"{S.scores} for {q.axes[1]} query heads")
     need(last >= 0, f"last={last}; expected 0 (all), or how many tokens of the prompt")
+    need(S.scores is None or S.scores.gumbel is None or "sinks" not in extras, "scores of a noisy softmax have no sinks")
     return S
 
 
