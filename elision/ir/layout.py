@@ -259,7 +259,7 @@ def score_spec(type: KV, scores: Scores, rows: int, entries: int) -> Spec:
     the nodes, and what turns them into probabilities: the largest one and the share of its weight. Whole blocks. Of a noisy
     softmax also the tokens of the prompt."""
     wide, nodes = (-(-n // LANES) * LANES for n in (entries, slot_count(type.scratch.slots, 0) if type.scratch else 0))
-    spec: Spec = {"score": ((rows, type.heads, wide), torch.float32)}
+    spec: Spec = {name: ((rows, type.heads, wide), torch.float32) for name in scores.arrays}
     if scores.depth:
         waiting = (rows, scores.depth, type.heads * scores.group)
         spec |= {

@@ -33,21 +33,23 @@ def observe(
     if tokens.drafted:
         _wait(store, scores, tokens, found)
         return
-    n, score = found.entries, store.index["score"]
+    n = found.entries
     rank, counts = counts_of(tokens)
     later = counts[tokens.row] - 1 - rank
-    weight = torch.full_like(later, scores.decay, dtype=found.weight.dtype) ** later
-    if last:
-        ahead = later if tokens.ahead is None else tokens.ahead
-        weight = weight * (ahead < last)
-    rows = torch.zeros(found.top.shape[0] * found.top.shape[3], dtype=weight.dtype).index_copy(0, found.place, weight)
     share = found.weight / found.share
     if scores.gumbel is not None:
         share = _noisy(store, scores.gumbel, tokens, found)
-    received = share[..., :n] * rows.view(-1, 1, 1, found.top.shape[3], 1)
-    if scores.decay != 1:
-        score *= (scores.decay**counts)[:, None, None]
-    score[..., :n] += received.sum((2, 3))
+    for name, decay in scores.arrays.items():
+        weight = torch.full_like(later, decay, dtype=found.weight.dtype) ** later
+        if last:
+            ahead = later if tokens.ahead is None else tokens.ahead
+            weight = weight * (ahead < last)
+        rows = torch.zeros(found.top.shape[0] * found.top.shape[3], dtype=weight.dtype).index_copy(0, found.place, weight)
+        received = share[..., :n] * rows.view(-1, 1, 1, found.top.shape[3], 1)
+        score = store.index[name]
+        if decay != 1:
+            score *= (decay**counts)[:, None, None]
+        score[..., :n] += received.sum((2, 3))
 
 
 def _noisy(store: KVStore, gumbel: Gumbel, tokens: Tokens, found: Weighed) -> torch.Tensor:

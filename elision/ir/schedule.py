@@ -41,7 +41,7 @@ STATE = {
     for i, name in enumerate(
         ("k", "v", "k_scale", "v_scale", "pos", "len_k", "len_v", "blocks", "entries")
         + ("draft_k", "draft_v", "draft_k_scale", "draft_v_scale", "node_pos", "node_live", "draft_blocks", "nodes", "sequences")
-        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "prompt")
+        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "prompt", "local")
     )
 }
 STATE_WORDS = 32

@@ -41,10 +41,11 @@ def credit(store: KVStore, paths: Sequence[Sequence[int]], before: torch.Tensor)
             given = _noisy(store, b, nodes, before[b], *logits)
         old, new = (torch.unflatten(p, 1, (heads, scores.group)).sum(2) for p in given)  # [m, heads, entries or nodes]
         for h, n in enumerate(before[b].expand(heads).tolist()):
-            score = index["score"][b, h, : n + len(path)]
-            for i in range(len(path)):
-                score *= scores.decay
-                score += torch.cat((old[i, h, :n], new[i, h, nodes]))
+            for name, decay in scores.arrays.items():
+                score = index[name][b, h, : n + len(path)]
+                for i in range(len(path)):
+                    score *= decay
+                    score += torch.cat((old[i, h, :n], new[i, h, nodes]))
 
 
 def _noisy(
@@ -69,8 +70,8 @@ def _noisy(
 
 def begin(store: KVStore, row: torch.Tensor, entry: torch.Tensor) -> None:
     """New entries ``[n, 1 or heads]`` of these rows have no score yet."""
-    if store.type.scores is not None:
-        store.index["score"][row[:, None], torch.arange(store.type.heads), entry] = 0.0
+    for name in store.type.scores.arrays if store.type.scores is not None else ():
+        store.index[name][row[:, None], torch.arange(store.type.heads), entry] = 0.0
 
 
 def scores_of(store: KVStore) -> Scores:

@@ -154,17 +154,23 @@ class Scores:
 
     ``group``: query heads of a cache head, which are summed. ``decay``: what remains of a score when one more token is
     observed. ``depth``: nodes of a draft that can be observed before `commit` takes the accepted ones (0: none). ``gumbel``: of
-    what softmax, if not of the one that attends.
+    what softmax, if not of the one that attends. ``local``: the decay of a second number beside it (0: there is none).
     """
 
     group: int
     depth: int = 1
     decay: float = 1.0
     gumbel: Gumbel | None = None
+    local: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.group < 1 or not 0 <= self.depth <= 64 or not 0 < self.decay <= 1:
-            raise BadInput(f"{self}: expected group >= 1, depth 0 to 64 and 0 < decay <= 1")
+        if self.group < 1 or not 0 <= self.depth <= 64 or not 0 < self.decay <= 1 or not 0 <= self.local <= 1:
+            raise BadInput(f"{self}: expected group >= 1, depth 0 to 64, 0 < decay <= 1 and local 0 to 1")
+
+    @property
+    def arrays(self) -> dict[str, float]:
+        """The numbers beside an entry, with their decays."""
+        return {"score": self.decay} | ({"local": self.local} if self.local else {})
 
 
 @dataclass(frozen=True)

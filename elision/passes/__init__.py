@@ -4,6 +4,7 @@ from elision.passes.base import REGISTRY, Pass, from_text
 from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
+from elision.passes.kv.ems import EMS
 from elision.passes.kv.h2o import H2O
 from elision.passes.kv.keyformer import Keyformer
 from elision.passes.kv.kv_quant import QuantisedKV
@@ -34,6 +35,7 @@ from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
     "A2SF",
+    "EMS",
     "GPTQ",
     "H2O",
     "REGISTRY",

@@ -60,7 +60,7 @@ def attention(site: dict[str, Any]) -> Any:
         heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
         k, v = encoding(site["k"], dim), encoding(site["v"], vdim)
         decay, last = site["observed"] or (1.0, 0)
-        scores = Scores(site["group"], 64, decay, site.get("gumbel")) if site["observed"] else None
+        scores = Scores(site["group"], 64, decay, site.get("gumbel"), site.get("local", 0.0)) if site["observed"] else None
         slots = Budget(CAPACITY) if scores else Dense()
         segments = (Segment(slots, k, v), Segment(Scratch(64), k, v))
         type = KV(heads, dim, vdim, segments, keyed_by=site["keyed_by"], keep=site["keep"], scores=scores)
@@ -152,8 +152,9 @@ def same(fast: Any, slow: Any) -> None:
                 pair = [torch.where(there, x[array], zero) for x in (have, want)]
                 assert torch.equal(*pair), f"{name}: {array} of {what}"
         if a.type.scores is not None:
-            have, want = (torch.where(there[..., 0], x.index["score"][..., :n], 0) for x in (a, b))
-            close(have, want, 1e-3, f"{name}: scores")
+            for which in a.type.scores.arrays:
+                have, want = (torch.where(there[..., 0], x.index[which][..., :n], 0) for x in (a, b))
+                close(have, want, 1e-3, f"{name}: {which}")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -192,6 +193,7 @@ def test_scores_of_entries(threads: int) -> None:
     for keep in ("per_head", "per_layer"):
         noisy = {"observed": (0.9, 0), "gumbel": Gumbel(7, 1.0, 0.8, 2.0, 12), "keyed_by": "explicit", "keep": keep}
         bench.add(attention({**PLAIN, **FLOATS, "group": 3, **noisy}))
+        bench.add(attention({**PLAIN, **FLOATS, "group": 3, **noisy, "observed": (1.0, 0), "gumbel": None, "local": 0.8}))
     bench.compile()
     trees = [{0: chain(1), 2: chain(1)}, {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 3: chain(12)}, {1: chain(1)}]
     scenario(bench, [[120, 0, 17, 2], [3, 40, 1, 0]], trees, threads)

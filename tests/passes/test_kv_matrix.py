@@ -36,6 +36,7 @@ METHODS = {
     "h2o": ("h2o:budget=24,recent=8,sinks=1", "h2o:budget=160"),
     "a2sf": ("a2sf:budget=24,recent=8,sinks=1,alpha=0.9", "a2sf:budget=160,alpha=0.9"),
     "keyformer": ("keyformer:budget=24,recent=8,sinks=1,steps=40", "keyformer:budget=160"),
+    "ems": ("ems:budget=24,window=8,theta=0.3", "ems:budget=160"),
     "snapkv": ("snapkv:budget=24,window=8", "snapkv:budget=160"),
     "kv-quant": ("kv-quant", ""),
 }
@@ -44,6 +45,7 @@ BUDGETS = {
     "h2o": "h2o:recent=4,sinks=1,budget={}",
     "a2sf": "a2sf:recent=4,sinks=1,budget={}",
     "keyformer": "keyformer:recent=4,sinks=1,budget={}",
+    "ems": "ems:window=4,budget={}",
     "snapkv": "snapkv:window=4,budget={}",
     "kv-quant": "kv-quant:group=4,bits={}",
 }

@@ -20,7 +20,8 @@ from tests.passes.small import tiny
 NEW = 40
 METHODS = (
     (), ("h2o:budget=24,recent=8,sinks=1,every=8",), ("a2sf:budget=24,recent=8,alpha=0.9",), ("snapkv:budget=20,window=12",),
-    ("keyformer:budget=24,recent=8",), ("streaming-llm:window=21,sinks=3",), ("kv-quant",), ("skip-layers:layers=1",),
+    ("keyformer:budget=24,recent=8",), ("ems:budget=24,window=8,theta=0.2",),
+    ("streaming-llm:window=21,sinks=3",), ("kv-quant",), ("skip-layers:layers=1",),
 )  # fmt: skip
 
 

@@ -156,16 +156,19 @@ def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     scores = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
     words = plan.buffer(-1, TILE * WORDS * 8, private=True)
     more = [plan.packing(named[n], "plain") for n in ("slopes", "sinks") if n in named]
-    operands = [
-        ("axis", plan.axis(q)), *queries, ("state", plan.state(cached)), ("tensor", attended.buffer, 0, 4),
-        ("tensor", scores, 0, 4), ("tensor", words, 0, 4), ("float", float(value.attr("scale"))),
-        ("float", decay), ("int", last), *more, *noise,
-    ]  # fmt: skip
-    touched = [scores, words]
+    touched, totals = [scores, words], plan.buffer(plan.axis(q), outer * 4, private=True, across=True) if noise else -1
+
+    def row(array: str, decay: float, total: bool = False) -> None:
+        key = ("observe", site, array, bool(noise), total)
+        name = kernels.add(key, lambda n: light.observe(n, site, array, bool(noise), total))
+        plan.row(
+            name, ("axis", plan.axis(q)), *queries, ("state", plan.state(cached)), ("tensor", attended.buffer, 0, 4),
+            ("tensor", scores, 0, 4), ("tensor", words, 0, 4), ("float", float(value.attr("scale"))), ("float", decay),
+            ("int", last), *more, *noise, *([("tensor", totals, 0, 4)] if noise else []),
+            reads=[plan.state(cached)], writes=[*touched, totals] if total else touched,
+        )  # fmt: skip
+
     if noise:
-        totals = plan.buffer(plan.axis(q), outer * 4, private=True, across=True)
-        operands.append(("tensor", totals, 0, 4))
-        first = kernels.add(("observe", site, "total"), lambda n: light.observe(n, site, noisy=True, total=True))
-        plan.row(first, *operands, reads=[plan.state(cached)], writes=[*touched, totals])
-    name = kernels.add(("observe", site, bool(noise)), lambda n: light.observe(n, site, noisy=bool(noise)))
-    plan.row(name, *operands, reads=[plan.state(cached)], writes=touched)
+        row("score", state.scores.decay, total=True)
+    for array, each in state.scores.arrays.items():
+        row(array, each)

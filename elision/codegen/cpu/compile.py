@@ -92,10 +92,11 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     for name in names:
         state = program.states[name]
         if isinstance(state, KV) and state.scores is not None and state.scores.depth:
-            sizes = (state.heads, state.scores.group, lists_of(state), state.scores.gumbel is not None)
-            kernel = kernels.add(("credit", *sizes), partial(_credit, sizes))
             noise = Noise.operands(state.scores.gumbel)
-            rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", state.scores.decay), *noise)))
+            for array, decay in state.scores.arrays.items():
+                sizes = (state.heads, state.scores.group, lists_of(state), bool(noise), array)
+                kernel = kernels.add(("credit", *sizes), partial(_credit, sizes))
+                rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", decay), *noise)))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     for name in names:
         kernel = _advance(kernels, program.states[name])
@@ -103,5 +104,5 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     return abi.Schedule("commit", ["accepted"], rows=rows, states=names)
 
 
-def _credit(sizes: tuple[int, int, int, bool], name: str) -> Kernel:
+def _credit(sizes: tuple[int, int, int, bool, str], name: str) -> Kernel:
     return observe.credit(name, *sizes)

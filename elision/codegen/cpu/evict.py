@@ -76,6 +76,8 @@ def _evictions(graph: Graph) -> list[tuple[Value, Value]] | None:
         type = state.type
         if not isinstance(type, KV) or len(type.main) != 1 or not isinstance(type.main[0].slots, Budget):
             return None
+        if type.scores is not None and len(type.scores.arrays) > 1:
+            return None
         found.append((state, keep))
     return found or None
 

@@ -18,11 +18,11 @@ from elision.ir.schedule import SEQUENCES
 Weight = Callable[[Val, Val], Val]  #: Of logits relative to the largest one, and positions.
 
 
-def observe(name: str, site: Site, noisy: bool = False, total: bool = False) -> tuple[Kernel, list[Fn]]:
+def observe(name: str, site: Site, array: str = "score", noisy: bool = False, total: bool = False) -> tuple[Kernel, list[Fn]]:
     """`observe` of committed tokens by a causal mask. The largest score and the sum of weights of each query are in the partial
     sums ``part`` of `elision.codegen.cpu.attend`. ``last``: only queries among the last so many tokens of the prompt count (0:
     all). ``noisy``: by the softmax of `Gumbel`, whose sums of weights, ``totals``, the same kernel leaves before with
-    ``total``, a part for each thread."""
+    ``total``, a part for each thread. ``array``: which of the numbers beside an entry (`Scores.arrays`)."""
     inner = {tile: _tile(f"{name}_tile{tile}", site, tile) for tile in site.tiles}
     kernel = Kernel(name)
     fn = kernel.fn
@@ -69,7 +69,7 @@ def observe(name: str, site: Site, noisy: bool = False, total: bool = False) -> 
             at = head * state.number("blocks") * LANES
             keys = fn.at(state.address("k"), at * (site.dim * k_size))
             key_scales = [fn.at(state.address("k_scale"), at, "f32")] if "k" in site.scaled else []
-            score = fn.at(state.address("score"), head * wide, "f32")
+            score = fn.at(state.address(array), head * wide, "f32")
             if totals is not None:
                 with fn.loop(0, count) as loop:
                     token, query = first + loop.index // site.group, heads.index * site.group + loop.index % site.group
@@ -130,7 +130,7 @@ def observe(name: str, site: Site, noisy: bool = False, total: bool = False) -> 
     return kernel, list(inner.values())
 
 
-def credit(name: str, heads: int, group: int, lists: int, noisy: bool = False) -> Kernel:
+def credit(name: str, heads: int, group: int, lists: int, noisy: bool = False, array: str = "score") -> Kernel:
     """What accepted nodes gave counts, before they are counted into the length. The axis is that of the accepted tokens.
     ``noisy``: by the softmax of `Gumbel`, whose sums every thread makes for itself."""
     kernel = Kernel(name)
@@ -160,7 +160,7 @@ def credit(name: str, heads: int, group: int, lists: int, noisy: bool = False) -
         row, head = rows.index, head_loop.index
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
         length = fn.load(state.address("len_k"), "i64", row * heads + head if lists > 1 else row)
-        score = fn.at(state.address("score"), (row * heads + head) * wide, "f32")
+        score = fn.at(state.address(array), (row * heads + head) * wide, "f32")
         positions = fn.at(state.address("pos"), (row * heads + head if lists > 1 else row) * state.number("entries"), "i32")
 
         def noisy_share(row: Val, begin: Val, t: Val, at: Val, weight: Weight, entries: Val = positions, n: Val = length) -> None:

@@ -309,7 +309,7 @@ def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None
         line[at["nodes"]] = store.index["node_pos"].shape[1]
     if store.type.scores is not None:
         line[at["depth"]] = store.type.scores.depth
-        for name in ("score", "waiting", "waiting_nodes", "waiting_norm", "prompt"):
+        for name in ("score", "waiting", "waiting_nodes", "waiting_norm", "prompt", "local"):
             if name in store.index:
                 line[at[name]] = store.index[name].data_ptr()
 
