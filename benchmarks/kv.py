@@ -70,6 +70,9 @@ def methods(budget: int) -> dict[str, list[str]]:
         "h2o per layer": [f"h2o:budget={budget},recent={budget // 2},per_head=false"],
         "a2sf": [f"a2sf:budget={budget},recent=32,alpha=0.95"],
         "a2sf per layer": [f"a2sf:budget={budget},recent=32,alpha=0.95,per_head=false"],
+        "keyformer": [f"keyformer:budget={budget},recent={budget // 2}"],
+        "ems": [f"ems:budget={budget}"],
+        "ems, nothing merged": [f"ems:budget={budget},rho=0"],
         "snapkv": [f"snapkv:budget={budget}"],
     }
 
@@ -107,20 +110,20 @@ def perplexity(model: elision.Model, text: torch.Tensor) -> float:
     return math.exp(statistics.mean(requests.loss))
 
 
-def quality() -> Iterator[str]:
+def quality(only: list[str]) -> Iterator[str]:
     yield "| cache | " + " | ".join(f"{share:.1%}" for share in SHARES) + " |"
     yield "|---|" + "---:|" * len(SHARES)
     whole = elision.compile("smollm2", passes=["bf16"], max_batch=ROWS)
     text = sequences(whole)
     full = perplexity(whole, text)
     yield f"| all of it | {full:.3f} |" + " |" * (len(SHARES) - 1)
-    for name in methods(1024):
+    for name in only or methods(1024):
         found = []
-        for share in SHARES:
+        for share in SHARES[1 if only else 0 :]:
             passes = methods(int((CONTEXT - NEW) * share) if share < 1 else CONTEXT)[name]
             found.append(perplexity(elision.compile("smollm2", passes=["bf16", *passes], max_batch=ROWS), text))
         yield f"| `{name}` | " + " | ".join(f"{x:.3f}" for x in found) + " |"
-    for passes in (["kv-quant:bits=8"], ["h2o:budget=896,recent=448", "kv-quant:bits=8"]):
+    for passes in () if only else (["kv-quant:bits=8"], ["h2o:budget=896,recent=448", "kv-quant:bits=8"]):
         found = [perplexity(elision.compile("smollm2", passes=["bf16", *passes], max_batch=ROWS), text)]
         yield f"| `{' '.join(passes)}` | {found[0]:.3f} ({found[0] / full - 1:+.2%}) |" + " |" * (len(SHARES) - 1)
 
@@ -170,11 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["quality", "rounding", "speed"])
     parser.add_argument("--out", help="file to append to")
+    parser.add_argument("--only", nargs="*", default=[], help="methods; the whole cache is then not a share")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=ROWS, help="sequences, of rounding")
     parser.add_argument("--methods", nargs="*", default=[], help="passes, of rounding")
     args = parser.parse_args()
-    chosen = {"quality": quality, "rounding": lambda: rounding(args.rows, args.methods), "speed": lambda: speed(args.threads)}
+    chosen = {
+        "quality": lambda: quality(args.only), "rounding": lambda: rounding(args.rows, args.methods), "speed": lambda: speed(args.threads),
+    }  # fmt: skip
     lines = chosen[args.what]()
     begun = time.perf_counter()
     with torch.inference_mode():

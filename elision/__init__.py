@@ -8,6 +8,7 @@ from __future__ import annotations
 from elision.compiler import compile, load
 from elision.errors import ArtefactError, BadInput, ElisionError, IllegalProgram, UnsupportedModel
 from elision.runtime.model import Model
+from elision.runtime.prefix import Prefix, load_prefix
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,9 @@ __all__ = [
     "ElisionError",
     "IllegalProgram",
     "Model",
+    "Prefix",
     "UnsupportedModel",
     "compile",
     "load",
+    "load_prefix",
 ]

@@ -85,8 +85,8 @@ def select(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
         keep >= 0, pos.gather(2, keep.clamp(min=0)), pos[..., : keep.shape[2]]
     )
     store.pos[rows] = pos
-    if store.type.scores is not None:
-        score = store.index["score"]
+    for name in store.type.scores.arrays if store.type.scores is not None else ():
+        score = store.index[name]
         moved = keep.expand(-1, store.type.heads, -1).clamp(min=0)
         score[rows, :, : keep.shape[2]] = score[rows].gather(2, moved)
     for what, s, src, valid in plans:
@@ -122,9 +122,9 @@ def _fill_gaps(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
         for what in "kv":
             segment.copy(what, segment, b[:, None, None], h, source[:, None, None], free[:, None, None])
         store.pos[b, g, free] = store.pos[b, g, source]
-        if store.type.scores is not None:
+        for name in store.type.scores.arrays if store.type.scores is not None else ():
             heads = torch.arange(store.type.heads) if len(store.groups) == 1 else g[:, None]
-            score = store.index["score"]
+            score = store.index[name]
             score[b[:, None], heads, free[:, None]] = score[b[:, None], heads, source[:, None]]
     for length in store.len.values():
         length[0, rows] = left[..., 0]

@@ -251,9 +251,10 @@ def index_spec(type: KV, rows: int, capacity: int, prompt: int | None = 0) -> Sp
 
 def score_spec(type: KV, scores: Scores, rows: int, entries: int) -> Spec:
     """The score of every entry; of every drafted node that waits for `commit` its logits, by query head, of the entries and of
-    the nodes, and what turns them into probabilities: the largest one and the share of its weight. Whole blocks."""
+    the nodes, and what turns them into probabilities: the largest one and the share of its weight. Whole blocks. Of a noisy
+    softmax also the tokens of the prompt."""
     wide, nodes = (-(-n // LANES) * LANES for n in (entries, slot_count(type.scratch.slots, 0) if type.scratch else 0))
-    spec: Spec = {"score": ((rows, type.heads, wide), torch.float32)}
+    spec: Spec = {name: ((rows, type.heads, wide), torch.float32) for name in scores.arrays}
     if scores.depth:
         waiting = (rows, scores.depth, type.heads * scores.group)
         spec |= {
@@ -261,6 +262,8 @@ def score_spec(type: KV, scores: Scores, rows: int, entries: int) -> Spec:
             "waiting_nodes": ((*waiting, nodes), torch.float32),
             "waiting_norm": ((*waiting, 2), torch.float32),
         }
+    if scores.gumbel is not None:
+        spec["prompt"] = ((rows,), torch.int64)
     return spec
 
 

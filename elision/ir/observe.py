@@ -6,10 +6,11 @@ import torch
 
 from elision.errors import BadInput
 from elision.ir.attend import Weighed, weigh
+from elision.ir.gumbel import noisy
 from elision.ir.mask import Mask
 from elision.ir.nodes import counts_of, nodes_of
 from elision.ir.scores import scores_of
-from elision.ir.states import Scores
+from elision.ir.states import Gumbel, Scores
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 
@@ -32,18 +33,33 @@ def observe(
     if tokens.drafted:
         _wait(store, scores, tokens, found)
         return
-    n, score = found.entries, store.index["score"]
+    n = found.entries
     rank, counts = counts_of(tokens)
     later = counts[tokens.row] - 1 - rank
-    weight = torch.full_like(later, scores.decay, dtype=found.weight.dtype) ** later
-    if last:
-        ahead = later if tokens.ahead is None else tokens.ahead
-        weight = weight * (ahead < last)
-    rows = torch.zeros(found.top.shape[0] * found.top.shape[3], dtype=weight.dtype).index_copy(0, found.place, weight)
-    received = found.weight[..., :n] / found.share * rows.view(-1, 1, 1, found.top.shape[3], 1)
-    if scores.decay != 1:
-        score *= (scores.decay**counts)[:, None, None]
-    score[..., :n] += received.sum((2, 3))
+    share = found.weight / found.share
+    if scores.gumbel is not None:
+        share = _noisy(store, scores.gumbel, tokens, found)
+    for name, decay in scores.arrays.items():
+        weight = torch.full_like(later, decay, dtype=found.weight.dtype) ** later
+        if last:
+            ahead = later if tokens.ahead is None else tokens.ahead
+            weight = weight * (ahead < last)
+        rows = torch.zeros(found.top.shape[0] * found.top.shape[3], dtype=weight.dtype).index_copy(0, found.place, weight)
+        received = share[..., :n] * rows.view(-1, 1, 1, found.top.shape[3], 1)
+        score = store.index[name]
+        if decay != 1:
+            score *= (decay**counts)[:, None, None]
+        score[..., :n] += received.sum((2, 3))
+
+
+def _noisy(store: KVStore, gumbel: Gumbel, tokens: Tokens, found: Weighed) -> torch.Tensor:
+    """What parts of a prompt give by the noisy softmax, as `Weighed.weight`."""
+    b, heads, group, width, _ = found.weight.shape
+    store.index["prompt"].scatter_reduce_(0, tokens.row, tokens.pos + 1, "amax")
+    q_pos = torch.zeros(b * width, dtype=torch.int64).index_copy(0, found.place, tokens.pos).view(b, 1, 1, width, 1)
+    head = torch.arange(heads * group).view(1, heads, group, 1, 1)
+    k_pos = store.pos[:, :, None, None, : found.entries].long()
+    return noisy(found.weight.log(), gumbel, head, q_pos, k_pos, q_pos + 1)
 
 
 def _wait(store: KVStore, scores: Scores, tokens: Tokens, found: Weighed) -> None:

@@ -26,8 +26,8 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         states.Float, states.Int, states.Repaired, states.Dense, states.Ring, states.Budget, states.Paged, states.Scratch,
-        states.Segment, states.Present, states.Scores, states.Summary, states.KV, states.Journal, states.Snapshot, states.Array,
-        Host,
+        states.Segment, states.Present, states.Gumbel, states.Scores, states.Summary, states.KV, states.Journal, states.Snapshot,
+        states.Array, Host,
     )
 }  # fmt: skip
 
@@ -264,6 +264,7 @@ def _fits(value: Any, hint: str) -> bool:
     kinds: dict[str, Any] = {
         "int": int, "float": (int, float), "str": str, "bool": bool, "Slots": states.Slots, "Encoding": states.Encoding,
         "Present": states.Present, "Undo": states.Undo, "Scores": states.Scores, "Summary": states.Summary, "Int": states.Int,
+        "Gumbel": states.Gumbel,
     }  # fmt: skip
     if hint.endswith(" | None"):
         return value is None or _fits(value, hint.removesuffix(" | None"))

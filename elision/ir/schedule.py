@@ -43,7 +43,7 @@ STATE = {
     for i, name in enumerate(
         ("k", "v", "k_scale", "v_scale", "pos", "len_k", "len_v", "blocks", "entries")
         + ("draft_k", "draft_v", "draft_k_scale", "draft_v_scale", "node_pos", "node_live", "draft_blocks", "nodes", "sequences")
-        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "summary", "pages")
+        + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "prompt", "local", "summary", "pages")
         + ("k_low", "v_low", "draft_k_low", "draft_v_low", "older_len_k", "older_blocks", "older_k_groups")
         + tuple(f"older_{what}{name}" for what in "kv" for name in ("", "_scale", "_low"))
     )

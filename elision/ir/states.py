@@ -159,20 +159,44 @@ class Present:
 
 
 @dataclass(frozen=True)
+class Gumbel:
+    """Scores are of ``softmax((logit + amplitude g) / tau)``, with g standard Gumbel noise of (seed, query head, position of the
+    query, position of the key) (`elision.ir.gumbel`). tau is ``start`` in the prompt and goes to ``end`` in ``steps`` tokens."""
+
+    seed: int = 0
+    amplitude: float = 1.0
+    start: float = 1.0
+    end: float = 2.0
+    steps: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 31 or self.amplitude not in (0, 1) or min(self.start, self.end) < 0.5 or self.steps < 1:
+            raise BadInput(f"{self}: expected a seed of 31 bits, amplitude 0 or 1, temperatures of at least 0.5, steps >= 1")
+
+
+@dataclass(frozen=True)
 class Scores:
     """A number of fp32 per entry and head: the probability that it received (`observe`). It moves with the entry.
 
     ``group``: query heads of a cache head, which are summed. ``decay``: what remains of a score when one more token is
-    observed. ``depth``: nodes of a draft that can be observed before `commit` takes the accepted ones (0: none).
+    observed. ``depth``: nodes of a draft that can be observed before `commit` takes the accepted ones (0: none). ``gumbel``: of
+    what softmax, if not of the one that attends. ``local``: the decay of a second number beside it (0: there is none).
     """
 
     group: int
     depth: int = 1
     decay: float = 1.0
+    gumbel: Gumbel | None = None
+    local: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.group < 1 or not 0 <= self.depth <= 64 or not 0 < self.decay <= 1:
-            raise BadInput(f"{self}: expected group >= 1, depth 0 to 64 and 0 < decay <= 1")
+        if self.group < 1 or not 0 <= self.depth <= 64 or not 0 < self.decay <= 1 or not 0 <= self.local <= 1:
+            raise BadInput(f"{self}: expected group >= 1, depth 0 to 64, 0 < decay <= 1 and local 0 to 1")
+
+    @property
+    def arrays(self) -> dict[str, float]:
+        """The numbers beside an entry, with their decays."""
+        return {"score": self.decay} | ({"local": self.local} if self.local else {})
 
 
 @dataclass(frozen=True)

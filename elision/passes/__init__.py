@@ -5,8 +5,10 @@ from elision.passes.cache import InsertCache
 from elision.passes.clean import Clean
 from elision.passes.kv.a2sf import A2SF
 from elision.passes.kv.duo_attention import DuoAttention
+from elision.passes.kv.ems import EMS
 from elision.passes.kv.gear import GEAR
 from elision.passes.kv.h2o import H2O
+from elision.passes.kv.keyformer import Keyformer
 from elision.passes.kv.kivi import KIVI
 from elision.passes.kv.kv_quant import QuantisedKV
 from elision.passes.kv.quest import Quest
@@ -39,6 +41,7 @@ from elision.passes.weights.stored import StoredWeights
 __all__ = [
     "A2SF",
     "GEAR",
+    "EMS",
     "GPTQ",
     "H2O",
     "KIVI",
@@ -55,6 +58,7 @@ __all__ = [
     "Int4Weights",
     "Int8Activations",
     "Int8Weights",
+    "Keyformer",
     "LayerSkipDraft",
     "PainTrie",
     "Pass",

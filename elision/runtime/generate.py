@@ -15,6 +15,7 @@ from elision.ir.interp import Interpreter
 from elision.ir.requests import Requests
 from elision.ir.verify import Request
 from elision.runtime.options import Options
+from elision.runtime.prefix import Prefix
 from elision.runtime.session import Session
 from elision.runtime.text import StopStrings, TextStream, Tokenizer
 
@@ -35,7 +36,7 @@ class Row:
 @dataclass
 class Stats:
     """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated while tokens are generated,
-    ``prompt_state_bytes`` those while the prompts came in.
+    ``prompt_state_bytes`` those while the prompts came in. ``reused_tokens``: of the prompts, those that a prefix had read.
 
     ``turns``: rounds, counted for each row that took part. ``drafted``, ``accepted``: nodes beside the roots that were run, and
     those that became tokens; ``drafters`` has the same by drafter, and ``sizes`` counts the rounds by their nodes.
@@ -43,6 +44,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     rounds: int = 0
     turns: int = 0
@@ -80,13 +82,18 @@ def generate(
     limit: int,
     on_tokens: OnTokens | None = None,
     drafting: Drafting | ModelDrafting | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[list[Row], Stats]:
-    """Continue every prompt by ``options``, up to ``limit`` positions; stops a row at EOS, a stop string or its length."""
+    """Continue every prompt by ``options``, up to ``limit`` positions; stops a row at EOS, a stop string or its length.
+    ``prefix``: what every prompt begins with, read before."""
     start = time.perf_counter()
     longest = max(map(len, prompts))
     new = min(options.max_new_tokens, limit - longest)
     drafts = drafting.run(len(prompts)) if drafting is not None else None
     session = Session(interpreter, len(prompts), longest + new, drafts)
+    begun = prefix.length if prefix is not None else 0
+    if prefix is not None:
+        session.begin(prefix.length, prefix.states)
     rows = [Row(list(p)) for p in prompts]
     readers = [_Reader(tokenizer, options.stop) if tokenizer is not None else None for _ in rows]
     items = _items(prompts, options)
@@ -94,7 +101,7 @@ def generate(
     for line, prompt in zip(known, prompts, strict=True):
         line[: len(prompt)] = torch.tensor(prompt)
     lengths = [len(p) for p in prompts]
-    stats = Stats(prompt_tokens=sum(lengths), prompt_state_bytes=session.bytes())
+    stats = Stats(prompt_tokens=sum(lengths), reused_tokens=begun * len(rows), prompt_state_bytes=session.bytes())
 
     def requests() -> Requests:
         return Requests(items, [history(r) for r in range(len(rows))], lengths)
@@ -127,11 +134,11 @@ def generate(
         if row.finish and drafts is not None:
             drafts.finish(r, history(r).numpy(), lengths[r])
 
-    logits = session.prefill(prompts)
+    logits = session.prefill([p[begun:] for p in prompts])
     stats.state_bytes = session.bytes()
     first = requests().first(logits)
     stats.time_to_first_token = time.perf_counter() - start
-    begun = time.perf_counter()
+    decoding = time.perf_counter()
     for r, token in enumerate(first):
         take(r, [token])
     while running := {r: row.tokens[-1] for r, row in enumerate(rows) if row.finish is None}:
@@ -142,7 +149,7 @@ def generate(
             before = len(rows[r].tokens)
             take(r, produced[r])
             stats.accepted += min(len(rows[r].tokens) - before, len(produced[r]) - 1)
-    stats.decode_time = time.perf_counter() - begun
+    stats.decode_time = time.perf_counter() - decoding
     stats.finish = [row.finish or "" for row in rows]
     if drafts is not None:
         stats.drafters, stats.drafted, stats.sizes = drafts.counts, drafts.drafted, drafts.sizes

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from elision.errors import BadInput
 from elision.ir.interp import Interpreter
+from elision.ir.printer import print_program
 from elision.ir.program import Program
 from elision.ir.schedule import NativeCode
 from elision.runtime import forward
 from elision.runtime import generate as loop
+from elision.runtime import prefix as prefixes
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
 from elision.runtime.native.weights import PackedWeights
 from elision.runtime.options import resolve
+from elision.runtime.prefix import Prefix
 from elision.runtime.speculation import drafting_of
 from elision.runtime.text import Tokenizer
 
@@ -101,6 +106,7 @@ class Model:
         num_return_sequences: int = 1,
         seed: int | Sequence[int] = 0,
         streamer: Any = None,
+        prefix: Prefix | None = None,
     ) -> Any:
         """Continue the prompts.
 
@@ -109,13 +115,14 @@ class Model:
         means the model's generation config; ``eos_token_id=[]`` never ends at a token; temperature 0 is greedy. ``stop``
         strings end a row and are cut from its text, but kept in its tokens. ``seed``: one for the call or one per prompt; a
         row's tokens do not depend on the other rows. ``streamer``: an object with ``put``/``end`` (one row, as in
-        transformers), or a function of (row, tokens, text) that ends a row by returning False.
+        transformers), or a function of (row, tokens, text) that ends a row by returning False. ``prefix`` (`Model.prefix`):
+        what every prompt begins with; the result is that of the whole prompts, without the prefix in front of returned ids.
         """
         if "step" not in self.program.entries:
             raise BadInput(f"{self.program.name} has no decoder: call it as m(...) for its outputs")
         if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
             raise BadInput(f"num_return_sequences={num_return_sequences!r}; expected an integer of at least 1")
-        prompts = self._prompts(inputs, attention_mask)
+        prompts = self._prompts(inputs, attention_mask, prefix)
         options = resolve(
             self.defaults,
             rows=len(prompts),
@@ -143,7 +150,7 @@ class Model:
             if self.drafting is not None:
                 self.drafting.policy.ready()
             rows, stats = loop.generate(
-                self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens, self.drafting
+                self._interpreter, prompts, options, self.tokenizer, self.max_context, on_tokens, self.drafting, prefix
             )
         if hasattr(streamer, "end"):
             streamer.end()
@@ -173,10 +180,33 @@ class Model:
             found = self._interpreter.run(graph, batch.inputs, batch.axes)
             return Output(forward.outputs(graph, self.program.meta["outputs"], batch, found))
 
-    def _prompts(self, inputs: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    def prefix(self, inputs: str | torch.Tensor) -> Prefix:
+        """Read once what many prompts will begin with, a text or token ids ``[T]`` or ``[1, T]``: for ``generate(.., prefix=)``.
+        `Prefix.save` keeps it, `elision.load_prefix` opens it again."""
+        if "prefill" not in self.program.entries:
+            raise BadInput(f"{self.program.name} has no decoder, so no prompt begins with anything")
+        given = inputs[None] if isinstance(inputs, torch.Tensor) and inputs.dim() == 1 else inputs
+        prompts = self._prompts(given, None)
+        if len(prompts) != 1:
+            raise BadInput(f"{len(prompts)} prefixes at once; expected one text, or token ids [T]")
+        with self._threads(self._beside("prefill")), torch.inference_mode():
+            return prefixes.read(self, self._interpreter, prompts[0], inputs if isinstance(inputs, str) else None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the program and the weights."""
+        found = hashlib.sha256(print_program(self.program).encode())
+        for name in self.program.params:
+            found.update(name.encode())
+            found.update(self.weights[name].reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def _prompts(self, inputs: Any, attention_mask: torch.Tensor | None, prefix: Prefix | None = None) -> list[list[int]]:
+        if prefix is not None:
+            prefix.must_fit(self)
         if isinstance(inputs, torch.Tensor):
             ids, mask = forward.check_ids(inputs, attention_mask, self.program.meta["vocab"])
-            prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+            prompts = [(prefix.ids if prefix else []) + row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs) if isinstance(inputs, Sequence) else []
             if not texts or not all(isinstance(t, str) for t in texts):
@@ -185,7 +215,9 @@ class Model:
                 raise BadInput("text needs a tokenizer, and this model came without one: pass token ids [B, T]")
             if attention_mask is not None:
                 raise BadInput("attention_mask goes with token ids, not with texts")
-            prompts = [self.tokenizer.encode(t) for t in texts]
+            prompts = [self.tokenizer.encode(t) for t in (prefix.before(texts) if prefix else texts)]
+        if prefix is not None:
+            prefix.must_begin(prompts)
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise BadInput(f"prompt {i} is empty: expected at least one token")

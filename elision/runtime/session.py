@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from elision.errors import BadInput
+from elision.ir.contents import Contents, begin_with, contents
 from elision.ir.drafting.model import ModelRun
 from elision.ir.drafting.run import DraftRun
 from elision.ir.interp import Interpreter
@@ -40,12 +41,29 @@ class Session:
         """Bytes allocated for states."""
         return sum(store.bytes() for store in self._stores.values())
 
+    def begin(self, length: int, states: Mapping[str, Contents]) -> None:
+        """Every sequence begins as a copy of the one whose first ``length`` tokens gave these states (`contents`)."""
+        for name, arrays in states.items():
+            begin_with(self._stores[name], arrays)
+        self.committed = [length] * self.rows
+
+    def contents(self) -> dict[str, Contents]:
+        """The states of the one sequence."""
+        return {name: contents(store) for name, store in self._stores.items()}
+
     def prefill(self, prompts: list[list[int]], chunk: int = CHUNK) -> torch.Tensor:
         """Commit the prompts; the logits ``[rows, vocab]`` after the last token of each."""
+        ends = [n + len(p) for n, p in zip(self.committed, prompts, strict=True)]
+        final = self.read(prompts, ends, chunk)
+        self._tick(range(self.rows), always=True)
+        self._stores = {n: s.settled(min(ends)) if isinstance(s, KVStore) else s for n, s in self._stores.items()}
+        return torch.stack([f for f in final if f is not None])
+
+    def read(self, prompts: list[list[int]], ends: list[int], chunk: int = CHUNK) -> list[torch.Tensor | None]:
+        """Commit parts of prompts that are ``ends`` tokens long; the logits after each."""
         graph = self._interpreter.program.entries["prefill"]
         final: list[torch.Tensor | None] = [None] * self.rows
         done = [0] * self.rows
-        ends = [n + len(p) for n, p in zip(self.committed, prompts, strict=True)]
         for counts in _portions([len(p) for p in prompts], chunk, together="prefill" in self._interpreter.natives):
             parts = [p[i : i + n] for p, i, n in zip(prompts, done, counts, strict=True)]
             done = [i + n for i, n in zip(done, counts, strict=True)]
@@ -57,9 +75,7 @@ class Session:
                 final[r] = row_logits
                 self.committed[r] += len(parts[r])
             self._tick(there, within=True)
-        self._tick(range(self.rows), always=True)
-        self._stores = {n: s.settled(min(ends)) if isinstance(s, KVStore) else s for n, s in self._stores.items()}
-        return torch.stack([f for f in final if f is not None])
+        return final
 
     def round(self, last: dict[int, int], requests: Requests) -> list[list[int]]:
         """One round of generation for the sequences of ``last`` (row to its last token, which is not in the states yet).

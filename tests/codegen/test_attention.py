@@ -14,7 +14,7 @@ from elision.ir import tree
 from elision.ir.layout import LANES
 from elision.ir.mask import Mask
 from elision.ir.pages import summarise
-from elision.ir.states import KV, Budget, Dense, Encoding, Float, Int, Scores, Scratch, Segment, Summary
+from elision.ir.states import KV, Budget, Dense, Encoding, Float, Gumbel, Int, Scores, Scratch, Segment, Summary
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
@@ -62,7 +62,7 @@ def attention(site: dict[str, Any]) -> Any:
         heads, dim, vdim = site["heads"], site["dim"], site["vdim"]
         k, v = encoding(site["k"], dim), encoding(site["v"], vdim)
         decay, last = site["observed"] or (1.0, 0)
-        scores = Scores(site["group"], 64, decay) if site["observed"] else None
+        scores = Scores(site["group"], 64, decay, site.get("gumbel"), site.get("local", 0.0)) if site["observed"] else None
         slots = Budget(CAPACITY) if scores else Dense()
         segments = (Segment(slots, k, v), Segment(Scratch(64), k, v))
         page, summary = site.get("page", 0), Summary(site["page"]) if site.get("page", 0) > 1 else None
@@ -168,8 +168,9 @@ def same(fast: Any, slow: Any) -> None:
                 pair = [torch.where(there, x[array], zero) for x in (have, want)]
                 assert torch.equal(*pair), f"{name}: {array} of {what}"
         if a.type.scores is not None:
-            have, want = (torch.where(there[..., 0], x.index["score"][..., :n], 0) for x in (a, b))
-            close(have, want, 1e-3, f"{name}: scores")
+            for which in a.type.scores.arrays:
+                have, want = (torch.where(there[..., 0], x.index[which][..., :n], 0) for x in (a, b))
+                close(have, want, 1e-3, f"{name}: {which}")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -205,6 +206,10 @@ def test_scores_of_entries(threads: int) -> None:
         for form, more in forms:
             how = {"k": form, "v": form, "keyed_by": "explicit", "observed": (decay, last), "keep": keep}
             bench.add(attention({**PLAIN, "group": 3, **how, **more}))
+    for keep in ("per_head", "per_layer"):
+        noisy = {"observed": (0.9, 0), "gumbel": Gumbel(7, 1.0, 0.8, 2.0, 12), "keyed_by": "explicit", "keep": keep}
+        bench.add(attention({**PLAIN, **FLOATS, "group": 3, **noisy}))
+        bench.add(attention({**PLAIN, **FLOATS, "group": 3, **noisy, "observed": (1.0, 0), "gumbel": None, "local": 0.8}))
     bench.compile()
     trees = [{0: chain(1), 2: chain(1)}, {0: tree.Tree((-1, 0, 0, 1, 1, 2, 5)), 3: chain(12)}, {1: chain(1)}]
     scenario(bench, [[120, 0, 17, 2], [3, 40, 1, 0]], trees, threads)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cases import DIM, VDIM, content, kv, queries, seg
 
+from elision.ir.gumbel import noise
 from elision.ir.mask import Mask
 from elision.ir.observe import observe
-from elision.ir.states import KV, Budget, Float, Scores
+from elision.ir.states import KV, Budget, Float, Gumbel, Scores
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.tree import Tree, pack
@@ -33,6 +36,53 @@ def probabilities(row: int, q_pos: int, k_pos: list[int]) -> torch.Tensor:
     q = queries(Tokens.chunk([0] * row + [1], [0] * row + [q_pos]))[0]
     keys = content(torch.tensor(k_pos) + 1000 * row, DIM, 0)
     return torch.stack([(SCALE * keys[:, h // 2] @ q[h]).softmax(0) for h in range(4)]).view(2, 2, -1).sum(1)
+
+
+GUMBEL = Gumbel(3, 1.0, 0.7, 1.5, 4)
+
+
+def noisy(row: int, q_pos: int, prompt: int) -> torch.Tensor:
+    """As `probabilities` of all positions up to the query, by the noisy softmax."""
+    k_pos = torch.arange(q_pos + 1)
+    q = queries(Tokens.chunk([0] * row + [1], [0] * row + [q_pos]))[0]
+    keys = content(k_pos + 1000 * row, DIM, 0)
+    tau = 0.7 + 0.8 * min(1.0, max(0, q_pos - prompt + 1) / 4)
+    found = []
+    for h in range(4):
+        g = noise(3, torch.tensor(h), torch.tensor(q_pos), k_pos).double()
+        found.append(((SCALE * keys[:, h // 2] @ q[h] + g) / tau).softmax(0))
+    return torch.stack(found).view(2, 2, -1).sum(1)
+
+
+@given(st.lists(st.integers(1, 14), min_size=2, max_size=2), st.integers(1, 8))
+@settings(max_examples=25, deadline=None)
+def test_scores_of_a_noisy_softmax(lengths: list[int], chunk: int) -> None:
+    """Of a prompt in any parts, and of the accepted path of a tree after it."""
+    store = KVStore(KV(**{**cache().__dict__, "scores": Scores(2, 6, 1.0, GUMBEL)}), 2, 40, torch.float64)
+    feed(store, lengths, chunk)
+    paths = [[0, 1, 3, 4], [0, 1]]
+    row, pos, parent, anc = pack([Tree(p) for p in ((-1, 0, 0, 1, 3, 2), (-1, 0, 1, 2))], lengths)
+    at = Tokens(row, pos, 2, parent, anc)
+    append(store, at)
+    observe(queries(at), store, at, Mask(), SCALE)
+    store.commit(paths)
+    for b, (start, path) in enumerate(zip(lengths, paths, strict=True)):
+        want = torch.zeros(2, start + len(path), dtype=torch.float64)
+        for t in range(start + len(path)):
+            want[:, : t + 1] += noisy(b, t, start)
+        found = store.index["score"][b, :, : want.shape[1]].double()
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_gumbel_noise() -> None:
+    """Of its own for every head and pair of positions: mean, variance, and no correlation of neighbours in any direction."""
+    at = torch.arange(200)
+    g = noise(1, torch.arange(4).view(-1, 1, 1), at[:, None], at).double()
+    assert abs(float(g.mean()) - 0.5772) < 0.01 and abs(float(g.var()) - math.pi**2 / 6) < 0.03
+    for axis in range(3):
+        a, b = g.narrow(axis, 0, g.shape[axis] - 1), g.narrow(axis, 1, g.shape[axis] - 1)
+        assert abs(float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1])) < 0.01
+    assert not torch.equal(g, noise(2, torch.arange(4).view(-1, 1, 1), at[:, None], at).double())
 
 
 def by_hand(row: int, n: int, decay: float, last: int = 0) -> torch.Tensor:

@@ -47,12 +47,15 @@ def generated(model: elision.Model, prompt: torch.Tensor) -> torch.Tensor:
     return found
 
 
-IDENTITY = ["streaming-llm:window=128", "h2o:budget=128", "a2sf:budget=128,alpha=0.5", "snapkv:budget=128"]
+IDENTITY = ["streaming-llm:window=128", "h2o:budget=128", "a2sf:budget=128,alpha=.5", "keyformer:budget=128",
+            "ems:budget=128", "snapkv:budget=128"]
 TIGHT = [
     f"streaming-llm:window=20,sinks=3,every={EVERY}",
     f"h2o:budget=24,recent=6,sinks=2,every={EVERY}",
     f"a2sf:budget=24,recent=6,sinks=2,every={EVERY},alpha=0.8",
     "snapkv:budget=24,window=6,pool=3",
+    f"keyformer:budget=24,recent=6,sinks=2,every={EVERY},steps={NEW},seed=5",
+    f"ems:budget=24,window=6,every={EVERY},theta=0.2",
 ]
 
 
@@ -135,6 +138,28 @@ def test_no_forgetting_is_h2o() -> None:
 
 
 @pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_no_noise_and_a_temperature_of_one_is_h2o(target: str) -> None:
+    more = ":budget=20,recent=5,sinks=1"
+    h2o = generated(compiled(f"h2o{more}", target=target), ids(2))
+    plain, noisy = (compiled(f"keyformer{more},{x}", target=target) for x in ("noise=false,tau_end=1", "seed=1,tau_end=1"))
+    assert torch.equal(generated(plain, ids(2)), h2o) and not torch.equal(generated(noisy, ids(2)), h2o)
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_merging_nothing_is_eviction(target: str) -> None:
+    text = f"ems:budget=24,window=6,every={EVERY}"
+    none, far, some = (generated(compiled(f"{text},{x}", target=target), ids(2)) for x in ("rho=0", "theta=1.1", "theta=0.2"))
+    assert torch.equal(none, far) and not torch.equal(none, some)
+
+
+def test_noise_is_of_the_request_not_of_its_place() -> None:
+    model = compiled(TIGHT[4])
+    together = generated(model, ids(3))
+    for row in range(3):
+        assert torch.equal(generated(model, ids(3)[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
 @pytest.mark.parametrize(("text", "slots"), [(TIGHT[0], 31), (TIGHT[1], 32), (TIGHT[2], 32), (TIGHT[3], 24 + NEW)])
 def test_bytes_are_those_of_the_budget(text: str, slots: int, target: str) -> None:
     """What is allocated while decoding is what the type says, and that is the budget, whatever the prompt."""
@@ -170,6 +195,10 @@ def test_bad_input_is_told() -> None:
         "h2o:every=0": "every=0",
         "a2sf:alpha=1.5": "at most 1",
         "a2sf:recent=-2": "recent=-2",
+        "keyformer:tau=0.1": "temperatures of at least 0.5",
+        "keyformer:steps=0": "steps >= 1",
+        "ems:share=2": "share 0 to 1",
+        "ems:budget=20": "always kept, 32 tokens",
         "snapkv:pool=4": "odd",
         "snapkv:budget=8": "always kept, 32 tokens",
         "streaming-llm:window=0": "window=0",

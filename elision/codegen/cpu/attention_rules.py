@@ -8,6 +8,7 @@ from elision.codegen.cpu import observe as light
 from elision.codegen.cpu.cache_rows import Form, form
 from elision.codegen.cpu.flash import CHUNK, Site, together
 from elision.codegen.cpu.grouped import Grouped
+from elision.codegen.cpu.gumbel import Noise
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.tile import PAD, TILE, WORDS
 from elision.codegen.planner import Planner, Ref
@@ -182,12 +183,23 @@ def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, False, False, together(level),
         float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, apart=lists_of(state) > 1,
     )  # fmt: skip
-    name = kernels.add(("observe", site), lambda n: light.observe(n, site))
+    noise = Noise.operands(state.scores.gumbel)
     scores = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
     words = plan.buffer(-1, TILE * WORDS * 8, private=True)
     more = [plan.packing(named[n], "plain") for n in ("slopes", "sinks") if n in named]
-    plan.row(
-        name, ("axis", plan.axis(q)), *queries, ("state", plan.state(cached)), ("tensor", attended.buffer, 0, 4),
-        ("tensor", scores, 0, 4), ("tensor", words, 0, 4), ("float", float(value.attr("scale"))),
-        ("float", decay), ("int", last), *more, reads=[plan.state(cached)], writes=[scores, words],
-    )  # fmt: skip
+    touched, totals = [scores, words], plan.buffer(plan.axis(q), outer * 4, private=True, across=True) if noise else -1
+
+    def row(array: str, decay: float, total: bool = False) -> None:
+        key = ("observe", site, array, bool(noise), total)
+        name = kernels.add(key, lambda n: light.observe(n, site, array, bool(noise), total))
+        plan.row(
+            name, ("axis", plan.axis(q)), *queries, ("state", plan.state(cached)), ("tensor", attended.buffer, 0, 4),
+            ("tensor", scores, 0, 4), ("tensor", words, 0, 4), ("float", float(value.attr("scale"))), ("float", decay),
+            ("int", last), *more, *noise, *([("tensor", totals, 0, 4)] if noise else []),
+            reads=[plan.state(cached)], writes=[*touched, totals] if total else touched,
+        )  # fmt: skip
+
+    if noise:
+        row("score", state.scores.decay, total=True)
+    for array, each in state.scores.arrays.items():
+        row(array, each)

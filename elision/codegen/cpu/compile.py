@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from elision.codegen.cpu import cache, observe
+from elision.codegen.cpu import cache, evict, observe
 from elision.codegen.cpu.attention_rules import forms, lists_of, older
 from elision.codegen.cpu.emitters import Emitter
+from elision.codegen.cpu.gumbel import Noise
+from elision.codegen.cpu.kernel import Kernel
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
@@ -38,6 +40,9 @@ def compile_program(program: Program) -> abi.NativeCode:
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
     if program.states and all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
+    for each in program.ticks:
+        if (made := evict.tick(kernels, each)) is not None:
+            schedules[each.graph.name] = made
     code = to_object(kernels.text(), level)
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 
@@ -100,11 +105,17 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     for name in names:
         state = program.states[name]
         if isinstance(state, KV) and state.scores is not None and state.scores.depth:
-            made = partial(observe.credit, heads=state.heads, group=state.scores.group, lists=lists_of(state))
-            kernel = kernels.add(("credit", state.heads, state.scores.group, lists_of(state)), made)
-            rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", state.scores.decay))))
+            noise = Noise.operands(state.scores.gumbel)
+            for array, decay in state.scores.arrays.items():
+                sizes = (state.heads, state.scores.group, lists_of(state), bool(noise), array)
+                kernel = kernels.add(("credit", *sizes), partial(_credit, sizes))
+                rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", decay), *noise)))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     for name in names:
         kernel = _advance(kernels, program.states[name])
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
     return abi.Schedule("commit", ["accepted"], rows=rows, states=names)
+
+
+def _credit(sizes: tuple[int, int, int, bool, str], name: str) -> Kernel:
+    return observe.credit(name, *sizes)

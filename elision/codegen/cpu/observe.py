@@ -3,20 +3,26 @@ attention left of drafted tokens. A thread has part of the entries of every sequ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import BYTES
 from elision.codegen.cpu.emit import PTR, Fn, Val
 from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, products
+from elision.codegen.cpu.gumbel import Noise
 from elision.codegen.cpu.kernel import Axis, Kernel, State
 from elision.codegen.cpu.tile import HIDDEN, PAD, QUERY, TILE, WORDS
 from elision.ir.layout import LANES
 from elision.ir.schedule import SEQUENCES
 
+Weight = Callable[[Val, Val], Val]  #: Of logits relative to the largest one, and positions.
 
-def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
+
+def observe(name: str, site: Site, array: str = "score", noisy: bool = False, total: bool = False) -> tuple[Kernel, list[Fn]]:
     """`observe` of committed tokens by a causal mask. The largest score and the sum of weights of each query are in the partial
     sums ``part`` of `elision.codegen.cpu.attend`. ``last``: only queries among the last so many tokens of the prompt count (0:
-    all)."""
+    all). ``noisy``: by the softmax of `Gumbel`, whose sums of weights, ``totals``, the same kernel leaves before with
+    ``total``, a part for each thread. ``array``: which of the numbers beside an entry (`Scores.arrays`)."""
     inner = {tile: _tile(f"{name}_tile{tile}", site, tile) for tile in site.tiles}
     kernel = Kernel(name)
     fn = kernel.fn
@@ -26,16 +32,25 @@ def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
     scale, decay, last = kernel.real("scale"), kernel.real("decay"), kernel.integer("last")
     slopes = kernel.weight("slopes") if site.slopes else None
     sinks = kernel.weight("sinks") if site.sinks else None
+    noise = Noise.of(kernel) if noisy else None
+    totals = kernel.tensor("totals") if total else None
+    sums = kernel.parts("totals") if noisy and not total else None
     k_size, zero = BYTES[site.forms[0]], fn.const(0, "i64")
     starts, wide = axis.array("start"), padded(state.number("entries"))
 
     def norm(token: Val, query: Val) -> tuple[Val, Val]:
         """The largest score of a query and what a weight relative to it is multiplied by."""
         here = fn.at(part.token(token), query * (site.vdim + PAD), "f32")
-        top, total = fn.load(here, "f32", site.vdim), fn.load(here, "f32", site.vdim + 1)
+        top, whole = fn.load(here, "f32", site.vdim), fn.load(here, "f32", site.vdim + 1)
+        if sums is not None:
+            base, apart, stride = sums
+            here = fn.at(base, (token * stride + query) * 4)
+            with fn.loop(0, kernel.threads, 1, [fn.const(0.0, "f32")]) as loop:
+                loop.give(loop.carried[0] + fn.load(fn.at(here, loop.index * apart), "f32"))
+            whole = loop.results[0]
         if sinks is not None:
-            total = total + vm.exp(fn, fn.load(sinks, "f32", query) - top)
-        return top, 1.0 / fn.maximum(total, 1e-30)
+            whole = whole + vm.exp(fn, fn.load(sinks, "f32", query) - top)
+        return top, 1.0 / fn.maximum(whole, 1e-30)
 
     with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows:
         row = rows.index
@@ -54,12 +69,17 @@ def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
             at = head * state.number("blocks") * LANES
             keys = fn.at(state.address("k"), at * (site.dim * k_size))
             key_scales = [fn.at(state.address("k_scale"), at, "f32")] if "k" in site.scaled else []
-            score = fn.at(state.address("score"), head * wide, "f32")
+            score = fn.at(state.address(array), head * wide, "f32")
+            if totals is not None:
+                with fn.loop(0, count) as loop:
+                    token, query = first + loop.index // site.group, heads.index * site.group + loop.index % site.group
+                    fn.store(fn.const(0.0, "f32"), totals.token(token), query)
             with fn.loop(low, high, CHUNK) as chunks:
                 stop = fn.minimum(chunks.index + CHUNK, high)
-                with fn.loop(chunks.index, stop) as blocks:  # entries of this call begin at 0
-                    old, place = fn.load(score, VF, blocks.index * LANES, "f32"), blocks.index * LANES
-                    fn.store(fn.select(_below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
+                if totals is None:
+                    with fn.loop(chunks.index, stop) as blocks:  # entries of this call begin at 0
+                        old, place = fn.load(score, VF, blocks.index * LANES, "f32"), blocks.index * LANES
+                        fn.store(fn.select(_below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
                 unseen = (chunks.index * LANES - length) - (first - begin)  # queries that come before all of these entries
                 begins = fn.maximum(unseen, 0) * site.group // TILE * TILE
                 with fn.loop(begins, count, TILE) as tiles:
@@ -80,10 +100,12 @@ def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                         i = tiles.index + loop.index
                         token, query = first + i // site.group, heads.index * site.group + i % site.group
                         line = fn.at(scores.base, loop.index * (CHUNK * LANES), "f32")
-                        where = fn.splat(fn.i32(fn.load(axis.array("pos"), "i64", token)), LANES)
+                        at_pos = fn.load(axis.array("pos"), "i64", token)
+                        where = fn.splat(fn.i32(at_pos), LANES)
                         top, share = (fn.splat(x, LANES) for x in norm(token, query))
+                        weight = _weight(noise, query, at_pos)
                         kept = fn.splat(fn.select(fn.compare(i % site.group, "eq", 0), decay, fn.const(1.0, "f32")), LANES)
-                        with fn.loop(chunks.index, stop) as blocks:
+                        with fn.loop(chunks.index, stop, 1, [] if totals is None else [fn.const(0.0, VF)]) as blocks:
                             place = blocks.index * LANES
                             pos = fn.load(positions, VI, place, "i32")
                             x = fn.load(line, VF, (blocks.index - chunks.index) * LANES, "f32")
@@ -93,42 +115,82 @@ def observe(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                                 slope = fn.splat(fn.load(slopes, "f32", query), LANES)
                                 x = fn.fma(fn.cast(pos - where, "arith.sitofp", VF), slope, x)
                             seen = both(fn, _below(fn, blocks.index, limit), fn.compare(pos, "sle", where))
-                            p = fn.select(seen, vm.exp(fn, x - top) * share, fn.const(0.0, VF))
-                            fn.store(fn.fma(fn.load(score, VF, place, "f32"), kept, p), score, place, "f32")
+                            x = x - top
+                            p = weight(x, pos)
+                            p = fn.select(seen, p if totals is not None else p * share, fn.const(0.0, VF))
+                            if totals is None:
+                                fn.store(fn.fma(fn.load(score, VF, place, "f32"), kept, p), score, place, "f32")
+                            else:
+                                blocks.give(blocks.carried[0] + p)
+                        if totals is not None:
+                            so_far = fn.load(totals.token(token), "f32", query)
+                            fn.store(so_far + fn.sum(blocks.results[0]), totals.token(token), query)
+            if totals is not None and noise is not None:
+                fn.store(fn.load(axis.array("pos"), "i64", end - 1) + 1, state.address("prompt"), row)
     return kernel, list(inner.values())
 
 
-def credit(name: str, heads: int, group: int, lists: int) -> Kernel:
-    """What accepted nodes gave counts, before they are counted into the length. The axis is that of the accepted tokens."""
+def credit(name: str, heads: int, group: int, lists: int, noisy: bool = False, array: str = "score") -> Kernel:
+    """What accepted nodes gave counts, before they are counted into the length. The axis is that of the accepted tokens.
+    ``noisy``: by the softmax of `Gumbel`, whose sums every thread makes for itself."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, state, decay = kernel.axis(), kernel.state("S"), kernel.real("decay")
     starts = axis.array("start")
     wide, nodes_wide = padded(state.number("entries")), padded(state.number("nodes"))
     norms, kept = state.address("waiting_norm"), fn.splat(decay, LANES)
+    noise = Noise.of(kernel) if noisy else None
+
+    def position(row: Val, t: Val) -> Val:
+        """Of an accepted token."""
+        node = fn.load(axis.array("node"), "i64", t)
+        return fn.cast(fn.load(state.address("node_pos"), "i32", row * state.number("nodes") + node), "arith.extsi", "i64")
 
     def place(row: Val, t: Val, head: Val, g: int) -> Val:
         """Which logits are those of an accepted token."""
         return waiting(axis, state, row, t) * (heads * group) + head * group + g
 
+    def weighed(row: Val, t: Val, query: Val) -> Weight:
+        """The weights of an accepted token's query."""
+        if noise is None:
+            return _weight(None, query, t)
+        return _weight(noise, query, position(row, t), fn.load(state.address("prompt"), "i64", row))
+
     with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows, fn.loop(0, heads) as head_loop:
         row, head = rows.index, head_loop.index
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
         length = fn.load(state.address("len_k"), "i64", row * heads + head if lists > 1 else row)
-        score = fn.at(state.address("score"), (row * heads + head) * wide, "f32")
+        score = fn.at(state.address(array), (row * heads + head) * wide, "f32")
+        positions = fn.at(state.address("pos"), (row * heads + head if lists > 1 else row) * state.number("entries"), "i32")
+
+        def noisy_share(row: Val, begin: Val, t: Val, at: Val, weight: Weight, entries: Val = positions, n: Val = length) -> None:
+            """Put the share of the noisy softmax of a query in the place of that of the plain one."""
+            logits, top = fn.at(state.address("waiting"), at * wide, "f32"), fn.load(norms, "f32", at * 2)
+            with fn.loop(0, (n + (LANES - 1)) // LANES, 1, [fn.const(0.0, VF)]) as blocks:
+                x = fn.load(logits, VF, blocks.index * LANES, "f32") - fn.splat(top, LANES)
+                blocks.give(blocks.carried[0] + weight(x, fn.load(entries, VI, blocks.index * LANES, "i32")))
+            with fn.loop(begin, t + 1, 1, [fn.sum(blocks.results[0])]) as seen:
+                node = fn.load(axis.array("node"), "i64", seen.index)
+                x = fn.load(state.address("waiting_nodes"), "f32", at * nodes_wide + node) - top
+                seen.give(seen.carried[0] + weight(x, fn.i32(position(row, seen.index))))
+            fn.store(1.0 / fn.maximum(seen.results[0], 1e-30), norms, at * 2 + 1)
+
         with fn.when(fn.compare(end, "sgt", begin)):
             low, high = kernel.part((length + (LANES - 1)) // LANES)
             with fn.loop(begin, end) as tokens:
                 given = []
                 for g in range(group):
-                    at = place(row, tokens.index, head, g)
+                    at, weight = place(row, tokens.index, head, g), weighed(row, tokens.index, head * group + g)
+                    if noise is not None:
+                        noisy_share(row, begin, tokens.index, at, weight)
                     top, share = (fn.splat(fn.load(norms, "f32", at * 2 + i), LANES) for i in range(2))
-                    given.append((fn.at(state.address("waiting"), at * wide, "f32"), top, share))
+                    given.append((fn.at(state.address("waiting"), at * wide, "f32"), top, share, weight))
                 with fn.loop(low, high) as blocks:
                     at = blocks.index * LANES
                     found = fn.load(score, VF, at, "f32") * kept
-                    for logits, top, share in given:
-                        found = fn.fma(vm.exp(fn, fn.load(logits, VF, at, "f32") - top), share, found)
+                    pos = fn.load(positions, VI, at, "i32")
+                    for logits, top, share, weight in given:
+                        found = fn.fma(weight(fn.load(logits, VF, at, "f32") - top, pos), share, found)
                     fn.store(found, score, at, "f32")
             low, high = begin, fn.select(fn.compare(kernel.tid, "eq", kernel.threads - 1), end, begin)
             with fn.loop(low, high) as new:  # the accepted tokens themselves
@@ -139,7 +201,8 @@ def credit(name: str, heads: int, group: int, lists: int) -> Kernel:
                         at = place(row, tokens.index, head, g)
                         top, share = (fn.load(norms, "f32", at * 2 + i) for i in range(2))
                         x = fn.load(state.address("waiting_nodes"), "f32", at * nodes_wide + node)
-                        p = vm.exp(fn, x - top) * share
+                        weight = weighed(row, tokens.index, head * group + g)
+                        p = weight(x - top, fn.i32(position(row, new.index))) * share
                         found = found + fn.select(fn.compare(x, "ole", HIDDEN / 2), fn.const(0.0, "f32"), p)
                     tokens.give(found)
                 fn.store(tokens.results[0], score, length + (new.index - begin))
@@ -155,6 +218,14 @@ def waiting(axis: Axis, state: State, row: Val, token: Val) -> Val:
 def padded(count: Val) -> Val:
     """Whole vectors."""
     return (count + (LANES - 1)) // LANES * LANES
+
+
+def _weight(noise: Noise | None, query: Val, where: Val, prompt: Val | None = None) -> Weight:
+    """The weights of a query at a position, after a prompt of so many tokens (None: in it)."""
+    if noise is None:
+        return lambda x, pos: vm.exp(x.fn, x)
+    key, cold = noise.key(query, where), 1.0 / noise.start if prompt is None else noise.temperature(where, prompt)
+    return lambda x, pos: noise.weight(x, key, pos, cold)
 
 
 def _below(fn: Fn, block: Val, limit: Val) -> Val:

@@ -1,6 +1,6 @@
 """Elementary functions on vectors of float32, within a few units in the last place (libm's would be called lane by lane).
 
-The polynomials of exp and tanh are those of Cephes (Moshier 1989), that of erfc is Numerical Recipes' (1.2e-7 relative).
+The polynomials of exp, log and tanh are those of Cephes (Moshier 1989), that of erfc is Numerical Recipes' (1.2e-7 relative).
 """
 
 from __future__ import annotations
@@ -49,6 +49,22 @@ def exp(fn: Fn, x: Val) -> Val:
     y = fn.fma(p * r, r, r + 1.0)
     exponent = (fn.cast(n, "arith.fptosi", like(x.type, "i32")) + 127) << 23
     return y * fn.cast(exponent, "arith.bitcast", x.type)
+
+
+def log(fn: Fn, x: Val) -> Val:
+    """Of normal numbers above 0."""
+    bits = fn.cast(x, "arith.bitcast", like(x.type, "i32"))
+    half = fn.cast((bits & 0x7FFFFF) | 0x3F000000, "arith.bitcast", x.type)  # in [0.5, 1)
+    small = fn.compare(half, "olt", 0.70710678)
+    n = fn.cast((bits >> 23) - 126, "arith.sitofp", x.type) - fn.select(small, fn.const(1.0, x.type), fn.const(0.0, x.type))
+    f = half + fn.select(small, half, fn.const(0.0, x.type)) - 1.0
+    p = polynomial(
+        fn, f, (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+                2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
+    )  # fmt: skip
+    z = f * f
+    tail = fn.fma(n, fn.const(-2.12194440e-4, x.type), p * f * z) - z * 0.5
+    return fn.fma(n, fn.const(0.693359375, x.type), f + tail)
 
 
 def sigmoid(fn: Fn, x: Val) -> Val:

@@ -21,16 +21,33 @@ def entries(S: KVStore, rows: torch.Tensor) -> torch.Tensor:
     return S.positions()[rows, : len(S.groups)]
 
 
-def _scored_type(S: KV, rows: Tensor) -> Tensor:
-    need(S.scores is not None, "expected a cache with scores")
+def _scored_type(S: KV, rows: Tensor, *, which: str = "score") -> Tensor:
+    need(S.scores is not None and which in S.scores.arrays, f"expected a cache with scores of the kind {which}")
     return _entries_type(S, rows).with_dtype("f32")
 
 
 @op(_scored_type)
-def scored(S: KVStore, rows: torch.Tensor) -> torch.Tensor:
-    """The score ``[b, heads or 1, entries]`` of every entry, summed over heads that share their entries."""
-    found = S.index["score"][rows, :, : S.pos.shape[2]]
+def scored(S: KVStore, rows: torch.Tensor, *, which: str = "score") -> torch.Tensor:
+    """The score ``[b, heads or 1, entries]`` of every entry (or its ``local`` one), summed over heads that share entries."""
+    found = S.index[which][rows, :, : S.pos.shape[2]]
     return found if len(S.groups) > 1 else found.sum(1, keepdim=True)
+
+
+def _blend_type(score: Tensor, local: Tensor, pos: Tensor, *, share: float) -> Tensor:
+    need(score.axes == pos.axes == local.axes and len(pos.axes) == 3, f"expected [b, heads, entries] thrice, got {score}, {pos}")
+    need(0 <= share <= 1, f"share={share}; expected 0 to 1")
+    return score
+
+
+@op(_blend_type)
+def blend(score: torch.Tensor, local: torch.Tensor, pos: torch.Tensor, *, share: float) -> torch.Tensor:
+    """``share`` of the scores, each divided by the number of tokens since its position, and the rest of the local ones; both are
+    scaled to sum to 1 (EMS, Li et al. 2024). 0 where there is no entry."""
+    there = pos >= 0
+    seen = pos.amax(-1, keepdim=True) - pos + 1
+    parts = (torch.where(there, x, 0) for x in (score / seen.clamp(min=1), local))
+    overall, near = (x / x.sum(-1, keepdim=True).clamp(min=1e-30) for x in parts)
+    return share * overall + (1 - share) * near
 
 
 def _pool_type(score: Tensor, pos: Tensor, *, size: int, recent: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from elision.ir import absorb as absorbing
 from elision.ir import attend as attention
 from elision.ir import observe as observation
 from elision.ir.layout import row_bytes, slot_count
@@ -160,6 +161,7 @@ def _observe_type(
     _attend_type(q, S, *extra, mask=mask, scale=scale, softcap=softcap, extras=extras)
     need(S.scores is not None and S.scores.group * S.heads == q.axes[1], f"{S.scores} for {q.axes[1]} query heads")
     need(last >= 0, f"last={last}; expected 0 (all), or how many tokens of the prompt")
+    need(S.scores is None or S.scores.gumbel is None or "sinks" not in extras, "scores of a noisy softmax have no sinks")
     return S
 
 
@@ -206,6 +208,24 @@ def select(S: KVStore, kept: torch.Tensor, rows: torch.Tensor, *, renumber: bool
     S.select(kept, rows)
     if renumber:
         S.pos[rows] = torch.arange(S.pos.shape[2], dtype=S.pos.dtype)
+    return S
+
+
+def _absorb_type(S: KV, score: Tensor, pos: Tensor, kept: Tensor, rows: Tensor, *, n: int, least: float, near: int) -> KV:
+    _select_type(S, kept, rows)
+    need(score.axes == pos.axes and S.keep == "per_head" and S.scores is not None, "expected scores, and entries of every head")
+    need(n >= 0 and near >= 1, f"n={n}, near={near}; expected at least 0 and at least 1")
+    need(len(S.main) == 1 and max(S.main[0].k.token_group, S.main[0].v.token_group) == 1, "expected rows written one by one")
+    return S
+
+
+@op(_absorb_type, cost=_move_cost)
+def absorb(
+    S: KVStore, score: torch.Tensor, pos: torch.Tensor, kept: torch.Tensor, rows: torch.Tensor, *, n: int, least: float, near: int
+) -> KVStore:
+    """Before a `select` of ``kept``: the best ``n`` of the others, by ``score [b, heads, entries]``, join the kept entry whose
+    key is most like theirs (`elision.ir.absorb`)."""
+    absorbing.absorb(S, score, pos, kept, rows, n, least, near)
     return S
 
 

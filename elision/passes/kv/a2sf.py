@@ -35,4 +35,4 @@ class A2SF(Pass):
     def apply(self, program: Program) -> None:
         if not 0 < self.alpha <= 1:
             raise BadInput(f"{self.name}: alpha={self.alpha}; expected a factor above 0 and at most 1")
-        keep_heavy(program, self.name, self.budget, self.recent, self.sinks, self.every, self.per_head, float(self.alpha))
+        keep_heavy(program, self.name, self.budget, self.recent, self.sinks, self.every, self.per_head, decay=float(self.alpha))

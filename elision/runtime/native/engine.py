@@ -87,9 +87,17 @@ class Engine:
             run.set_axis(0, row, node=node)
             run.all()
 
+    def tick(self, graph: Graph, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
+        """Evict from the caches of the sequences ``at``, as a graph of the clock says."""
+        states = {graph.names[v]: s for v, s in zip(graph.inputs, args, strict=True) if v.is_state}
+        with self.lock:
+            _Run(self, self.schedules[graph.name], (), states, at).all()
+        return tuple(states[graph.names[origin(v)]] for v in graph.outputs)
+
     def natives(self) -> dict[str, Native]:
         """What the interpreter runs in the place of entries."""
         found: dict[str, Native] = {name: partial(self.run, name) for name in self._graphs if name != DECODE}
+        found |= {t.graph.name: partial(self.tick, t.graph) for t in self.program.ticks if t.graph.name in self.schedules}
         graph = self.program.round
         if graph is not None and "step" in self._graphs and has_form(graph, self.schedules):
             found[graph.name] = Round(self, graph)
@@ -306,7 +314,7 @@ def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None
         line[at["nodes"]] = store.index["node_pos"].shape[1]
     if store.type.scores is not None:
         line[at["depth"]] = store.type.scores.depth
-        for name in ("score", "waiting", "waiting_nodes", "waiting_norm"):
+        for name in ("score", "waiting", "waiting_nodes", "waiting_norm", "prompt", "local"):
             if name in store.index:
                 line[at[name]] = store.index[name].data_ptr()
     if store.type.summary is not None:

@@ -44,6 +44,7 @@ def read_schedules(
     except (TypeError, KeyError, AttributeError, ValueError) as err:
         _refuse(f"fields of another kind ({err!r:.80})")
     graphs = flat_entries(program)
+    graphs |= {t.graph.name: t.graph for t in program.ticks if t.graph.name in schedules}
     if set(schedules) - {"commit"} != set(graphs):
         _refuse(f"the entries {', '.join(schedules)}")
     for name, schedule in schedules.items():
