@@ -11,6 +11,7 @@ from elision.passes.kv.streaming_llm import StreamingLLM
 from elision.passes.layers.evopress import EvoPress
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.skipdecode import SkipDecode
 from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded
 from elision.passes.speculate.dynamic_exit import Del
@@ -53,6 +54,7 @@ __all__ = [
     "PromptLookup",
     "ShortGPT",
     "QuantisedKV",
+    "SkipDecode",
     "SkipLayers",
     "SmoothQuantPlus",
     "SpecSampling",

@@ -11,6 +11,7 @@ from elision.errors import BadInput
 from elision.ir.drafting.model import ModelRun
 from elision.ir.drafting.run import DraftRun
 from elision.ir.interp import Interpreter
+from elision.ir.program import running
 from elision.ir.requests import Requests
 from elision.ir.states import KV
 from elision.ir.store import ArrayStore, KVStore
@@ -80,10 +81,13 @@ class Session:
 
     def _room(self, position: int) -> int:
         """How many levels of drafts a sequence with so many committed tokens may have: a round commits the root and the accepted
-        drafts, which must not cross a tick of the clock, nor give more than there is room for (the last token is never
-        committed)."""
-        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks if tick.every]
-        return min([self.capacity - 1 - position, *every]) - 1
+        drafts, which must not cross a tick of the clock or the end of the step that runs them, nor give more than there is
+        room for (the last token is never committed)."""
+        program = self._interpreter.program
+        every = [tick.every - position % tick.every for tick in program.ticks if tick.every]
+        assert program.round is not None
+        ends = [end - position for end in running(program.round).attr("until", ()) if end > position]
+        return min([self.capacity - 1 - position, *every, *ends]) - 1
 
     def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:
         if int(at.pos.max()) >= self.capacity:

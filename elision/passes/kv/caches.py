@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from elision.errors import BadInput
 from elision.ir.mask import Mask
-from elision.ir.program import Program, Tick, state_inputs
+from elision.ir.program import Program, Tick, state_inputs, steps
 from elision.ir.states import KV, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
@@ -85,7 +85,7 @@ class Cached:
         program = self.program
         types = {n: change(t) for n, t in self.states.items()}
         program.states = {**program.states, **types}
-        for entry in ("prefill", "step"):
+        for entry in ("prefill", *steps(program)):
             work = _Templates(program, types, entry in observe, last, mask)
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
