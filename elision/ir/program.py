@@ -191,15 +191,20 @@ def drafting(round: Graph) -> tuple[int, tuple[str, ...]]:
 
 def running(round: Graph) -> Value:
     """The value of a round that runs its nodes: a `call` of ``step``, or what stands in its place."""
-    return next(v for v in round.values if v.op in ("call", "staged"))
+    return next(v for v in round.values if v.op in ("call", "staged", "exits"))
 
 
 def steps(program: Program) -> tuple[str, ...]:
-    """The entries that a round runs its nodes with."""
+    """The entries that a round runs its nodes with; those of `exits` are ``part_..``, ``fill_..`` and ``head``."""
     if program.round is None:
         return tuple(name for name in program.entries if name == "step")
     value = running(program.round)
     return value.attr("targets") or (value.attr("target"),)
+
+
+def answers(program: Program) -> tuple[str, ...]:
+    """Those of `steps` that give logits."""
+    return tuple(name for name in steps(program) if name.partition("_")[0] in ("step", "head"))
 
 
 def guesses(program: Program) -> tuple[str, ...]:

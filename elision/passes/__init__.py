@@ -8,6 +8,7 @@ from elision.passes.kv.h2o import H2O
 from elision.passes.kv.kv_quant import QuantisedKV
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
+from elision.passes.layers.calm import CALM
 from elision.passes.layers.evopress import EvoPress
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
@@ -34,6 +35,7 @@ from elision.passes.weights.stored import StoredWeights
 
 __all__ = [
     "A2SF",
+    "CALM",
     "GPTQ",
     "H2O",
     "REGISTRY",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,22 +20,12 @@ from elision.ir.value import Builder, Value
 from elision.passes.calibration import run_score
 from elision.passes.pipeline import run
 from elision.runtime.speculation import drafting_of
+from tests.passes.deep import LAYERS, compiled
 from tests.passes.poisoned import rounds
-from tests.passes.small import ragged, tiny
+from tests.passes.small import ragged
 
-LAYERS = 6
 #: 6 layers up to position 8, then 5, 4, 3, and 2 from position 32 on.
 METHOD = "skipdecode:most=6,least=2,length=40,stages=5"
-
-
-@functools.cache
-def original() -> Any:
-    return tiny(num_hidden_layers=LAYERS, initializer_range=0.12)
-
-
-@functools.cache
-def compiled(*passes: str, target: str = "reference") -> elision.Model:
-    return elision.compile(original(), passes=list(passes), target=target)
 
 
 def tokens(model: elision.Model, new: int = 60) -> torch.Tensor:

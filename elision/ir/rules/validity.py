@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
-from elision.ir.program import guesses, steps
+from elision.ir.program import guesses, running, steps
 from elision.ir.rules.view import View
 from elision.ir.states import KV
 
@@ -34,6 +34,7 @@ def validity(view: View) -> Iterator[IllegalProgram]:
     yield from _unwritten(view)
     yield from _early(view)
     yield from _stages(view)
+    yield from _exits(view)
 
 
 def _unwritten(view: View) -> Iterator[IllegalProgram]:
@@ -65,6 +66,9 @@ def _unwritten(view: View) -> Iterator[IllegalProgram]:
 def _stages(view: View) -> Iterator[IllegalProgram]:
     """Where a round runs one of several steps, a later one appends to no cache that an earlier one leaves alone, and a cache that
     some leave alone says so; a model that drafts on these caches appends to none of them."""
+    round = view.program.round
+    if round is None or running(round).op != "staged":
+        return
     names = steps(view.program)
     written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
     drafted = {n for e in guesses(view.program) for n in written[e]}
@@ -88,6 +92,31 @@ def _stages(view: View) -> Iterator[IllegalProgram]:
                 because=why,
                 help=help,
             )
+
+
+def _exits(view: View) -> Iterator[IllegalProgram]:
+    """Where nodes leave a step between its parts, the caches of the parts after it are filled there or declare holes, which no
+    draft writes into."""
+    round = view.program.round
+    if round is None or running(round).op != "exits":
+        return
+    names, parts = steps(view.program), running(round).attr("parts")
+    written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
+    drafted = {n for e in guesses(view.program) for n in written[e]}
+    for i in range(1, parts):
+        later = set[str]().union(*(written[n] for n in names[i:parts]))
+        filled = written[names[parts + i - 1]] if len(names) > parts + 1 else set()
+        for name in sorted(later - filled):
+            type = view.program.states[name]
+            holes = isinstance(type, KV) and type.present.kind == "masked"
+            if not holes or name in drafted:
+                yield IllegalProgram(
+                    "validity",
+                    f"{name} is not filled for tokens that leave before {names[i]}",
+                    sides="round: exits",
+                    because="a draft writes what is to be absent" if holes else "a later token would read entries never written",
+                    help="draft from tables" if holes else "fill it from the stream where they left, or declare present=masked",
+                )
 
 
 def _early(view: View) -> Iterator[IllegalProgram]:

@@ -85,7 +85,7 @@ class Cached:
         program = self.program
         types = {n: change(t) for n, t in self.states.items()}
         program.states = {**program.states, **types}
-        for entry in ("prefill", *steps(program)):
+        for entry in dict.fromkeys(("prefill", "step", *steps(program))):
             work = _Templates(program, types, entry in observe, last, mask)
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)

@@ -57,7 +57,8 @@ def declare(program: Program, caches: Collection[str], present: str, by: str) ->
                 because="it leaves out tokens already, or counts what every token gives",
                 help="apply one of these methods",
             )
-        program.states[name] = replace(type, present=Present(present))
+        keyed_by = "explicit" if present == "masked" else type.keyed_by
+        program.states[name] = replace(type, present=Present(present), keyed_by=keyed_by)
 
     def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
         named = v.op == "input" and v.is_state and v.attr("name") in caches

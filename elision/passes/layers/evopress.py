@@ -12,15 +12,19 @@ from typing import ClassVar
 import torch
 
 from elision.errors import BadInput
+from elision.ir.interp import Interpreter
 from elision.ir.program import Program, Weights
+from elision.ir.tokens import Tokens
 from elision.passes.base import Pass, register
-from elision.passes.calibration import Choosing, Text, run_score
+from elision.passes.calibration import Choosing, Text
 from elision.passes.layers.evolution import evolve
+from elision.passes.layers.parts import blocks, cut, stream_after
 from elision.passes.layers.shortgpt import block_influence, left_out
 
 log = logging.getLogger("elision")
 
 TOP = 512  # of the full model's probabilities of a token, those that are compared
+SHORT = 256  # tokens of a sequence that candidates are compared on
 HALVES = ("attn", "mlp")
 Halves = tuple[frozenset[int], frozenset[int]]  # what is left out: attention halves, MLP halves
 
@@ -33,19 +37,19 @@ class EvoPress(Choosing):
     The rewrite in one sentence: the sets of halves whose removal moves the model's distribution least, KL(full, pruned) on
     calibration text, are left out as by skip-layers. The search starts from the best of random sets and of the layers with the
     least block influence (the paper: of random sets). ``share``: of the halves of each kind, rounded down. ``generations`` of
-    ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens meet their parent on ``large`` tokens.
-    The paper: 32 children, 2048 and 32768 tokens; the defaults are for two cores (20 generations of 6 children took 43 minutes
-    for 135M parameters on a busy machine; less has not been shown). ``seed``: of the search. ``attn``, ``mlp``: what was chosen;
-    given, nothing is searched. Identity setting: share=0.
+    ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens, in sequences of 256, meet their
+    parent on ``large`` tokens. The paper: 32 children, 2048 and 32768 tokens; the defaults are for 135M parameters on two cores
+    in less than 20 minutes. ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity
+    setting: share=0.
     """
 
     share: float = 0.0
     attn: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
-    generations: int = 20
+    generations: int = 40
     offspring: int = 8
     small: int = 512
-    large: int = 2048
+    large: int = 1024
     seed: int = 0
 
     name: ClassVar[str] = "evopress"
@@ -64,12 +68,13 @@ class EvoPress(Choosing):
         if min(self.generations, self.small) < 1 or self.offspring < 2 or self.large < self.small:
             raise BadInput(f"{self.text()}: expected generations, small >= 1, offspring >= 2 and large >= small")
         layers, random = list(program.layers), Random(self.seed)
-        measure = Divergence(program, weights, text.sequences(program, 4 * self.large), random)
         began = time.monotonic()
+        sequences = [part for ids in text.sequences(program, 4 * self.large) for part in ids.split(SHORT)]
+        measure = Divergence(program, weights, sequences, random)
 
         def told(generation: int, best: Halves, loss: float) -> None:
-            took = time.monotonic() - began
-            log.info("evopress: generation %d of %d, KL %.4f, %.0f s", generation, self.generations, loss, took)
+            took, now = time.monotonic() - began, self._chosen(best).text()
+            log.info("generation %d of %d, KL %.4f, %.0f s: %s", generation, self.generations, loss, took, now)
 
         influence = block_influence(program, weights, text.sequences(program, self.large))
         least = frozenset(sorted(influence, key=influence.__getitem__)[:count])
@@ -78,7 +83,10 @@ class EvoPress(Choosing):
             start, lambda parent, random: _mutated(parent, layers, random), measure, generations=self.generations,
             offspring=self.offspring, stages=((self.small, 2), (self.large, 1)), random=random, report=told,
         )  # fmt: skip
-        attn, mlp = (tuple(sorted(half)) for half in best)
+        return self._chosen(best)
+
+    def _chosen(self, halves: Halves) -> EvoPress:
+        attn, mlp = (tuple(sorted(half)) for half in halves)
         return replace(self, attn=attn, mlp=mlp)
 
     def apply(self, program: Program) -> None:
@@ -106,28 +114,60 @@ def leave_out(program: Program, halves: Halves) -> None:
 
 class Divergence:
     """KL(full, pruned) per token, on sequences drawn anew for every call; less is better. The full model runs once, and the `TOP`
-    largest probabilities of each token are kept."""
+    largest probabilities of each token are kept. The forward runs half by half: candidates of a call that begin alike share the
+    stream up to where they differ."""
 
     def __init__(self, program: Program, weights: Weights, sequences: list[torch.Tensor], random: Random) -> None:
-        self._program, self._weights, self._sequences, self._random = program, weights, sequences, random
+        score = program.entries["score"]
+        self._sequences, self._random, self._interpreter = sequences, random, Interpreter(program, weights)
+        calls = blocks(score)
+        self._halves = [(layer, HALVES.index(v.attr("label").partition(".")[2])) for layer, v in calls]
+        streams = [*(v.args[0] for _, v in calls), stream_after(score)]
+        ids = score.inputs[0]
+        cuts = [(ids, streams[0]), *zip(streams, streams[1:], strict=False), (streams[-1], score.outputs[0])]
+        self._pieces = [cut(program, score, f"piece_{i}", x, (y,), (), "evopress") for i, (x, y) in enumerate(cuts)]
         self._full = []
-        for ids in sequences:
-            logits = run_score(program, weights, [ids])[0].float()
+        for i in range(len(sequences)):
+            logits = self._logits(self._streams((frozenset(), frozenset()), [i], [])[-1], [i])
             top = logits.topk(min(TOP, logits.shape[-1]))
             self._full.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices))
 
     def __call__(self, candidates: Sequence[Halves], size: int) -> list[float]:
         count = min(len(self._sequences), max(1, round(size / max(map(len, self._sequences)))))
         batch = self._random.sample(range(len(self._sequences)), count)
-        return [self._of(halves, batch) for halves in candidates]
-
-    def _of(self, halves: Halves, batch: Sequence[int]) -> float:
-        pruned = self._program.copy()
-        leave_out(pruned, halves)
-        logits = run_score(pruned, self._weights, [self._sequences[i] for i in batch])[0].float()
         full, index = (torch.cat([self._full[i][part] for i in batch]) for part in (0, 1))
-        found = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
-        return float((full.exp() * (full - found)).sum(-1).mean())
+        found = [0.0] * len(candidates)
+        known: list[torch.Tensor] = []
+        before: list[bool] = []
+        for i, kept in sorted(enumerate(map(self._kept, candidates)), key=lambda pair: pair[1]):
+            alike = next((n for n, (a, b) in enumerate(zip(before, kept, strict=False)) if a != b), len(before))
+            before, known = kept, self._streams(candidates[i], batch, known[: alike + 1])
+            logits = self._logits(known[-1], batch)
+            got = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
+            found[i] = float((full.exp() * (full - got)).sum(-1).mean())
+        return found
+
+    def _kept(self, candidate: Halves) -> list[bool]:
+        return [layer not in candidate[half] for layer, half in self._halves]
+
+    def _streams(self, candidate: Halves, batch: Sequence[int], known: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The stream before every half and after the last; ``known``: the first of them."""
+        found = known or [self._run(0, torch.cat([self._sequences[i] for i in batch]), batch)]
+        for i, kept in list(enumerate(self._kept(candidate), 1))[len(found) - 1 :]:
+            found.append(self._run(i, found[-1], batch) if kept else found[-1])
+        return found
+
+    def _logits(self, h: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+        return self._run(-1, h, batch).float()
+
+    def _run(self, piece: int, x: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+        graph = self._pieces[piece]
+        axis = graph.inputs[0].tensor.tokens
+        assert axis is not None
+        at = Tokens.chunk([len(self._sequences[i]) for i in batch], [0] * len(batch))
+        with torch.inference_mode():
+            found: torch.Tensor = self._interpreter.run(graph, {graph.names[graph.inputs[0]]: x}, {axis.name: at})[0]
+        return found
 
 
 def _draw(layers: Sequence[int], count: int, random: Random) -> Halves:

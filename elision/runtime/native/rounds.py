@@ -30,17 +30,21 @@ from elision.runtime.native.table import Table
 if TYPE_CHECKING:
     from elision.runtime.native.engine import Engine
 
-_FORM = {"checkpoint", "root", "draft", "feed", "guess", "call", "staged", "item", "verify", "commit", "drop", "emit", "learn"}
+_FORWARD = ("call", "staged", "exits")
+_FORM = {*_FORWARD, "checkpoint", "root", "draft", "feed", "guess", "item", "verify", "commit", "drop", "emit", "learn"}
 Longs = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
-    """Whether a round is one that `Round` runs: nothing in it but the ops of generation, and no row of a step on the host."""
+    """Whether a round is one that `Round` runs: nothing in it but the ops of generation, and no row of a step on the
+    host (but between the parts of one with exits)."""
     ops = [v.op for v in graph.values if v.op not in ("input", "param")]
-    plain = set(ops) <= _FORM and ops.count("call") + ops.count("staged") == ops.count("verify") == 1
+    plain = set(ops) <= _FORM and sum(map(ops.count, _FORWARD)) == ops.count("verify") == 1
     caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
     if not plain or not caches or "commit" not in schedules:
         return False
+    if running(graph).op == "exits":
+        return True
     names = [name for step in ran(running(graph)) for name in (step, decoding(step)) if name in schedules]
     return all(row.host < 0 for name in names for row in schedules[name].rows)
 
@@ -92,10 +96,11 @@ class Round:
 
     def __init__(self, engine: Engine, graph: Graph) -> None:
         self._engine, self._commit = engine, engine.schedules["commit"]
-        self._steps = [_Entry(engine, engine.schedules[name]) for name in ran(running(graph))]
-        decoded = [engine.schedules.get(decoding(name)) for name in ran(running(graph))]
+        self._run_of, self._until = running(graph), running(graph).attr("until", ())
+        names = ran(self._run_of) if self._run_of.op != "exits" else ()
+        self._steps = [_Entry(engine, engine.schedules[name]) for name in names]
+        decoded = [engine.schedules.get(decoding(name)) for name in names]
         self._decodes = [_Entry(engine, schedule) for schedule in decoded if schedule is not None]
-        self._until = running(graph).attr("until", ())
         self._names = [graph.names[v] for v in graph.inputs]
         kv = {graph.names[v]: v.type for v in graph.inputs if isinstance(v.type, KV)}
         self._bounded = [name for name, type in kv.items() if isinstance(type.main[-1].slots, Budget)]
@@ -153,7 +158,11 @@ class Round:
     def _forward(
         self, entries: Sequence[_Entry], ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits and the likeliest tokens of every node, by the entry that is for its row."""
+        """The logits and the likeliest tokens of every node, by the entry that is for its row, or part by part."""
+        if self._run_of.op == "exits":
+            operands = (ids, *(states[name] for name in self._committed))
+            found = lookup("exits").body(*operands, run_on=self._engine.run, at=nodes, **dict(self._run_of.attrs))
+            return found[0], found[1]
         parts = stages(self._until, nodes) if self._until else []
         if len(parts) < 2:
             return self._run(entries[parts[0][0] if parts else 0], ids, nodes, states)
