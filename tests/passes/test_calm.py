@@ -20,6 +20,7 @@ from elision.ir.printer import print_program
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
 from elision.passes.calibration import run_score
+from elision.passes.layers.classifier import logistic
 from elision.passes.pipeline import run
 from elision.runtime.speculation import drafting_of
 from tests.passes.deep import LAYERS, compiled
@@ -144,6 +145,20 @@ def test_the_rules() -> None:
     assert undecided(h, before, on, rule="similarity", threshold=1.1, at=at).tolist() == [True, False, True]
     sure = torch.tensor([[0.86, 0.14]]).log().expand(3, 2)  # 0.72 sure; the threshold falls from 0.73 to 0.63
     assert undecided(h, sure, rule="softmax", threshold=0.7, length=40, at=at).tolist() == [True, False, False]
+
+
+def test_a_fitted_classifier_says_where_the_answer_is_known() -> None:
+    """Its confidence is larger where the likeliest token of the stream is that of the whole model, and parts use it natively."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=generator)
+    y = (x[:, 0] - 2 * x[:, 3] + 0.1 * torch.randn(400, generator=generator) > 0.5).float()
+    w, b = logistic(x, y)
+    assert float((((x @ w + b) > 0) == (y > 0)).float().mean()) > 0.95
+    model = compiled(f"{method('threshold=0.4')},rule=classifier", target="cpu", text=True)
+    said = model.generate(torch.tensor([[5], [9], [33]]), max_new_tokens=40)
+    assert torch.equal(model(said).logits[:, :-1].argmax(-1), said[:, 1:])
+    with pytest.raises(BadInput, match="without a tokenizer"):
+        compiled(f"{method('threshold=0.4')},rule=classifier")
 
 
 OTHERS = [("int8:group=32", "a8"), ("skip-layers:layers=1",), ("kv-quant",), ("streaming-llm:window=21,sinks=3",), ("int4",)]

@@ -37,8 +37,8 @@ def undecided(
 
     ``similarity``: the cosine of the stream ``h`` and what it was before the last layer; ``softmax``: the difference of the two
     largest probabilities of the logits; ``classifier``: ``sigmoid(w . h + b)``. A last operand more says which tokens are still
-    there. ``length``: the threshold falls with the position t, ``0.9 threshold + 0.1 exp(-4 t / length)`` within 0 and 1. The token
-    at position 0 goes on: it is in every prompt, and prompts run all layers."""
+    there. ``length``: the threshold falls with the position t, ``0.9 threshold + 0.1 exp(-4 t / length)`` within 0 and 1. The
+    token at position 0 goes on: it is in every prompt, and prompts run all layers."""
     if rule == "similarity":
         sure = torch.nn.functional.cosine_similarity(h.float(), more[0].float(), dim=-1)
     elif rule == "softmax":

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from elision.errors import BadInput
 from elision.ir.ops.exits import RULES
-from elision.ir.program import Program, round_of
-from elision.ir.types import Tensor
+from elision.ir.program import Program, Weights, round_of
 from elision.ir.value import Builder, Graph, Value, live, rewrite
-from elision.passes.base import Pass, register
+from elision.passes.base import register
+from elision.passes.calibration import Calibrated, Text
+from elision.passes.layers.classifier import fit, parameters
 from elision.passes.layers.depth import caches_of, declare
 from elision.passes.layers.parts import blocks, cut, filling, stream_after, stream_before
 
@@ -19,17 +22,18 @@ FILLS = ("propagate", "mask")
 
 @register
 @dataclass(frozen=True)
-class CALM(Pass):
+class CALM(Calibrated):
     """Early exit by confidence (Confident Adaptive Language Modeling, Schuster et al. 2022).
 
     The rewrite in one sentence: a step runs in parts, and a node whose confidence before one of the layers ``exits`` (text:
     ``10+15+20``) reaches ``threshold`` goes from there to the head; the later layers get keys and values of its stream
     there (``fill=propagate``), or none, so that no later token sees it in them (``fill=mask``).
 
-    ``rule``: of confidence, see `elision.ir.ops.exits`. ``length``: in so many positions the threshold falls to 0.9 of what is
-    given (0: it stays; the paper: the longest output). Prompts run all layers; the model's own forward treats all of its tokens
-    as generated, computing all layers and choosing. The paper trains for it; untrained models lose much. Identity setting: a
-    threshold above 1, or no exits.
+    ``rule``: of confidence, see `elision.ir.ops.exits`; ``classifier`` is fitted on about ``tokens`` tokens of calibration
+    text to say whether the likeliest token here is that of the whole model. ``length``: in so many positions the threshold falls
+    to 0.9 of what is given (0: it stays; the paper: the longest output). Prompts run all layers; the model's own forward treats
+    all of its tokens as generated, computing all layers and choosing. The paper trains for it; untrained models lose much.
+    Identity setting: a threshold above 1, or no exits.
     """
 
     exits: tuple[int, ...] = ()
@@ -37,6 +41,7 @@ class CALM(Pass):
     rule: str = "similarity"
     fill: str = "propagate"
     length: int = 0
+    tokens: int = 4096
 
     name: ClassVar[str] = "calm"
     family: ClassVar[str] = "layers"
@@ -60,7 +65,7 @@ class CALM(Pass):
             return
         later = [name for i in layers if i >= exits[0] for name in caches_of(program, i)]
         if self.rule == "classifier":
-            program.params |= _classifier(stream_after(program.entries["step"]).tensor.width)
+            program.params |= parameters(stream_after(program.entries["step"]).tensor.width)
         declare(program, later, "masked" if self.fill == "mask" else "all", self.name)
         step = program.entries["step"]
         head = cut(program, step, "head", stream_after(step), step.outputs[:2], (), self.name)
@@ -69,6 +74,11 @@ class CALM(Pass):
         fills = [f"fill_{i}" for i in range(1, len(exits) + 1)] if self.fill == "propagate" else []
         parts = [f"part_{i}" for i in range(len(exits) + 1)]
         program.round = round_of(program, run=("exits", {"targets": (*parts, *fills, "head"), "parts": len(parts)}))
+
+    def calibrate(self, program: Program, weights: Weights, text: Text) -> dict[str, torch.Tensor]:
+        if self.rule != "classifier" or not self.exits:
+            return {}
+        return fit(program, weights, sorted(set(self.exits)), text.sequences(program, self.tokens))
 
     def _in_parts(self, program: Program, head: Graph, layers: list[int], exits: list[int]) -> None:
         """Add the entries that the round runs."""
@@ -105,7 +115,7 @@ class CALM(Pass):
         elif self.rule == "softmax":
             more = [_applied(b, head, h)]
         else:
-            more = [b.param(name, type) for name, type in _classifier(h.tensor.width).items()]
+            more = [b.param(name, type) for name, type in parameters(h.tensor.width).items()]
         attrs = {"rule": self.rule, "threshold": self.threshold} | ({"length": self.length} if self.length else {})
         return b.add("undecided", h, *more, *on, **attrs, name="on")  # type: ignore[no-any-return]
 
@@ -135,10 +145,6 @@ class CALM(Pass):
             return (lifted, *results[1:]) if isinstance(found.type, tuple) else lifted
 
         return rewrite(program.entries["score"], rule, program.targets)
-
-
-def _classifier(width: int) -> dict[str, Tensor]:
-    return {"calm.weight": Tensor((width,), "f32"), "calm.bias": Tensor((), "f32")}
 
 
 def _first_calls(graph: Graph) -> dict[Value, int]:

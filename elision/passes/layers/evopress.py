@@ -19,7 +19,7 @@ from elision.passes.base import Pass, register
 from elision.passes.calibration import Choosing, Text
 from elision.passes.layers.evolution import evolve
 from elision.passes.layers.parts import blocks, cut, stream_after
-from elision.passes.layers.shortgpt import block_influence, left_out
+from elision.passes.layers.shortgpt import left_out
 
 log = logging.getLogger("elision")
 
@@ -36,7 +36,8 @@ class EvoPress(Choosing):
 
     The rewrite in one sentence: the sets of halves whose removal moves the model's distribution least, KL(full, pruned) on
     calibration text, are left out as by skip-layers. The search starts from the best of random sets and of the layers with the
-    least block influence (the paper: of random sets). ``share``: of the halves of each kind, rounded down. ``generations`` of
+    least block influence, and of the halves (the paper: of random sets); swaps prefer what has little influence, and half of them
+    swap whole layers. ``share``: of the halves of each kind, rounded down. ``generations`` of
     ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens, in sequences of 256, meet their
     parent on ``large`` tokens. The paper: 32 children, 2048 and 32768 tokens; the defaults are for 135M parameters on two cores
     in less than 20 minutes. ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity
@@ -48,7 +49,7 @@ class EvoPress(Choosing):
     mlp: tuple[int, ...] = ()
     generations: int = 40
     offspring: int = 8
-    small: int = 512
+    small: int = 256
     large: int = 1024
     seed: int = 0
 
@@ -69,18 +70,19 @@ class EvoPress(Choosing):
             raise BadInput(f"{self.text()}: expected generations, small >= 1, offspring >= 2 and large >= small")
         layers, random = list(program.layers), Random(self.seed)
         began = time.monotonic()
-        sequences = [part for ids in text.sequences(program, 4 * self.large) for part in ids.split(SHORT)]
+        sequences = [part for ids in text.sequences(program, 4 * self.large) for part in torch.split(ids, SHORT)]
         measure = Divergence(program, weights, sequences, random)
 
         def told(generation: int, best: Halves, loss: float) -> None:
             took, now = time.monotonic() - began, self._chosen(best).text()
             log.info("generation %d of %d, KL %.4f, %.0f s: %s", generation, self.generations, loss, took, now)
 
-        influence = block_influence(program, weights, text.sequences(program, self.large))
-        least = frozenset(sorted(influence, key=influence.__getitem__)[:count])
-        start = [(least, least), *(_draw(layers, count, random) for _ in range(self.offspring - 1))]
+        order = [measure.ranked(half) for half in HALVES]
+        whole = frozenset(measure.ranked("")[:count])
+        start = [(whole, whole), (frozenset(order[0][:count]), frozenset(order[1][:count]))]
+        start += [_draw(layers, count, random) for _ in range(self.offspring - 2)]
         best = evolve(
-            start, lambda parent, random: _mutated(parent, layers, random), measure, generations=self.generations,
+            start, lambda parent, random: _mutated(parent, order, random), measure, generations=self.generations,
             offspring=self.offspring, stages=((self.small, 2), (self.large, 1)), random=random, report=told,
         )  # fmt: skip
         return self._chosen(best)
@@ -115,7 +117,8 @@ def leave_out(program: Program, halves: Halves) -> None:
 class Divergence:
     """KL(full, pruned) per token, on sequences drawn anew for every call; less is better. The full model runs once, and the `TOP`
     largest probabilities of each token are kept. The forward runs half by half: candidates of a call that begin alike share the
-    stream up to where they differ."""
+    stream up to where they differ. ``influence``: of each half, and of whole layers (half ""), 1 - the mean cosine of the stream
+    before and after it, on all sequences."""
 
     def __init__(self, program: Program, weights: Weights, sequences: list[torch.Tensor], random: Random) -> None:
         score = program.entries["score"]
@@ -127,8 +130,11 @@ class Divergence:
         cuts = [(ids, streams[0]), *zip(streams, streams[1:], strict=False), (streams[-1], score.outputs[0])]
         self._pieces = [cut(program, score, f"piece_{i}", x, (y,), (), "evopress") for i, (x, y) in enumerate(cuts)]
         self._full = []
+        self.influence = dict.fromkeys([(i, half) for i in program.layers for half in (*HALVES, "")], 0.0)
         for i in range(len(sequences)):
-            logits = self._logits(self._streams((frozenset(), frozenset()), [i], [])[-1], [i])
+            known = self._streams((frozenset(), frozenset()), [i], [])
+            self._count(known, len(sequences))
+            logits = self._logits(known[-1], [i])
             top = logits.topk(min(TOP, logits.shape[-1]))
             self._full.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices))
 
@@ -146,6 +152,20 @@ class Divergence:
             got = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
             found[i] = float((full.exp() * (full - got)).sum(-1).mean())
         return found
+
+    def ranked(self, half: str) -> list[int]:
+        """The layers in order of the influence of that half."""
+        return [layer for (layer, at), _ in sorted(self.influence.items(), key=lambda found: found[1]) if at == half]
+
+    def _count(self, streams: list[torch.Tensor], of: int) -> None:
+        """Add the influence of one of so many sequences."""
+        first = {layer: h for (layer, _), h in zip(reversed(self._halves), reversed(streams[:-1]), strict=True)}
+        last = {layer: h for (layer, _), h in zip(self._halves, streams[1:], strict=True)}
+        pairs = {(layer, HALVES[half]): streams[i : i + 2] for i, (layer, half) in enumerate(self._halves)}
+        pairs |= {(layer, ""): [first[layer], last[layer]] for layer in first}
+        for key, (before, after) in pairs.items():
+            cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+            self.influence[key] += float(1 - cosine.mean()) / of
 
     def _kept(self, candidate: Halves) -> list[bool]:
         return [layer not in candidate[half] for layer, half in self._halves]
@@ -174,11 +194,17 @@ def _draw(layers: Sequence[int], count: int, random: Random) -> Halves:
     return frozenset(random.sample(layers, count)), frozenset(random.sample(layers, count))
 
 
-def _mutated(parent: Halves, layers: Sequence[int], random: Random) -> Halves:
-    """One to three swaps, few more often than many, each of one half that is left out with one that is not."""
+def _mutated(parent: Halves, order: Sequence[Sequence[int]], random: Random) -> Halves:
+    """One to three swaps, few more often than many, each of one half that is left out with one that is not, or of both halves of
+    two layers. ``order``: the layers by the influence of their halves; those with little are left out more often."""
     halves = [set(half) for half in parent]
     for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-        half = halves[random.randrange(2)]
-        out, back = random.choice(sorted(set(layers) - half)), random.choice(sorted(half))
-        half.symmetric_difference_update((out, back))
+        chosen = (0, 1) if random.random() < 0.5 else (random.randrange(2),)
+        here = order[chosen[0]]
+        outs = [n for n in here if all(n not in halves[i] for i in chosen)]
+        backs = [n for n in reversed(here) if all(n in halves[i] for i in chosen)]
+        if outs and backs:
+            out, back = (random.choices(found, [1 / (1 + i) for i in range(len(found))])[0] for found in (outs, backs))
+            for i in chosen:
+                halves[i].symmetric_difference_update((out, back))
     return frozenset(halves[0]), frozenset(halves[1])
