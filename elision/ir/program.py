@@ -189,9 +189,13 @@ def drafting(round: Graph) -> tuple[int, tuple[str, ...]]:
     return (depth, draft.attr("methods")) if draft is not None else (1, ())
 
 
+#: What runs the nodes of a round.
+FORWARD = ("call", "staged", "routed", "exits")
+
+
 def running(round: Graph) -> Value:
     """The value of a round that runs its nodes: a `call` of ``step``, or what stands in its place."""
-    return next(v for v in round.values if v.op in ("call", "staged", "exits"))
+    return next(v for v in round.values if v.op in FORWARD)
 
 
 def steps(program: Program) -> tuple[str, ...]:
@@ -248,7 +252,7 @@ def round_of(
         b.named(ids, "ids")
         drawn, rest = found[: len(found) - len(rest)], found[len(found) - len(rest) :]
         own, marked = (rest, marked) if own else ([], rest)
-    logits, best, *written = b.add(run[0], ids, *marked, **run[1])
+    logits, best, *written = b.add(run[0], *([requests] if run[0] == "routed" else []), ids, *marked, **run[1])
     rule = {} if kind is None or growth is None else {"kind": kind, "rule": growth.rule}
     paths, nxt = b.add("verify", ids, b.named(logits, "logits"), b.named(best, "best"), requests, last, *drawn, **rule)
     b.named(paths, "paths")

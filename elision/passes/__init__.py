@@ -10,6 +10,7 @@ from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
 from elision.passes.layers.calm import CALM
 from elision.passes.layers.evopress import EvoPress
+from elision.passes.layers.first_router import FirstRouter
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
 from elision.passes.layers.skipdecode import SkipDecode
@@ -46,6 +47,7 @@ __all__ = [
     "DySpec",
     "EViT",
     "EvoPress",
+    "FirstRouter",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",

@@ -11,7 +11,8 @@ from elision.errors import BadInput
 from elision.ir.drafting.model import ModelRun
 from elision.ir.drafting.run import DraftRun
 from elision.ir.interp import Interpreter
-from elision.ir.program import running
+from elision.ir.ops.depth import chosen
+from elision.ir.program import Program, running
 from elision.ir.requests import Requests
 from elision.ir.states import KV
 from elision.ir.store import ArrayStore, KVStore
@@ -36,6 +37,7 @@ class Session:
             for name, type in program.states.items()
         }
         self.committed, self.drafts = [0] * rows, drafts
+        self.depth: list[int] = []  # what each prompt chose of the steps of a `routed` round
 
     def bytes(self) -> int:
         """Bytes allocated for states."""
@@ -45,6 +47,8 @@ class Session:
         """Commit the prompts; the logits ``[rows, vocab]`` after the last token of each."""
         graph = self._interpreter.program.entries["prefill"]
         final: list[torch.Tensor | None] = [None] * self.rows
+        routers, threshold = _routers(self._interpreter.program)
+        sums = torch.zeros(self.rows, routers)
         done = [0] * self.rows
         ends = [n + len(p) for n, p in zip(self.committed, prompts, strict=True)]
         for counts in _portions([len(p) for p in prompts], chunk, together="prefill" in self._interpreter.natives):
@@ -52,7 +56,9 @@ class Session:
             done = [i + n for i, n in zip(done, counts, strict=True)]
             at = Tokens.chunk([len(p) for p in parts], self.committed, ends)
             ids = torch.tensor([t for p in parts for t in p], dtype=torch.int64)
-            logits, *_ = self._run(graph, {"ids": ids}, at)
+            logits, *rest = self._run(graph, {"ids": ids}, at)
+            for i, found in enumerate(rest[:routers]):
+                sums[:, i].index_add_(0, at.row, torch.sigmoid(found.flatten().float()))
             there = [r for r in range(self.rows) if parts[r]]
             for r, row_logits in zip(there, logits, strict=True):
                 final[r] = row_logits
@@ -60,6 +66,7 @@ class Session:
             self._tick(there, within=True)
         self._tick(range(self.rows), always=True)
         self._stores = {n: s.settled(min(ends)) if isinstance(s, KVStore) else s for n, s in self._stores.items()}
+        self.depth = chosen(sums / torch.tensor([max(1, len(p)) for p in prompts])[:, None], threshold) if routers else []
         return torch.stack([f for f in final if f is not None])
 
     def round(self, last: dict[int, int], requests: Requests) -> list[list[int]]:
@@ -73,6 +80,7 @@ class Session:
         at = Tokens(torch.tensor(rows), torch.tensor([self.committed[r] for r in rows]), self.rows)
         ids = torch.tensor([last[r] for r in rows], dtype=torch.int64)
         requests.room = [self._room(position) for position in self.committed]
+        requests.depth = self.depth
         tokens, *_ = self._run(program.round, {"last": ids, "requests": requests, "drafts": self.drafts}, at)
         for r in rows:
             self.committed[r] += len(tokens[r])
@@ -106,6 +114,12 @@ class Session:
             if due:
                 at = Tokens(torch.tensor(due), torch.tensor([self.committed[r] for r in due]), self.rows)
                 self._run(tick.graph, {"rows": torch.tensor(due)}, at)
+
+
+def _routers(program: Program) -> tuple[int, float]:
+    """How many routers prefill has, and the threshold of their choice."""
+    value = running(program.round) if program.round is not None else None
+    return (len(value.attr("targets")) - 1, value.attr("threshold")) if value is not None and value.op == "routed" else (0, 0.0)
 
 
 def _portions(lengths: Sequence[int], chunk: int, together: bool) -> Iterator[list[int]]:

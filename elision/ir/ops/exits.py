@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from elision.ir.nodes import nodes_of
 from elision.ir.op import need, op, token_axis
 from elision.ir.ops.depth import RunOn
 from elision.ir.ops.program import call_type
@@ -81,7 +83,17 @@ def exits(ids: torch.Tensor, *states: Any, targets: tuple[str, ...], parts: int,
         go, done = on.nonzero().flatten(), (on == 0).nonzero().flatten()
         if len(done) and fills:
             run_on(fills[i], (h[done], *states), tokens.gather(done))
+        elif len(done):
+            tokens = _unseen(tokens, done)
         if not len(go):
             break
         x, tokens, here = h[go], tokens.gather(go), here[go]
     return run_on(head, (whole, *states), at)
+
+
+def _unseen(tokens: Tokens, gone: torch.Tensor) -> Tokens:
+    """The tokens of a draft, to which some of them are no ancestors any more."""
+    assert tokens.anc is not None
+    bits = torch.zeros(tokens.rows, dtype=torch.int64)
+    bits.index_add_(0, tokens.row[gone], torch.ones_like(gone) << nodes_of(tokens)[gone])
+    return replace(tokens, anc=tokens.anc & ~bits[tokens.row])

@@ -67,7 +67,7 @@ def _stages(view: View) -> Iterator[IllegalProgram]:
     """Where a round runs one of several steps, a later one appends to no cache that an earlier one leaves alone, and a cache that
     some leave alone says so; a model that drafts on these caches appends to none of them."""
     round = view.program.round
-    if round is None or running(round).op != "staged":
+    if round is None or running(round).op not in ("staged", "routed"):
         return
     names = steps(view.program)
     written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
@@ -88,7 +88,7 @@ def _stages(view: View) -> Iterator[IllegalProgram]:
             yield IllegalProgram(
                 "validity",
                 f"{name} is appended to in {last}, but not in all of {', '.join(names)}",
-                sides="round: staged",
+                sides=f"round: {running(round).op}",
                 because=why,
                 help=help,
             )

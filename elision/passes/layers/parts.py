@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from elision.errors import BadInput
-from elision.ir.program import Program, state_inputs
+from elision.ir.program import Program, Weights, state_inputs
 from elision.ir.value import Builder, Graph, Value, rewrite
+from elision.passes.calibration import run_score
 
 
 def blocks(step: Graph) -> list[tuple[int, Value]]:
@@ -25,6 +29,19 @@ def stream_after(step: Graph) -> Value:
     """The stream after the last layer."""
     last = blocks(step)[-1][1]
     return next((v for v in step.values if v.op == "item" and v.args[0] is last and v.attr("index") == 0), last)
+
+
+def layer_streams(program: Program, weights: Weights, sequences: list[torch.Tensor]) -> torch.Tensor:
+    """The stream of a text before every layer and after the last, ``[layers + 1, tokens, width]``."""
+    before: dict[str, torch.Tensor] = {}
+
+    def observe(value: Value, operands: Sequence[Any]) -> None:
+        number = str(value.attr("label") or "").partition(".")[0] if value.op == "call" else ""
+        if number.isdigit():
+            before.setdefault(number, operands[0])
+
+    last, *_ = run_score(program, weights, sequences, observe, blocks=True)
+    return torch.stack([*before.values(), last])
 
 
 def cut(

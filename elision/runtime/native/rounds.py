@@ -18,8 +18,8 @@ from elision.ir import schedule as abi
 from elision.ir.drafted import Drafted
 from elision.ir.flatten import decoding
 from elision.ir.op import lookup
-from elision.ir.ops.depth import stages
-from elision.ir.program import committed_states, running
+from elision.ir.ops.depth import routes, stages
+from elision.ir.program import FORWARD, committed_states, running
 from elision.ir.states import KV, Budget
 from elision.ir.tokens import Tokens
 from elision.ir.tree import roots
@@ -30,8 +30,7 @@ from elision.runtime.native.table import Table
 if TYPE_CHECKING:
     from elision.runtime.native.engine import Engine
 
-_FORWARD = ("call", "staged", "exits")
-_FORM = {*_FORWARD, "checkpoint", "root", "draft", "feed", "guess", "item", "verify", "commit", "drop", "emit", "learn"}
+_FORM = {*FORWARD, "checkpoint", "root", "draft", "feed", "guess", "item", "verify", "commit", "drop", "emit", "learn"}
 Longs = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -39,7 +38,7 @@ def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
     """Whether a round is one that `Round` runs: nothing in it but the ops of generation, and no row of a step on the
     host (but between the parts of one with exits)."""
     ops = [v.op for v in graph.values if v.op not in ("input", "param")]
-    plain = set(ops) <= _FORM and sum(map(ops.count, _FORWARD)) == ops.count("verify") == 1
+    plain = set(ops) <= _FORM and sum(map(ops.count, FORWARD)) == ops.count("verify") == 1
     caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
     if not plain or not caches or "commit" not in schedules:
         return False
@@ -130,7 +129,9 @@ class Round:
             self._need_room(states, np.bincount(at.row.numpy(), minlength=at.rows))
         with self._engine.lock:
             start = time.perf_counter()
-            logits, best = self._forward(self._decodes if direct else self._steps, ids, nodes, states)
+            parts = routes(requests.depth, nodes) if self._run_of.op == "routed" else []
+            parts = stages(self._until, nodes) if self._until else parts
+            logits, best = self._forward(self._decodes if direct else self._steps, parts, ids, nodes, states)
             paths, drawn = requests.verify(ids, logits, best, nodes, drawn_from, self._rule)
             middle = time.perf_counter()
             if not direct:
@@ -156,14 +157,18 @@ class Round:
         return ids, nodes, Drafted(self._kind, *drawn) if drawn else None
 
     def _forward(
-        self, entries: Sequence[_Entry], ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]
+        self,
+        entries: Sequence[_Entry],
+        parts: list[tuple[int, torch.Tensor]],
+        ids: torch.Tensor,
+        nodes: Tokens,
+        states: Mapping[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits and the likeliest tokens of every node, by the entry that is for its row, or part by part."""
+        """The logits and the likeliest tokens of every node, by the entry that is for its row (``parts``), or part by part."""
         if self._run_of.op == "exits":
             operands = (ids, *(states[name] for name in self._committed))
             found = lookup("exits").body(*operands, run_on=self._engine.run, at=nodes, **dict(self._run_of.attrs))
             return found[0], found[1]
-        parts = stages(self._until, nodes) if self._until else []
         if len(parts) < 2:
             return self._run(entries[parts[0][0] if parts else 0], ids, nodes, states)
         found = []
