@@ -179,8 +179,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[], help="passes, of rounding")
     args = parser.parse_args()
     chosen = {
-        "quality": lambda: quality(args.only), "rounding": lambda: rounding(args.rows, args.methods), "speed": lambda: speed(args.threads),
-    }  # fmt: skip
+        "quality": lambda: quality(args.only),
+        "rounding": lambda: rounding(args.rows, args.methods),
+        "speed": lambda: speed(args.threads),
+    }
     lines = chosen[args.what]()
     begun = time.perf_counter()
     with torch.inference_mode():

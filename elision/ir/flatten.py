@@ -5,29 +5,35 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from elision.ir.program import Program
+from elision.ir.program import Program, steps
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Env, Graph, Value, rewrite
 
-#: The name of `committed` ``step``: what a round without drafts runs natively, with nothing to commit after it.
-DECODE = "decode"
+
+def decoding(step: str) -> str:
+    """The name of the `committed` form of a step, which a round without drafts runs natively, with nothing to commit after it:
+    ``decode`` of ``step``, ``decode_1`` of ``step_1``."""
+    return "decode" + step.removeprefix("step")
 
 
 def flat_entries(program: Program) -> dict[str, Graph]:
-    """What is compiled to native code, flat: the program's entries, and `DECODE` beside ``step`` unless it keeps scores, which
-    cost less when a commit adds what the step left (`elision.ir.scores`). A model that generates is compiled for that; its own
-    forward, ``score``, is what its native code is compared with, and stays with the interpreter."""
+    """What is compiled to native code, flat: the program's entries (but a ``step`` that the round runs in parts), and `committed`
+    beside steps unless they keep scores, which cost less when a commit adds what the step left (`elision.ir.scores`). A model
+    that generates is compiled for that; its own forward, ``score``, is what its native code is compared with, and stays with the
+    interpreter."""
     order = ("step", "prefill")  # the first that needs a weight says how it is packed
-    wanted = [name for name in program.entries if name != "score" or "step" not in program.entries]
+    left = {"score", "step"} - {*steps(program)} if "step" in program.entries else set()
+    wanted = [name for name in program.entries if name not in left]
     names = sorted(wanted, key=lambda n: order.index(n) if n in order else len(order))
     found = {name: flatten(program, name) for name in names}
-    if "step" in found and not any(v.op == "observe" for v in found["step"].values):
-        found[DECODE] = committed(found["step"])
+    for name in steps(program):
+        if name.startswith("step") and not any(v.op == "observe" for v in found[name].values):
+            found[decoding(name)] = committed(found[name])
     return found
 
 
 def committed(step: Graph) -> Graph:
-    """``step`` over tokens that are committed already: they join the caches at once. For roots of trees, which are accepted
+    """A step over tokens that are committed already: they join the caches at once. For roots of trees, which are accepted
     whatever else is, that is `step` and then `commit` of the root."""
 
     def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
@@ -36,7 +42,7 @@ def committed(step: Graph) -> Graph:
         axes = [Axis(d.name) if isinstance(d, Axis) else d for d in v.type.axes]
         return b.input(v.attr("name"), v.type.with_axes(*axes))
 
-    return replace(rewrite(step, rule), name=DECODE)
+    return replace(rewrite(step, rule), name=decoding(step.name))
 
 
 def flatten(program: Program, entry: str) -> Graph:

@@ -192,18 +192,46 @@ def drafting(round: Graph) -> tuple[int, tuple[str, ...]]:
     return (depth, draft.attr("methods")) if draft is not None else (1, ())
 
 
+#: What runs the nodes of a round.
+FORWARD = ("call", "staged", "routed", "exits")
+
+
+def running(round: Graph) -> Value:
+    """The value of a round that runs its nodes: a `call` of ``step``, or what stands in its place."""
+    return next(v for v in round.values if v.op in FORWARD)
+
+
+def steps(program: Program) -> tuple[str, ...]:
+    """The entries that a round runs its nodes with; those of `exits` are ``part_..``, ``fill_..`` and ``head``."""
+    if program.round is None:
+        return tuple(name for name in program.entries if name == "step")
+    value = running(program.round)
+    return value.attr("targets") or (value.attr("target"),)
+
+
+def answers(program: Program) -> tuple[str, ...]:
+    """Those of `steps` that give logits."""
+    return tuple(name for name in steps(program) if name.partition("_")[0] in ("step", "head"))
+
+
 def guesses(program: Program) -> tuple[str, ...]:
     """The entries with which a model drafts: ``draft``, or ``draft_..`` where there are several."""
     return tuple(name for name in program.entries if name.partition("_")[0] == "draft")
 
 
-def round_of(program: Program, depth: int = 1, methods: tuple[str, ...] = ()) -> Graph:
+def round_of(
+    program: Program, depth: int = 1, methods: tuple[str, ...] = (), run: tuple[str, Mapping[str, Any]] | None = None
+) -> Graph:
     """The generation program: checkpoint, draft, step over the tree, verify, commit, learn, emit. Without ``methods`` the draft
-    is empty: the tree is its root. ``methods``: the drafters as text; ``depth``: the most nodes of a tree.
+    is empty: the tree is its root. ``methods``: the drafters as text; ``depth``: the most nodes of a tree; ``run``: the op that
+    runs the nodes, with its attributes (that of the program's round, or a `call` of ``step``).
 
     Drafts come from tables (`draft`), or from a model if the program has entries for it (`guesses`). One with caches of its own
     has an entry ``feed`` too, which takes committed tokens: these caches are fed before the round and keep nothing of it."""
     step, targets = program.entries["step"], guesses(program)
+    if run is None:
+        now = None if program.round is None else running(program.round)
+        run = ("call", {"target": "step"}) if now is None else (now.op, dict(now.attrs))
     growth = growth_of(methods[0]) if methods and targets else None
     b = Builder("round", program.targets)
     last = b.input("last", Tensor((Axis("b"),), "i64"))
@@ -227,7 +255,7 @@ def round_of(program: Program, depth: int = 1, methods: tuple[str, ...] = ()) ->
         b.named(ids, "ids")
         drawn, rest = found[: len(found) - len(rest)], found[len(found) - len(rest) :]
         own, marked = (rest, marked) if own else ([], rest)
-    logits, best, *written = b.add("call", ids, *marked, target="step")
+    logits, best, *written = b.add(run[0], *([requests] if run[0] == "routed" else []), ids, *marked, **run[1])
     rule = {} if kind is None or growth is None else {"kind": kind, "rule": growth.rule}
     paths, nxt = b.add("verify", ids, b.named(logits, "logits"), b.named(best, "best"), requests, last, *drawn, **rule)
     b.named(paths, "paths")

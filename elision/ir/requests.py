@@ -19,12 +19,14 @@ class Requests:
     """``items[r]``: the request of sequence r; ``histories[r]``: its committed tokens, int64, the root of its tree last.
 
     For drafters: ``prompts[r]``, how many of these tokens were given; ``room[r]``, the most levels its next tree may have.
+    ``depth[r]``: the number of the step that its prompt chose (`routed`).
     """
 
     items: list[rules.Request]
     histories: list[torch.Tensor]
     prompts: list[int] = field(default_factory=list)
     room: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
 
     def first(self, logits: torch.Tensor) -> list[int]:
         """The first token of every sequence after its prompt, from ``logits [rows, V]``."""

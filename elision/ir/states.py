@@ -157,6 +157,11 @@ class Present:
         if self.kind not in ("all", "subset", "nested", "masked"):
             raise BadInput(f"unknown presence {self.kind!r}; expected all, subset, nested or masked")
 
+    @property
+    def partial(self) -> bool:
+        """Whether tokens that are decoded may pass by."""
+        return self.kind in ("nested", "masked")
+
 
 @dataclass(frozen=True)
 class Gumbel:

@@ -165,7 +165,11 @@ class KVStore:
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Append the accepted nodes of each row (``paths[b]``, from the root on) and clear Scratch. Codes are
-        moved unchanged, so the result is that of having appended them."""
+        moved unchanged, so the result is that of having appended them. Where positions may be absent, nodes that
+        passed by are not appended."""
+        if self.type.present.partial:
+            live = self.index["node_live"]
+            paths = [[i for i in p if live[r, i]] for r, p in enumerate(paths)]
         tokens, node = path_tokens(paths, self._node_pos(), self.index["node_live"])
         if len(tokens):
             before = self.totals().clone()

@@ -14,7 +14,7 @@ from elision.ir.types import Axis, Tensor
 from elision.ir.value import Env, Graph, Types, Value
 
 #: Ops that run another graph on their last operands, and ops that only mark where a round begins and ends.
-CONTROL = ("call", "when", "repeat", "feed", "guess")
+CONTROL = ("call", "when", "repeat", "staged", "routed", "exits", "feed", "guess")
 MARKS = ("checkpoint", "commit", "drop")
 
 

@@ -15,9 +15,12 @@ from elision.passes.kv.quest import Quest
 from elision.passes.kv.snapkv import SnapKV
 from elision.passes.kv.streaming_llm import StreamingLLM
 from elision.passes.kv.tidal_decode import TidalDecode
+from elision.passes.layers.calm import CALM
 from elision.passes.layers.evopress import EvoPress
+from elision.passes.layers.first_router import FirstRouter
 from elision.passes.layers.shortgpt import ShortGPT
 from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.skipdecode import SkipDecode
 from elision.passes.layers.unified_skip import UnifiedSkip
 from elision.passes.speculate.aded import Aded
 from elision.passes.speculate.dynamic_exit import Del
@@ -42,6 +45,7 @@ __all__ = [
     "A2SF",
     "GEAR",
     "EMS",
+    "CALM",
     "GPTQ",
     "H2O",
     "KIVI",
@@ -54,6 +58,7 @@ __all__ = [
     "DySpec",
     "EViT",
     "EvoPress",
+    "FirstRouter",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
@@ -66,6 +71,7 @@ __all__ = [
     "ShortGPT",
     "QuantisedKV",
     "Quest",
+    "SkipDecode",
     "SkipLayers",
     "SmoothQuantPlus",
     "SpecSampling",

@@ -12,7 +12,7 @@ from elision.errors import BadInput
 from elision.ir.program import Program
 
 #: What a pass may change, in the order in which the pipeline runs them.
-CHANGES = ("entries", "blocks", "tokens", "cache", "encodings", "round", "clean")
+CHANGES = ("entries", "blocks", "tokens", "cache", "encodings", "depth", "round", "clean")
 
 
 @dataclass(frozen=True)

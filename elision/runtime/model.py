@@ -25,6 +25,7 @@ from elision.runtime.native.pool import physical_cores
 from elision.runtime.native.weights import PackedWeights
 from elision.runtime.options import resolve
 from elision.runtime.prefix import Prefix
+from elision.runtime.session import routers_of
 from elision.runtime.speculation import drafting_of
 from elision.runtime.text import Tokenizer
 
@@ -185,6 +186,8 @@ class Model:
         `Prefix.save` keeps it, `elision.load_prefix` opens it again."""
         if "prefill" not in self.program.entries:
             raise BadInput(f"{self.program.name} has no decoder, so no prompt begins with anything")
+        if routers_of(self.program)[0]:
+            raise BadInput("first-router chooses layers by the whole prompt, so there are no prefixes: leave that pass out")
         given = inputs[None] if isinstance(inputs, torch.Tensor) and inputs.dim() == 1 else inputs
         prompts = self._prompts(given, None)
         if len(prompts) != 1:

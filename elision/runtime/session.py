@@ -12,6 +12,8 @@ from elision.ir.contents import Contents, begin_with, contents
 from elision.ir.drafting.model import ModelRun
 from elision.ir.drafting.run import DraftRun
 from elision.ir.interp import Interpreter
+from elision.ir.ops.depth import chosen
+from elision.ir.program import Program, running
 from elision.ir.requests import Requests
 from elision.ir.states import KV
 from elision.ir.store import ArrayStore, KVStore
@@ -36,6 +38,9 @@ class Session:
             for name, type in program.states.items()
         }
         self.committed, self.drafts = [0] * rows, drafts
+        routers, self._threshold = routers_of(program)
+        self._sums = torch.zeros(rows, routers)  # over the tokens of each prompt
+        self.depth: list[int] = []  # what each prompt chose of the steps of a `routed` round
 
     def bytes(self) -> int:
         """Bytes allocated for states."""
@@ -57,6 +62,8 @@ class Session:
         final = self.read(prompts, ends, chunk)
         self._tick(range(self.rows), always=True)
         self._stores = {n: s.settled(min(ends)) if isinstance(s, KVStore) else s for n, s in self._stores.items()}
+        if self._sums.shape[1]:
+            self.depth = chosen(self._sums / torch.tensor(self.committed)[:, None], self._threshold)
         return torch.stack([f for f in final if f is not None])
 
     def read(self, prompts: list[list[int]], ends: list[int], chunk: int = CHUNK) -> list[torch.Tensor | None]:
@@ -69,7 +76,9 @@ class Session:
             done = [i + n for i, n in zip(done, counts, strict=True)]
             at = Tokens.chunk([len(p) for p in parts], self.committed, ends)
             ids = torch.tensor([t for p in parts for t in p], dtype=torch.int64)
-            logits, *_ = self._run(graph, {"ids": ids}, at)
+            logits, *rest = self._run(graph, {"ids": ids}, at)
+            for i, found in enumerate(rest[: self._sums.shape[1]]):
+                self._sums[:, i].index_add_(0, at.row, torch.sigmoid(found.flatten().float()))
             there = [r for r in range(self.rows) if parts[r]]
             for r, row_logits in zip(there, logits, strict=True):
                 final[r] = row_logits
@@ -88,6 +97,7 @@ class Session:
         at = Tokens(torch.tensor(rows), torch.tensor([self.committed[r] for r in rows]), self.rows)
         ids = torch.tensor([last[r] for r in rows], dtype=torch.int64)
         requests.room = [self._room(position) for position in self.committed]
+        requests.depth = self.depth
         tokens, *_ = self._run(program.round, {"last": ids, "requests": requests, "drafts": self.drafts}, at)
         for r in rows:
             self.committed[r] += len(tokens[r])
@@ -96,10 +106,13 @@ class Session:
 
     def _room(self, position: int) -> int:
         """How many levels of drafts a sequence with so many committed tokens may have: a round commits the root and the accepted
-        drafts, which must not cross a tick of the clock, nor give more than there is room for (the last token is never
-        committed)."""
-        every = [tick.every - position % tick.every for tick in self._interpreter.program.ticks if tick.every]
-        return min([self.capacity - 1 - position, *every]) - 1
+        drafts, which must not cross a tick of the clock or the end of the step that runs them, nor give more than there is
+        room for (the last token is never committed)."""
+        program = self._interpreter.program
+        every = [tick.every - position % tick.every for tick in program.ticks if tick.every]
+        assert program.round is not None
+        ends = [end - position for end in running(program.round).attr("until", ()) if end > position]
+        return min([self.capacity - 1 - position, *every, *ends]) - 1
 
     def _run(self, graph: Any, inputs: dict[str, Any], at: Tokens) -> tuple[Any, ...]:
         if int(at.pos.max()) >= self.capacity:
@@ -118,6 +131,12 @@ class Session:
             if due:
                 at = Tokens(torch.tensor(due), torch.tensor([self.committed[r] for r in due]), self.rows)
                 self._run(tick.graph, {"rows": torch.tensor(due)}, at)
+
+
+def routers_of(program: Program) -> tuple[int, float]:
+    """How many routers prefill has, and the threshold of their choice."""
+    value = running(program.round) if program.round is not None else None
+    return (len(value.attr("targets")) - 1, value.attr("threshold")) if value is not None and value.op == "routed" else (0, 0.0)
 
 
 def _portions(lengths: Sequence[int], chunk: int, together: bool) -> Iterator[list[int]]:

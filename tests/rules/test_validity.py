@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from elision.ir.program import Program
+from elision.ir.program import Program, round_of
 from elision.ir.states import KV, Present
 from elision.ir.types import Tensor
 from elision.ir.value import Builder, Value, rewrite
+from elision.ir.verifier import check
+from elision.passes.layers.depth import without
+from elision.passes.speculate.model import _drafts
 from tests.rules.cases import bypass, cached, names, some, template
 
 KINDS = [("all", False), ("subset", True), ("nested", True), ("masked", True)]
@@ -77,3 +80,26 @@ def test_what_step_reads_was_written_by_step(present: str, legal: bool) -> None:
 
     program.rewrite(rule, "step")
     assert names(program) == (set() if legal else {"validity"})
+
+
+@pytest.mark.parametrize(
+    ("left", "present", "draft", "says"),
+    [
+        ([[], [1]], "nested", False, None),
+        ([[], [1]], "all", False, "present=nested"),
+        ([[1], []], "nested", False, "never less"),
+        ([[], [1]], "nested", True, "draft from tables"),
+    ],
+)
+def test_steps_of_a_round_leave_out_more_and_more(left: list[list[int]], present: str, draft: bool, says: str | None) -> None:
+    """The round runs one step up to position 8, and another one from there on."""
+    program = cached(present=Present(present))
+    step = program.entries["step"]
+    names_ = ("step", "step_1")
+    for name, layers in zip(names_, left, strict=True):
+        program.entries[name] = without(program, step, layers, name)
+    if draft:
+        program.entries["draft"] = _drafts(step, "draft")
+    program.round = round_of(program, run=("staged", {"targets": names_, "until": (8,)}))
+    found = [f for f in check(program) if f.rule == "validity"]
+    assert [says in str(f) for f in found if says] == [True] * bool(says) and bool(found) == bool(says)

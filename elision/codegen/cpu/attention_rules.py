@@ -12,7 +12,7 @@ from elision.codegen.cpu.gumbel import Noise
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.tile import PAD, TILE, WORDS
 from elision.codegen.planner import Planner, Ref
-from elision.codegen.refusal import floats, need
+from elision.codegen.refusal import NotNative, floats, need
 from elision.errors import IllegalProgram
 from elision.ir import schedule as abi
 from elision.ir.layout import LANES
@@ -34,6 +34,14 @@ def forms(state: KV) -> Forms:
     found = _forms(state, main)
     need(state.scores is None or not any(isinstance(f, Grouped) for f in found), "scores beside codes in groups")
     return found
+
+
+def plain_forms(state: KV) -> tuple[str, str]:
+    """The forms of a cache of one segment whose rows share nothing. Raises NotNative for any other."""
+    k, v = forms(state)
+    if not isinstance(k, str) or not isinstance(v, str) or older(state) is not None:
+        raise NotNative("a cache of several segments, or codes in groups")
+    return k, v
 
 
 def older(state: KV) -> Forms | None:

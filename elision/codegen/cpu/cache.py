@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from elision.codegen.cpu import grouped
 from elision.codegen.cpu.cache_rows import Form, encode, row_bytes, scaled, unit
-from elision.codegen.cpu.emit import Val, lanes
+from elision.codegen.cpu.emit import Fn, Val, lanes
 from elision.codegen.cpu.grouped import Grouped
-from elision.codegen.cpu.kernel import Kernel, State
+from elision.codegen.cpu.kernel import Axis, Kernel, State
 from elision.ir.layout import LANES
 
 Forms = tuple[Form, Form]  # of keys and of values
@@ -77,8 +77,9 @@ def _before(state: State, line: Val, older: bool) -> Val | int:
     return line.fn.load(state.address("older_len_k"), "i64", line) if older else 0
 
 
-def commit(name: str, heads: int, dim: int, vdim: int, forms: Forms, lists: int, older: bool) -> Kernel:
-    """The accepted nodes join the cache: codes move unchanged. The axis is that of the accepted tokens; threads share heads."""
+def commit(name: str, heads: int, dim: int, vdim: int, forms: Forms, lists: int, older: bool, some: bool) -> Kernel:
+    """The accepted nodes join the cache: codes move unchanged. The axis is that of the accepted tokens; threads share heads.
+    ``some``: nodes may have passed the cache by, and do not join."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, state = kernel.axis(), kernel.state("S")
@@ -92,9 +93,11 @@ def commit(name: str, heads: int, dim: int, vdim: int, forms: Forms, lists: int,
     with fn.loop(0, axis.count) as loop:
         t = loop.index
         row, node = fn.load(axis.array("row"), "i64", t), fn.load(axis.array("node"), "i64", t)
-        after = t - fn.load(axis.array("start"), "i64", row)
+        first = fn.load(axis.array("start"), "i64", row)
+        after = _joined(fn, axis, state, row, first, t) if some else t - first
         place = fn.load(state.address("node_pos"), "i32", row * state.number("nodes") + node)
-        with fn.loop(low, high) as heads_loop:
+        end = high if not some else fn.select(fn.compare(_live(fn, state, row, node), "ne", 0), high, low)
+        with fn.loop(low, end) as heads_loop:
             head = row * heads + heads_loop.index
             line = head if lists > 1 else row
             slot = fn.load(state.address("len_k"), "i64", line) + after
@@ -114,8 +117,22 @@ def commit(name: str, heads: int, dim: int, vdim: int, forms: Forms, lists: int,
     return kernel
 
 
-def advance(name: str, lists: int) -> Kernel:
-    """Count the tokens of the axis into the lengths of their sequences and clear Scratch; the last thread does it."""
+def _live(fn: Fn, state: State, row: Val, node: Val) -> Val:
+    """1 for a node that is in Scratch, else 0."""
+    found = fn.load(state.address("node_live"), "i8", row * state.number("nodes") + node)
+    return fn.cast(found, "arith.extui", "i64")
+
+
+def _joined(fn: Fn, axis: Axis, state: State, row: Val, first: Val, end: Val) -> Val:
+    """How many of the accepted tokens ``first`` to ``end`` of a row are in Scratch."""
+    with fn.loop(first, end, 1, [fn.const(0, "i64")]) as loop:
+        loop.give(loop.carried[0] + _live(fn, state, row, fn.load(axis.array("node"), "i64", loop.index)))
+    return loop.results[0]
+
+
+def advance(name: str, lists: int, some: bool) -> Kernel:
+    """Count the tokens of the axis into the lengths of their sequences and clear Scratch; the last thread does it. ``some``: only
+    those that are in Scratch."""
     kernel = Kernel(name)
     fn = kernel.fn
     axis, state = kernel.axis(), kernel.state("S")
@@ -123,7 +140,8 @@ def advance(name: str, lists: int) -> Kernel:
     low, high = kernel.share(state.number("sequences"))
     with fn.loop(low, high) as loop:
         row = loop.index
-        count = fn.load(starts, "i64", row + 1) - fn.load(starts, "i64", row)
+        first, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
+        count = _joined(fn, axis, state, row, first, end) if some else end - first
         with fn.loop(0, lists) as each:
             line = row * lists + each.index
             for length in ("len_k", "len_v"):

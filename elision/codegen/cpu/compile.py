@@ -16,8 +16,8 @@ from elision.codegen.refusal import NotNative
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, regions
 from elision.errors import IllegalProgram
 from elision.ir import schedule as abi
-from elision.ir.flatten import DECODE, flat_entries
-from elision.ir.program import Program, committed_states, guesses
+from elision.ir.flatten import flat_entries
+from elision.ir.program import Program, committed_states
 from elision.ir.states import KV
 from elision.llvm.processor import host_level, machine
 
@@ -34,7 +34,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
     for entry, graph in flat_entries(program).items():
-        plan = Planner(graph, entry not in ("step", DECODE, *guesses(program)), kernels.signatures.__getitem__)
+        plan = Planner(graph, entry in _MANY, kernels.signatures.__getitem__)
         plan.schedule.packings = packings
         schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
@@ -47,6 +47,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 
 
+_MANY = ("score", "prefill", "feed")  # entries of many tokens
 _ON_HOST = (*OF_TOKENS, *OF_INPUTS)  # ready before native code starts
 
 
@@ -79,14 +80,14 @@ def _advance_all(plan: Planner, kernels: Kernels) -> None:
         name = next(o for o in operands if o[0] == "state")[1]
         axis = operands[0]
         if not plan.drafted(axis[1]) and name not in plan.schedule.caches:
-            kernel = _advance(kernels, types[name])
+            kernel = _advance(kernels, types[name], False)
             plan.row(kernel, axis, ("state", name), ("int", abi.LAST), reads=[name], writes=[name])
 
 
-def _advance(kernels: Kernels, state: object) -> str:
+def _advance(kernels: Kernels, state: object, some: bool) -> str:
     assert isinstance(state, KV)
     lists = lists_of(state)
-    return kernels.add(("advance", lists), partial(cache.advance, lists=lists))
+    return kernels.add(("advance", lists, some), partial(cache.advance, lists=lists, some=some))
 
 
 def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
@@ -96,10 +97,11 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
     for name in names:
         state = program.states[name]
         assert isinstance(state, KV)
-        kinds, lists = forms(state), lists_of(state)
-        before = older(state) is not None
-        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists, before)
-        make = partial(cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists, older=before)
+        kinds, lists, some, before = forms(state), lists_of(state), state.present.partial, older(state) is not None
+        key = ("commit", state.heads, state.dim, state.vdim, kinds, lists, before, some)
+        make = partial(
+            cache.commit, heads=state.heads, dim=state.dim, vdim=state.vdim, forms=kinds, lists=lists, older=before, some=some
+        )
         kernel = kernels.add(key, make)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name))))
     for name in names:
@@ -112,7 +114,8 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
                 rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", decay), *noise)))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     for name in names:
-        kernel = _advance(kernels, program.states[name])
+        state = program.states[name]
+        kernel = _advance(kernels, state, isinstance(state, KV) and state.present.partial)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
     return abi.Schedule("commit", ["accepted"], rows=rows, states=names)
 

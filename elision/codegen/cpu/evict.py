@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from elision.codegen.cpu.attention_rules import forms, lists_of
+from elision.codegen.cpu.attention_rules import lists_of, plain_forms
 from elision.codegen.cpu.cache_rows import scaled, unit
 from elision.codegen.cpu.emit import Fn, Val, lanes, like
 from elision.codegen.cpu.flash import VI, both
@@ -51,7 +51,8 @@ def tick(kernels: Kernels, of: Tick) -> abi.Schedule | None:
         assert isinstance(type, KV)
         try:
             site = Lists(
-                type.heads, type.dim, type.vdim, forms(type), lists_of(type), keep.args[0].op == "scored", type.scores is not None
+                type.heads, type.dim, type.vdim, plain_forms(type), lists_of(type), keep.args[0].op == "scored",
+                type.scores is not None,
             )
         except NotNative:
             return None

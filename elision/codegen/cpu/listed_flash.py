@@ -46,7 +46,7 @@ def _products(
     scale: Val, key_scales: Val | None, blocks: Val,
 ) -> None:  # fmt: skip
     """``scores[query][entry]`` of blocks ``begin .. end - 1``, ``n`` at a time. Their values come meanwhile, if all are seen."""
-    dim, form = site.dim, site.forms[0]
+    dim, form = site.dim, str(site.forms[0])
     step, size = next(s for s in (2, 1) if dim % s == 0), LANES * site.vdim * BYTES[site.forms[1]]
     ahead = -(-size * step // (dim * 64)) * 64  # bytes of values for a step of keys
     with fn.loop(begin, end, n) as loop:
@@ -78,7 +78,7 @@ def _values(
 ) -> None:  # fmt: skip
     """The entries of blocks ``first .. last - 1``, those in the list ``chosen`` or all, times their weights. The keys of the
     blocks behind them come meanwhile."""
-    form, vdim = site.forms[1], site.vdim
+    form, vdim = str(site.forms[1]), site.vdim
     size = site.dim * BYTES[site.forms[0]]
     for group in columns(vdim, site.together):
         begins = group[0][0] == 0

@@ -31,20 +31,20 @@ def _fits(value: Value) -> None:
 
 
 def pick(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
-    from elision.codegen.cpu.attention_rules import forms
+    from elision.codegen.cpu.attention_rules import plain_forms
 
     q, cached = value.args
     floats(q)
     state, n, page, open, room = cached.type, *(value.attr(name) for name in ("n", "page", "open", "room"))
     assert isinstance(state, KV)
-    kinds = forms(state)
+    kinds = plain_forms(state)
     _fits(value)
     need(not plan.many and (page > 1) == (state.summary is not None), "pages of a prompt, or of a cache without summaries")
     queries, outer, _ = plan.view(plan.ref(q))
     drafted = q.tensor.tokens is not None and q.tensor.tokens.drafted
     site = Site(state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted, True, together(level))
     enc = state.main[0].k if isinstance(state.main[0].k, Float) else Float()
-    summary = form(enc, state.dim) if state.summary is not None else ""
+    summary = str(form(enc, state.dim)) if state.summary is not None else ""
     axis, wide = plan.axis(q), parts.wide_pages(room, page)
     found = plan.buffer(axis, state.heads * wide * 4, private=False)
     words, scores = plan.buffer(-1, TILE * WORDS * 8, private=True), plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
@@ -68,6 +68,7 @@ def pick(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
 def attend(kernels: Kernels, plan: Planner, value: Value, site: Site, pages: Value, part: int, scratch: int) -> None:
     """The partial sums of attention over ``pages``."""
     chosen(plan, value)
+    need(all(isinstance(form, str) for form in site.forms), "entries by list in codes that share scales")
     q, cached = value.args[:2]
     page, open, room, n = value.attr("page"), value.attr("open"), pages.attr("room"), pages.attr("n")
     queries, *_ = plan.view(plan.ref(q))

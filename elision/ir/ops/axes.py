@@ -46,6 +46,18 @@ def which(mask: torch.Tensor, *, axis: str, at: Tokens) -> tuple[torch.Tensor, T
     return index, at.gather(index)
 
 
+def _before_type(x: Tensor, *, until: int, axis: str) -> Tensor:
+    need(until > 0, f"until={until}; expected a position after the first")
+    return _child(x, axis)
+
+
+@op(_before_type, makes_axis=True)
+def before(x: torch.Tensor, *, until: int, axis: str, at: Tokens) -> tuple[torch.Tensor, Tokens]:
+    """The indices of the tokens at positions before ``until``, as the new axis ``axis``."""
+    index = (at.pos < until).nonzero().flatten()
+    return index, at.gather(index)
+
+
 def _restrict_type(x: Tensor, sel: Tensor) -> Tensor:
     new = sel.tokens
     need(new is not None and sel.dtype == "i64", f"expected a selection i64[child], got {sel}")

@@ -40,7 +40,7 @@ def consumes(state: Value) -> Value | None:
     return next((a for a in state.args if a.is_state), None)
 
 
-def _call_type(*types: Types, graph: Graph, target: str, label: str = "", env: Any = ()) -> Types:
+def call_type(*types: Types, graph: Graph, target: str, label: str = "", env: Any = ()) -> Types:
     need(len(types) == len(graph.inputs), f"{target} takes {len(graph.inputs)} operands, got {len(types)}")
     mapping = bind_axes([v.type for v in graph.inputs], list(types))
     actual: dict[Value, Any] = dict(zip(graph.inputs, types, strict=True))
@@ -53,7 +53,7 @@ def _call_type(*types: Types, graph: Graph, target: str, label: str = "", env: A
     return results[0] if len(results) == 1 else tuple(results)
 
 
-@op(_call_type, cost=lambda *_: Cost())
+@op(call_type, cost=lambda *_: Cost())
 def call(*x: Any, target: str, label: str = "", env: Any = (), run: Run) -> Any:
     """Run a template or an entry. ``label`` is ``<layer>.<half>`` for a block; ``env`` gives the template's `Env` attributes."""
     found = run(x)
@@ -61,7 +61,7 @@ def call(*x: Any, target: str, label: str = "", env: Any = (), run: Run) -> Any:
 
 
 def _same(graph: Graph, types: tuple[Types, ...]) -> Types:
-    results = _call_type(*types, graph=graph, target=graph.name)
+    results = call_type(*types, graph=graph, target=graph.name)
     given = results if isinstance(results, tuple) else (results,)
     need(tuple(types[: len(given)]) == tuple(given), f"{graph.name} must give back its first operands' types")
     return results

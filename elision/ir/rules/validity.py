@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
+from elision.ir.program import guesses, running, steps
 from elision.ir.rules.view import View
 from elision.ir.states import KV
 
@@ -32,6 +33,8 @@ def validity(view: View) -> Iterator[IllegalProgram]:
             )
     yield from _unwritten(view)
     yield from _early(view)
+    yield from _stages(view)
+    yield from _exits(view)
 
 
 def _unwritten(view: View) -> Iterator[IllegalProgram]:
@@ -58,6 +61,62 @@ def _unwritten(view: View) -> Iterator[IllegalProgram]:
                 because="the tokens of that entry would be missing among its positions",
                 help="append in both entries, leave out both, or declare present=subset",
             )
+
+
+def _stages(view: View) -> Iterator[IllegalProgram]:
+    """Where a round runs one of several steps, a later one appends to no cache that an earlier one leaves alone, and a cache that
+    some leave alone says so; a model that drafts on these caches appends to none of them."""
+    round = view.program.round
+    if round is None or running(round).op not in ("staged", "routed"):
+        return
+    names = steps(view.program)
+    written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
+    drafted = {n for e in guesses(view.program) for n in written[e]}
+    for name, type in view.program.states.items():
+        runs = [name in written[n] for n in names]
+        if not isinstance(type, KV) or all(runs) or not any(runs):
+            continue
+        last = names[runs.index(False) - 1]
+        why = ""
+        if type.present.kind != "nested":
+            why, help = "the entries of tokens that passed by would be missing among its positions", "declare present=nested"
+        elif sorted(runs, reverse=True) != runs:
+            why, help = "a later token would read entries that were never written", "leave out more from step to step, never less"
+        elif name in drafted:
+            why, help = "what a draft writes to it would not be what the step that verifies it leaves", "draft from tables"
+        if why:
+            yield IllegalProgram(
+                "validity",
+                f"{name} is appended to in {last}, but not in all of {', '.join(names)}",
+                sides=f"round: {running(round).op}",
+                because=why,
+                help=help,
+            )
+
+
+def _exits(view: View) -> Iterator[IllegalProgram]:
+    """Where nodes leave a step between its parts, the caches of the parts after it are filled there or declare holes, which no
+    draft writes into."""
+    round = view.program.round
+    if round is None or running(round).op != "exits":
+        return
+    names, parts = steps(view.program), running(round).attr("parts")
+    written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
+    drafted = {n for e in guesses(view.program) for n in written[e]}
+    for i in range(1, parts):
+        later = set[str]().union(*(written[n] for n in names[i:parts]))
+        filled = written[names[parts + i - 1]] if len(names) > parts + 1 else set()
+        for name in sorted(later - filled):
+            type = view.program.states[name]
+            holes = isinstance(type, KV) and type.present.kind == "masked"
+            if not holes or name in drafted:
+                yield IllegalProgram(
+                    "validity",
+                    f"{name} is not filled for tokens that leave before {names[i]}",
+                    sides="round: exits",
+                    because="a draft writes what is to be absent" if holes else "a later token would read entries never written",
+                    help="draft from tables" if holes else "fill it from the stream where they left, or declare present=masked",
+                )
 
 
 def _early(view: View) -> Iterator[IllegalProgram]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from elision.errors import BadInput
 from elision.ir.mask import Mask
 from elision.ir.ops.program import origin
-from elision.ir.program import Program, Tick, state_inputs
+from elision.ir.program import Program, Tick, state_inputs, steps
 from elision.ir.states import KV, Dense, Float, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
@@ -105,8 +105,8 @@ class Cached:
         program = self.program
         types = {n: change(t) for n, t in self.states.items() if only is None or n in only}
         program.states = {**program.states, **types}
-        for entry in ("prefill", "step"):
-            work = _Templates(program, types, entry in observe, last, mask, read if entry == "step" else None)
+        for entry in dict.fromkeys(("prefill", "step", *steps(program))):
+            work = _Templates(program, types, entry in observe, last, mask, read if entry != "prefill" else None)
             program.entries[entry] = work.entry(program.entries[entry])
             program.templates.update(work.made)
         program.ticks = tuple(replace(t, graph=_Templates(program, types).entry(t.graph)) for t in program.ticks)

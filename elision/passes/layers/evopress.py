@@ -12,15 +12,19 @@ from typing import ClassVar
 import torch
 
 from elision.errors import BadInput
+from elision.ir.interp import Interpreter
 from elision.ir.program import Program, Weights
+from elision.ir.tokens import Tokens
 from elision.passes.base import Pass, register
-from elision.passes.calibration import Choosing, Text, run_score
+from elision.passes.calibration import Choosing, Text
 from elision.passes.layers.evolution import evolve
-from elision.passes.layers.shortgpt import block_influence, left_out
+from elision.passes.layers.parts import blocks, cut, stream_after
+from elision.passes.layers.shortgpt import left_out
 
 log = logging.getLogger("elision")
 
 TOP = 512  # of the full model's probabilities of a token, those that are compared
+SHORT = 256  # tokens of a sequence that candidates are compared on
 HALVES = ("attn", "mlp")
 Halves = tuple[frozenset[int], frozenset[int]]  # what is left out: attention halves, MLP halves
 
@@ -32,20 +36,21 @@ class EvoPress(Choosing):
 
     The rewrite in one sentence: the sets of halves whose removal moves the model's distribution least, KL(full, pruned) on
     calibration text, are left out as by skip-layers. The search starts from the best of random sets and of the layers with the
-    least block influence (the paper: of random sets). ``share``: of the halves of each kind, rounded down. ``generations`` of
-    ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens meet their parent on ``large`` tokens.
-    The paper: 32 children, 2048 and 32768 tokens; the defaults are for two cores (20 generations of 6 children took 43 minutes
-    for 135M parameters on a busy machine; less has not been shown). ``seed``: of the search. ``attn``, ``mlp``: what was chosen;
-    given, nothing is searched. Identity setting: share=0.
+    least block influence, and of the halves (the paper: of random sets); swaps prefer what has little influence, and half of them
+    swap whole layers. ``share``: of the halves of each kind, rounded down. ``generations`` of
+    ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens, in sequences of 256, meet their
+    parent on ``large`` tokens. The paper: 32 children, 2048 and 32768 tokens; the defaults are for 135M parameters on two cores
+    in less than 20 minutes. ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity
+    setting: share=0.
     """
 
     share: float = 0.0
     attn: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
-    generations: int = 20
+    generations: int = 40
     offspring: int = 8
-    small: int = 512
-    large: int = 2048
+    small: int = 256
+    large: int = 1024
     seed: int = 0
 
     name: ClassVar[str] = "evopress"
@@ -64,21 +69,26 @@ class EvoPress(Choosing):
         if min(self.generations, self.small) < 1 or self.offspring < 2 or self.large < self.small:
             raise BadInput(f"{self.text()}: expected generations, small >= 1, offspring >= 2 and large >= small")
         layers, random = list(program.layers), Random(self.seed)
-        measure = Divergence(program, weights, text.sequences(program, 4 * self.large), random)
         began = time.monotonic()
+        sequences = [part for ids in text.sequences(program, 4 * self.large) for part in torch.split(ids, SHORT)]
+        measure = Divergence(program, weights, sequences, random)
 
         def told(generation: int, best: Halves, loss: float) -> None:
-            took = time.monotonic() - began
-            log.info("evopress: generation %d of %d, KL %.4f, %.0f s", generation, self.generations, loss, took)
+            took, now = time.monotonic() - began, self._chosen(best).text()
+            log.info("generation %d of %d, KL %.4f, %.0f s: %s", generation, self.generations, loss, took, now)
 
-        influence = block_influence(program, weights, text.sequences(program, self.large))
-        least = frozenset(sorted(influence, key=influence.__getitem__)[:count])
-        start = [(least, least), *(_draw(layers, count, random) for _ in range(self.offspring - 1))]
+        order = [measure.ranked(half) for half in HALVES]
+        whole = frozenset(measure.ranked("")[:count])
+        start = [(whole, whole), (frozenset(order[0][:count]), frozenset(order[1][:count]))]
+        start += [_draw(layers, count, random) for _ in range(self.offspring - 2)]
         best = evolve(
-            start, lambda parent, random: _mutated(parent, layers, random), measure, generations=self.generations,
+            start, lambda parent, random: _mutated(parent, order, random), measure, generations=self.generations,
             offspring=self.offspring, stages=((self.small, 2), (self.large, 1)), random=random, report=told,
         )  # fmt: skip
-        attn, mlp = (tuple(sorted(half)) for half in best)
+        return self._chosen(best)
+
+    def _chosen(self, halves: Halves) -> EvoPress:
+        attn, mlp = (tuple(sorted(half)) for half in halves)
         return replace(self, attn=attn, mlp=mlp)
 
     def apply(self, program: Program) -> None:
@@ -106,39 +116,95 @@ def leave_out(program: Program, halves: Halves) -> None:
 
 class Divergence:
     """KL(full, pruned) per token, on sequences drawn anew for every call; less is better. The full model runs once, and the `TOP`
-    largest probabilities of each token are kept."""
+    largest probabilities of each token are kept. The forward runs half by half: candidates of a call that begin alike share the
+    stream up to where they differ. ``influence``: of each half, and of whole layers (half ""), 1 - the mean cosine of the stream
+    before and after it, on all sequences."""
 
     def __init__(self, program: Program, weights: Weights, sequences: list[torch.Tensor], random: Random) -> None:
-        self._program, self._weights, self._sequences, self._random = program, weights, sequences, random
+        score = program.entries["score"]
+        self._sequences, self._random, self._interpreter = sequences, random, Interpreter(program, weights)
+        calls = blocks(score)
+        self._halves = [(layer, HALVES.index(v.attr("label").partition(".")[2])) for layer, v in calls]
+        streams = [*(v.args[0] for _, v in calls), stream_after(score)]
+        ids = score.inputs[0]
+        cuts = [(ids, streams[0]), *zip(streams, streams[1:], strict=False), (streams[-1], score.outputs[0])]
+        self._pieces = [cut(program, score, f"piece_{i}", x, (y,), (), "evopress") for i, (x, y) in enumerate(cuts)]
         self._full = []
-        for ids in sequences:
-            logits = run_score(program, weights, [ids])[0].float()
+        self.influence = dict.fromkeys([(i, half) for i in program.layers for half in (*HALVES, "")], 0.0)
+        for i in range(len(sequences)):
+            known = self._streams((frozenset(), frozenset()), [i], [])
+            self._count(known, len(sequences))
+            logits = self._logits(known[-1], [i])
             top = logits.topk(min(TOP, logits.shape[-1]))
             self._full.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices))
 
     def __call__(self, candidates: Sequence[Halves], size: int) -> list[float]:
         count = min(len(self._sequences), max(1, round(size / max(map(len, self._sequences)))))
         batch = self._random.sample(range(len(self._sequences)), count)
-        return [self._of(halves, batch) for halves in candidates]
-
-    def _of(self, halves: Halves, batch: Sequence[int]) -> float:
-        pruned = self._program.copy()
-        leave_out(pruned, halves)
-        logits = run_score(pruned, self._weights, [self._sequences[i] for i in batch])[0].float()
         full, index = (torch.cat([self._full[i][part] for i in batch]) for part in (0, 1))
-        found = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
-        return float((full.exp() * (full - found)).sum(-1).mean())
+        found = [0.0] * len(candidates)
+        known: list[torch.Tensor] = []
+        before: list[bool] = []
+        for i, kept in sorted(enumerate(map(self._kept, candidates)), key=lambda pair: pair[1]):
+            alike = next((n for n, (a, b) in enumerate(zip(before, kept, strict=False)) if a != b), len(before))
+            before, known = kept, self._streams(candidates[i], batch, known[: alike + 1])
+            logits = self._logits(known[-1], batch)
+            got = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
+            found[i] = float((full.exp() * (full - got)).sum(-1).mean())
+        return found
+
+    def ranked(self, half: str) -> list[int]:
+        """The layers in order of the influence of that half."""
+        return [layer for (layer, at), _ in sorted(self.influence.items(), key=lambda found: found[1]) if at == half]
+
+    def _count(self, streams: list[torch.Tensor], of: int) -> None:
+        """Add the influence of one of so many sequences."""
+        first = {layer: h for (layer, _), h in zip(reversed(self._halves), reversed(streams[:-1]), strict=True)}
+        last = {layer: h for (layer, _), h in zip(self._halves, streams[1:], strict=True)}
+        pairs = {(layer, HALVES[half]): streams[i : i + 2] for i, (layer, half) in enumerate(self._halves)}
+        pairs |= {(layer, ""): [first[layer], last[layer]] for layer in first}
+        for key, (before, after) in pairs.items():
+            cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+            self.influence[key] += float(1 - cosine.mean()) / of
+
+    def _kept(self, candidate: Halves) -> list[bool]:
+        return [layer not in candidate[half] for layer, half in self._halves]
+
+    def _streams(self, candidate: Halves, batch: Sequence[int], known: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The stream before every half and after the last; ``known``: the first of them."""
+        found = known or [self._run(0, torch.cat([self._sequences[i] for i in batch]), batch)]
+        for i, kept in list(enumerate(self._kept(candidate), 1))[len(found) - 1 :]:
+            found.append(self._run(i, found[-1], batch) if kept else found[-1])
+        return found
+
+    def _logits(self, h: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+        return self._run(-1, h, batch).float()
+
+    def _run(self, piece: int, x: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+        graph = self._pieces[piece]
+        axis = graph.inputs[0].tensor.tokens
+        assert axis is not None
+        at = Tokens.chunk([len(self._sequences[i]) for i in batch], [0] * len(batch))
+        with torch.inference_mode():
+            found: torch.Tensor = self._interpreter.run(graph, {graph.names[graph.inputs[0]]: x}, {axis.name: at})[0]
+        return found
 
 
 def _draw(layers: Sequence[int], count: int, random: Random) -> Halves:
     return frozenset(random.sample(layers, count)), frozenset(random.sample(layers, count))
 
 
-def _mutated(parent: Halves, layers: Sequence[int], random: Random) -> Halves:
-    """One to three swaps, few more often than many, each of one half that is left out with one that is not."""
+def _mutated(parent: Halves, order: Sequence[Sequence[int]], random: Random) -> Halves:
+    """One to three swaps, few more often than many, each of one half that is left out with one that is not, or of both halves of
+    two layers. ``order``: the layers by the influence of their halves; those with little are left out more often."""
     halves = [set(half) for half in parent]
     for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-        half = halves[random.randrange(2)]
-        out, back = random.choice(sorted(set(layers) - half)), random.choice(sorted(half))
-        half.symmetric_difference_update((out, back))
+        chosen = (0, 1) if random.random() < 0.5 else (random.randrange(2),)
+        here = order[chosen[0]]
+        outs = [n for n in here if all(n not in halves[i] for i in chosen)]
+        backs = [n for n in reversed(here) if all(n in halves[i] for i in chosen)]
+        if outs and backs:
+            out, back = (random.choices(found, [1 / (1 + i) for i in range(len(found))])[0] for found in (outs, backs))
+            for i in chosen:
+                halves[i].symmetric_difference_update((out, back))
     return frozenset(halves[0]), frozenset(halves[1])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from elision.errors import BadInput
 from elision.ir.program import Program, Weights
-from elision.ir.value import Value
 from elision.passes.base import Pass, register
-from elision.passes.calibration import Choosing, Text, run_score
+from elision.passes.calibration import Choosing, Text
+from elision.passes.layers.parts import layer_streams
 from elision.passes.layers.skip_layers import SkipLayers
 
 log = logging.getLogger("elision")
@@ -68,14 +67,6 @@ def block_influence(program: Program, weights: Weights, sequences: list[torch.Te
     """By layer, 1 - the mean over tokens of the cosine of the stream before it and after it."""
     if not program.layers:
         raise BadInput(f"shortgpt: {program.name} has no layers that were found as blocks of a stream")
-    before: dict[int, torch.Tensor] = {}
-
-    def observe(value: Value, operands: Sequence[Any]) -> None:
-        number = str(value.attr("label") or "").partition(".")[0] if value.op == "call" else ""
-        if number.isdigit():
-            before.setdefault(int(number), operands[0])
-
-    last, *_ = run_score(program, weights, sequences, observe, blocks=True)
-    after = dict(zip(before, [*list(before.values())[1:], last], strict=True))
-    cosine = torch.nn.functional.cosine_similarity
-    return {i: 1 - float(cosine(h.double(), after[i].double(), dim=-1).mean()) for i, h in before.items()}
+    h = layer_streams(program, weights, sequences).double()
+    cosine = torch.nn.functional.cosine_similarity(h[:-1], h[1:], dim=-1).mean(-1)
+    return {i: 1 - float(c) for i, c in zip(program.layers, cosine, strict=True)}

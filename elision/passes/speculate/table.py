@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from elision.errors import BadInput
 from elision.ir.drafting.drafter import text_of
-from elision.ir.program import Program, drafting, guesses, round_of
+from elision.ir.program import Program, answers, drafting, guesses, round_of
 from elision.passes.base import Pass
 from elision.passes.cache import SCRATCH, with_best
 from elision.passes.kv.caches import Cached
@@ -53,7 +53,8 @@ class TablePass(Pass):
         k = max(self.wanted, step.outputs[1].tensor.width)
         if k > program.meta["vocab"]:
             raise BadInput(f"{self.name}: k={k}, but the vocabulary has {program.meta['vocab']} tokens")
-        program.entries["step"] = with_best(step, k, program)
+        for name in answers(program):
+            program.entries[name] = with_best(program.entries[name], k, program)
         Cached(program, self.name).deepen(SCRATCH)
         fields = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
         program.round = round_of(program, SCRATCH, (*methods, text_of(self.name, fields)))

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from elision.ir import schedule as abi
-from elision.ir.flatten import DECODE, flat_entries
+from elision.ir.flatten import decoding, flat_entries
 from elision.ir.interp import Native, operand
 from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
 from elision.ir.ops.program import origin
-from elision.ir.program import Program
+from elision.ir.program import Program, steps
 from elision.ir.states import KV, Budget
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
@@ -96,7 +96,8 @@ class Engine:
 
     def natives(self) -> dict[str, Native]:
         """What the interpreter runs in the place of entries."""
-        found: dict[str, Native] = {name: partial(self.run, name) for name in self._graphs if name != DECODE}
+        decoded = {decoding(name) for name in steps(self.program)}
+        found: dict[str, Native] = {name: partial(self.run, name) for name in self._graphs if name not in decoded}
         found |= {t.graph.name: partial(self.tick, t.graph) for t in self.program.ticks if t.graph.name in self.schedules}
         graph = self.program.round
         if graph is not None and "step" in self._graphs and has_form(graph, self.schedules):

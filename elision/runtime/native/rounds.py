@@ -16,29 +16,36 @@ import torch
 
 from elision.ir import schedule as abi
 from elision.ir.drafted import Drafted
-from elision.ir.flatten import DECODE
+from elision.ir.flatten import decoding
 from elision.ir.op import lookup
-from elision.ir.program import committed_states
+from elision.ir.ops.depth import routes, stages
+from elision.ir.program import FORWARD, committed_states, running
 from elision.ir.states import KV, Budget
 from elision.ir.tokens import Tokens
 from elision.ir.tree import roots
 from elision.ir.value import Graph
+from elision.ir.walk import ran
 from elision.runtime.native.table import Table
 
 if TYPE_CHECKING:
     from elision.runtime.native.engine import Engine
 
-_FORM = {"checkpoint", "root", "draft", "feed", "guess", "call", "item", "verify", "commit", "drop", "emit", "learn"}
+_FORM = {*FORWARD, "checkpoint", "root", "draft", "feed", "guess", "item", "verify", "commit", "drop", "emit", "learn"}
 Longs = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def has_form(graph: Graph, schedules: Mapping[str, abi.Schedule]) -> bool:
-    """Whether a round is one that `Round` runs: nothing in it but the ops of generation, and no row of ``step`` on the host."""
+    """Whether a round is one that `Round` runs: nothing in it but the ops of generation, and no row of a step on the
+    host (but between the parts of one with exits)."""
     ops = [v.op for v in graph.values if v.op not in ("input", "param")]
-    plain = set(ops) <= _FORM and ops.count("call") == ops.count("verify") == 1
+    plain = set(ops) <= _FORM and sum(map(ops.count, FORWARD)) == ops.count("verify") == 1
     caches = all(isinstance(v.type, KV) for v in graph.inputs if v.is_state)
-    native = all(row.host < 0 for name in ("step", DECODE) if name in schedules for row in schedules[name].rows)
-    return plain and caches and native and "commit" in schedules
+    if not plain or not caches or "commit" not in schedules:
+        return False
+    if running(graph).op == "exits":
+        return True
+    names = [name for step in ran(running(graph)) for name in (step, decoding(step)) if name in schedules]
+    return all(row.host < 0 for name in names for row in schedules[name].rows)
 
 
 class _Arrays:
@@ -65,7 +72,7 @@ class _Arrays:
 
 
 class _Entry:
-    """``step`` or ``decode``: where its table has the ids, the logits and the likeliest tokens."""
+    """A step or its committed form: where its table has the ids, the logits and the likeliest tokens."""
 
     def __init__(self, engine: Engine, schedule: abi.Schedule) -> None:
         self._engine, self.schedule = engine, schedule
@@ -88,9 +95,11 @@ class Round:
 
     def __init__(self, engine: Engine, graph: Graph) -> None:
         self._engine, self._commit = engine, engine.schedules["commit"]
-        self._step = self._decode = _Entry(engine, engine.schedules["step"])
-        if DECODE in engine.schedules:
-            self._decode = _Entry(engine, engine.schedules[DECODE])
+        self._run_of, self._until = running(graph), running(graph).attr("until", ())
+        names = ran(self._run_of) if self._run_of.op != "exits" else ()
+        self._steps = [_Entry(engine, engine.schedules[name]) for name in names]
+        decoded = [engine.schedules.get(decoding(name)) for name in names]
+        self._decodes = [_Entry(engine, schedule) for schedule in decoded if schedule is not None]
         self._names = [graph.names[v] for v in graph.inputs]
         kv = {graph.names[v]: v.type for v in graph.inputs if isinstance(v.type, KV)}
         self._bounded = [name for name, type in kv.items() if isinstance(type.main[-1].slots, Budget)]
@@ -115,16 +124,17 @@ class Round:
         else:
             ids, nodes, drawn_from = self._grow(given, at)
         n = len(ids)
-        entry = self._decode if n == len(last) else self._step
-        if entry is not self._step:
+        direct = n == len(last) and bool(self._decodes)
+        if direct:
             self._need_room(states, np.bincount(at.row.numpy(), minlength=at.rows))
         with self._engine.lock:
             start = time.perf_counter()
-            self._run(entry, ids, nodes, states)
-            best = entry.best[:n]
-            paths, drawn = requests.verify(ids, entry.logits[:n], best, nodes, drawn_from, self._rule)
+            parts = routes(requests.depth, nodes) if self._run_of.op == "routed" else []
+            parts = stages(self._until, nodes) if self._until else parts
+            logits, best = self._forward(self._decodes if direct else self._steps, parts, ids, nodes, states)
+            paths, drawn = requests.verify(ids, logits, best, nodes, drawn_from, self._rule)
             middle = time.perf_counter()
-            if entry is self._step:
+            if not direct:
                 self._accept(paths, states)
             for name in self._dropped:
                 states[name].drop()
@@ -146,7 +156,31 @@ class Round:
         drawn = rest[: len(rest) - len(caches)]
         return ids, nodes, Drafted(self._kind, *drawn) if drawn else None
 
-    def _run(self, entry: _Entry, ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]) -> None:
+    def _forward(
+        self,
+        entries: Sequence[_Entry],
+        parts: list[tuple[int, torch.Tensor]],
+        ids: torch.Tensor,
+        nodes: Tokens,
+        states: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits and the likeliest tokens of every node, by the entry that is for its row (``parts``), or part by part."""
+        if self._run_of.op == "exits":
+            operands = (ids, *(states[name] for name in self._committed))
+            found = lookup("exits").body(*operands, run_on=self._engine.run, at=nodes, **dict(self._run_of.attrs))
+            return found[0], found[1]
+        if len(parts) < 2:
+            return self._run(entries[parts[0][0] if parts else 0], ids, nodes, states)
+        found = []
+        for i, index in parts:
+            found.append([x.clone() for x in self._run(entries[i], ids[index], nodes.gather(index), states)])
+        back = torch.cat([index for _, index in parts]).argsort()
+        logits, best = (torch.cat(x)[back] for x in zip(*found, strict=True))
+        return logits, best
+
+    def _run(
+        self, entry: _Entry, ids: torch.Tensor, nodes: Tokens, states: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         n = len(ids)
         if self._arrays.n < n or self._arrays.rows != nodes.rows:
             self._arrays = _Arrays(max(64, 1 << (n - 1).bit_length()), nodes.rows)
@@ -156,6 +190,7 @@ class Round:
         place = np.arange(n) if nodes.rows == 1 else np.arange(n) - np.searchsorted(row, row)
         self._arrays.place(self._engine.context, row, place, pos=nodes.pos.numpy(), anc=nodes.anc.numpy())
         self._launch(entry.schedule, table, states, nodes.rows)
+        return entry.logits[:n], entry.best[:n]
 
     def _need_room(self, states: Mapping[str, Any], counts: Longs) -> None:
         for name in self._bounded:
