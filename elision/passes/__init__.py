@@ -22,7 +22,9 @@ from elision.passes.speculate.spec_sampling import SpecSampling
 from elision.passes.speculate.spectr import SpecTr
 from elision.passes.speculate.token_recycling import TokenRecycling
 from elision.passes.tokens.evit import EViT
+from elision.passes.tokens.fastv import FastV
 from elision.passes.tokens.tome import ToMe
+from elision.passes.tokens.zero_tprune import ZeroTPrune
 from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.gptq import GPTQ
@@ -43,6 +45,7 @@ __all__ = [
     "DySpec",
     "EViT",
     "EvoPress",
+    "FastV",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
@@ -63,5 +66,6 @@ __all__ = [
     "StreamingLLM",
     "TokenRecycling",
     "UnifiedSkip",
+    "ZeroTPrune",
     "from_text",
 ]

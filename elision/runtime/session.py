@@ -16,6 +16,7 @@ from elision.ir.states import KV
 from elision.ir.store import ArrayStore, KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES
+from elision.ir.value import Graph
 
 CHUNK = 512  # tokens of one prefill call (the interpreter: of each row): bounds the memory of activations and scores
 
@@ -41,8 +42,10 @@ class Session:
         return sum(store.bytes() for store in self._stores.values())
 
     def prefill(self, prompts: list[list[int]], chunk: int = CHUNK) -> torch.Tensor:
-        """Commit the prompts; the logits ``[rows, vocab]`` after the last token of each."""
+        """Commit the prompts; the logits ``[rows, vocab]`` after the last token of each. Prompts whose end says which of their
+        tokens stay are not cut."""
         graph = self._interpreter.program.entries["prefill"]
+        chunk = max(chunk, sum(map(len, prompts))) if _chooses(graph) else chunk
         final: list[torch.Tensor | None] = [None] * self.rows
         done = [0] * self.rows
         ends = [n + len(p) for n, p in zip(self.committed, prompts, strict=True)]
@@ -102,6 +105,11 @@ class Session:
             if due:
                 at = Tokens(torch.tensor(due), torch.tensor([self.committed[r] for r in due]), self.rows)
                 self._run(tick.graph, {"rows": torch.tensor(due)}, at)
+
+
+def _chooses(graph: Graph) -> bool:
+    """Whether tokens are left out of later layers."""
+    return any(v.op in ("which", "clusters") for v in graph.values)
 
 
 def _portions(lengths: Sequence[int], chunk: int, together: bool) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from elision.errors import BadInput
 from elision.ir.mask import Mask
 from elision.ir.program import Program, Tick, state_inputs
-from elision.ir.states import KV, Scores, Slots
+from elision.ir.states import KV, Dense, Scores, Slots
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.ir.walk import Site, sites
@@ -38,7 +38,8 @@ class Cached:
                     f"{self.by}: {site.frame.label} attends by the mask {mask}, and the method is for layers that see all before "
                     "them; a window bounds its cache already"
                 )
-            if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1):
+            pruned = isinstance(type, KV) and type.present.kind == "subset" and isinstance(type.main[0].slots, Dense)
+            if isinstance(type, KV) and ((type.keyed_by != "position" and not pruned) or len(type.main) != 1):
                 raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
 
     @property
@@ -82,8 +83,11 @@ class Cached:
 
     def retype(self, change: Callable[[KV], KV], observe: tuple[str, ...] = (), last: int = 0, mask: Mask | None = None) -> None:
         """Change the type of every cache. The model's own forward stays as it is."""
+        self.take({n: change(t) for n, t in self.states.items()}, observe, last, mask)
+
+    def take(self, types: dict[str, KV], observe: tuple[str, ...] = (), last: int = 0, mask: Mask | None = None) -> None:
+        """Give caches, by name, other types."""
         program = self.program
-        types = {n: change(t) for n, t in self.states.items()}
         program.states = {**program.states, **types}
         for entry in ("prefill", "step"):
             work = _Templates(program, types, entry in observe, last, mask)
@@ -125,7 +129,7 @@ class _Templates:
             if v in named:
                 return b.input(v.attr("name"), named[v])
             caches = tuple(a.type for a in args if isinstance(a.type, KV))
-            if v.op == "call" and caches:
+            if v.op == "call" and caches != tuple(a.type for a in v.args if isinstance(a.type, KV)):
                 attrs = {**dict(v.attrs), "target": self._template(v.attr("target"), caches)}
                 return b.add_with("call", args, attrs, None)
             return None
