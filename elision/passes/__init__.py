@@ -23,6 +23,9 @@ from elision.passes.speculate.spectr import SpecTr
 from elision.passes.speculate.token_recycling import TokenRecycling
 from elision.passes.tokens.evit import EViT
 from elision.passes.tokens.fastv import FastV
+from elision.passes.tokens.g_search import GSearch
+from elision.passes.tokens.llmlingua import LLMLingua
+from elision.passes.tokens.tcra import TCRA
 from elision.passes.tokens.tome import ToMe
 from elision.passes.tokens.zero_tprune import ZeroTPrune
 from elision.passes.weights.a8 import Int8Activations
@@ -36,7 +39,9 @@ from elision.passes.weights.stored import StoredWeights
 __all__ = [
     "A2SF",
     "GPTQ",
+    "GSearch",
     "H2O",
+    "LLMLingua",
     "REGISTRY",
     "Aded",
     "BFloat16Weights",
@@ -62,6 +67,7 @@ __all__ = [
     "SpecTr",
     "SnapKV",
     "StoredWeights",
+    "TCRA",
     "ToMe",
     "StreamingLLM",
     "TokenRecycling",

@@ -19,6 +19,7 @@ from elision.runtime import generate as loop
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
 from elision.runtime.native.weights import PackedWeights
+from elision.runtime.edits import edit
 from elision.runtime.options import resolve
 from elision.runtime.speculation import drafting_of
 from elision.runtime.text import Tokenizer
@@ -116,6 +117,9 @@ class Model:
         if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
             raise BadInput(f"num_return_sequences={num_return_sequences!r}; expected an integer of at least 1")
         prompts = self._prompts(inputs, attention_mask)
+        with self._threads(self.threads), torch.inference_mode():
+            edited = edit(self._interpreter, prompts, self.tokenizer)
+        prompts = edited.prompts
         options = resolve(
             self.defaults,
             rows=len(prompts),
@@ -147,6 +151,8 @@ class Model:
             )
         if hasattr(streamer, "end"):
             streamer.end()
+        stats.removed = [r for r in edited.removed for _ in range(num_return_sequences)]
+        stats.edit_time, stats.time_to_first_token = edited.seconds, stats.time_to_first_token + edited.seconds
         self.stats = stats
         if isinstance(inputs, torch.Tensor):
             most = max(len(row.tokens) for row in rows)
