@@ -62,7 +62,15 @@ PROMPTS = (
     "llmlingua:keep=0.5",
     "tcra:keep=0.8",
 )
-DIGITS = ("", "tome:n=4", "tome:n=8", "tome:n=10", "evit:keep=0.7", "zero-tprune:keep=0.7,layers=0+2+4", "zero-tprune:keep=0.6,layers=0+2+4")
+DIGITS = (
+    "",
+    "tome:n=4",
+    "tome:n=8",
+    "tome:n=10",
+    "evit:keep=0.7",
+    "zero-tprune:keep=0.7,layers=0+2+4",
+    "zero-tprune:keep=0.6,layers=0+2+4",
+)
 PAIRS, PROMPT, AHEAD = 200, 1024, 64
 console = Console(stderr=True, soft_wrap=True)
 
@@ -125,7 +133,8 @@ def surprise(model: elision.Model, ids: list[int]) -> float:
 
 
 def prompts(rows: Sequence[str], count: int, rounds: int) -> list[str]:
-    models = {row: elision.compile("smollm2", passes=row.split(), kv_dtype="bf16", threads=2) for row in dict.fromkeys(("", *rows))}
+    wanted = dict.fromkeys(("", *rows))
+    models = {row: elision.compile("smollm2", passes=row.split(), kv_dtype="bf16", threads=2) for row in wanted}
     tokenizer = models[""].tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode(topics(1))

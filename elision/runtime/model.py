@@ -16,10 +16,10 @@ from elision.ir.program import Program
 from elision.ir.schedule import NativeCode
 from elision.runtime import forward
 from elision.runtime import generate as loop
+from elision.runtime.edits import edit
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
 from elision.runtime.native.weights import PackedWeights
-from elision.runtime.edits import edit
 from elision.runtime.options import resolve
 from elision.runtime.speculation import drafting_of
 from elision.runtime.text import Tokenizer

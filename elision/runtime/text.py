@@ -93,7 +93,8 @@ class Tokenizer:
 
     def words(self, ids: Sequence[int]) -> list[int]:
         """The number of the word that each token is part of: one begins after white space, or with it."""
-        found, alone = [], [self.decode([token], skip_special=False) for token in ids]
+        found: list[int] = []
+        alone = [self.decode([token], skip_special=False) for token in ids]
         for i in range(len(ids)):
             joint = self.decode(ids[i - 1 : i + 1], skip_special=False)[len(alone[i - 1]) :] if i else ""
             begins = i == 0 or joint[:1].isspace() or alone[i - 1][-1:].isspace()

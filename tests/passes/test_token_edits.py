@@ -164,7 +164,8 @@ def test_as_text_and_in_an_artefact(tmp_path: Path) -> None:
 
 def test_words_begin_at_white_space() -> None:
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer, core.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(["the the cat"], tokenizers.trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet))
     tokenizer = Tokenizer(core, {"chat_template": None, "special_tokens": {}})

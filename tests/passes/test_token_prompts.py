@@ -157,7 +157,7 @@ WITH = [
     ("h2o:budget=12,recent=4,sinks=1",),
     ("snapkv:budget=12,window=4",),
     ("streaming-llm:window=12,sinks=2",),
-    ("int8", "a8"),
+    ("int8",),
 ]
 
 

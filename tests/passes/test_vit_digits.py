@@ -34,8 +34,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def trained() -> ViTForImageClassification:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96, image_size=SIDE, patch_size=PATCH)
-    model = ViTForImageClassification(ViTConfig(**sizes, num_labels=10, hidden_dropout_prob=0.0)).train()
+    sizes: dict[str, Any] = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96)
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=SIDE, patch_size=PATCH, num_labels=10)).train()
     x, y = digits()
     steps = EPOCHS * (1400 // BATCH)
     optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)

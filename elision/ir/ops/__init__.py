@@ -2,4 +2,6 @@
 
 from elision.ir.ops import aten, axes, choose, dense, edits, guess, image, matching, moe, program, prompt, ranking, state
 
-__all__ = ["aten", "axes", "choose", "dense", "edits", "guess", "image", "matching", "moe", "program", "prompt", "ranking", "state"]
+__all__ = [
+    "aten", "axes", "choose", "dense", "edits", "guess", "image", "matching", "moe", "program", "prompt", "ranking", "state",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ops that edit a prompt before the model reads it: which of its tokens stay. They run entries of the model on texts of their own."""
+"""Ops that edit a prompt before the model reads it: which of its tokens stay. They run entries of the model on other texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _edit_type(ids: Tensor, graphs: Sequence[Graph], axis: str, keep: float, segment: int, first: int, last: int) -> Tensor:
-    need(ids.dtype == "i64" and len(ids.axes) == 1 and axis.isidentifier(), f"expected ids i64[t] and a name, got {ids}, {axis!r}")
+    need(ids.dtype == "i64" and len(ids.axes) == 1 and axis.isidentifier(), f"expected ids i64[t], a name; got {ids}, {axis!r}")
     need(0 < keep <= 1 and segment >= 1 and first >= 1 and last >= 1, f"{keep=}, {segment=}, {first=}, {last=}")
     takes = graphs[0].inputs[0].type
     need(len(graphs) == 1 and isinstance(takes, Tensor) and takes.dtype == "i64", "expected one entry, which takes ids")
@@ -53,10 +53,10 @@ def compress(
 ) -> tuple[torch.Tensor, Tokens]:
     """The tokens of every prompt that surprise the model most (LLMLingua, Jiang et al. 2023), as the new axis ``axis``.
 
-    The ``first`` and ``last`` tokens stay (instruction and question); of the whole a share ``keep``, rounded up. What lies between
-    is cut into parts of ``segment`` tokens, whose shares differ by up to ``spread`` from their mean, the more the more surprising
-    the part is (its perplexity in the whole prompt). In turn, of each part those tokens stay that surprise most after what is
-    left of the prompt before it; ties go to the earlier one. The target gives logits ``[t, vocab]``.
+    The ``first`` and ``last`` tokens stay (instruction and question); of all, a share ``keep``, rounded up. What lies between
+    is cut into parts of ``segment`` tokens, whose shares differ by up to ``spread`` from their mean, more for parts that surprise
+    more (by their perplexity in the whole prompt). In turn, of each part those tokens stay that surprise most after what is left
+    of the prompt before it; ties go to the earlier one. The target gives logits ``[t, vocab]``.
     """
 
     def losses(prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ def impact(
 
     ``words [t]``: the number of the word that each token is part of. The ``first`` and ``last`` tokens stay. What lies between
     is cut into parts of about ``segment`` tokens, of whole words; the impact of a word is the distance between the embeddings of
-    its part with it and without it, where an embedding is the mean over tokens of the hidden states ``[t, width]`` that the target
+    its part with it and without it; an embedding is the mean over tokens of the hidden states ``[t, width]`` that the target
     gives. Words go in order of their impact, least first, ties the later one, while a share ``keep`` of the tokens is left.
     """
     index, begin = [], 0

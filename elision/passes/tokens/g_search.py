@@ -32,15 +32,16 @@ GRID = 5  # per cent
 @register
 @dataclass(frozen=True)
 class GSearch(Choosing):
-    """Every few layers see less of the prompt, as much as a search finds that they need (G-Search and P-Sigmoid, Zhao et al. 2024).
+    """Later layers see less of a prompt, as much as a search finds that they need (G-Search and P-Sigmoid, Zhao et al. 2024).
 
     The rewrite in one sentence: before each of a few layers only a share of the prompt stays, by the attention that its last
-    tokens give in the layer before, as by `fastv`. With ``budget``, the mean over layers of the share that they see, the shares lie
-    on a sigmoid of the depth that meets it, of the slope that moves the model's distribution least on calibration text (the paper
-    fits it by Bayesian optimisation). With ``eps``, from shallow to deep each share is the smallest for which that divergence, KL
-    per token of the text after a prompt, stays at most eps (the paper: a score falls by at most 0 to 1 %). ``steps``: layers where
-    tokens are left out, spread evenly (the paper: all); ``prompts``: how many are calibrated on; ``last``, ``first``: as of fastv.
-    ``layers`` and ``keep`` (per cent of the prompt): what was chosen; given, nothing is searched. Identity setting: budget=1.
+    tokens give in the layer before, as by `fastv`. With ``budget``, the mean over layers of the share that they see, the shares
+    lie on a sigmoid of the depth that meets it, of the slope that moves the model's distribution least on calibration text (the
+    paper fits it by Bayesian optimisation). With ``eps``, from shallow to deep each share is the smallest for which that
+    divergence, KL per token of the text after a prompt, stays at most eps (the paper: a score falls by at most 0 to 1 %).
+    ``steps``: layers where tokens are left out, spread evenly (the paper: all); ``prompts``: how many are calibrated on;
+    ``last``, ``first``: as of fastv. ``layers`` and ``keep`` (per cent of the prompt): what was chosen; given, nothing is
+    searched. Identity setting: budget=1.
     """
 
     budget: float = 0.0
@@ -63,7 +64,8 @@ class GSearch(Choosing):
     def choose(self, program: Program, weights: Weights, text: Text) -> Pass:
         if self.keep or self.layers or self.budget == 1:
             return self
-        if self.steps < 1 or self.prompts < 1 or not 0 <= self.budget <= 1 or self.eps < 0 or bool(self.budget) == bool(self.eps):
+        asked = 0 <= self.budget <= 1 and self.eps >= 0 and bool(self.budget) != bool(self.eps)
+        if not asked or self.steps < 1 or self.prompts < 1:
             raise BadInput(f"{self.text()}: expected a budget up to 1 or eps above 0, one of the two, and steps, prompts >= 1")
         layers = cut_layers(list(program.layers), self.steps)
         sequences = text.sequences(program, self.prompts * 512)
@@ -74,7 +76,7 @@ class GSearch(Choosing):
             found = [sigmoid(list(program.layers), layers, self.budget, slope) for slope in SLOPES]
             lines = list(dict.fromkeys(line for line in found if line))
             if not lines:
-                raise BadInput(f"{self.text()}: the layers before {layers[0]} see all of the prompt; a budget that small is not met")
+                raise BadInput(f"{self.text()}: layers before {layers[0]} see all of a prompt; a budget that small is not met")
             keep = min(lines, key=measure)
         log.info("g-search: layers %s keep %s %%, KL %.4f", layers, keep, measure(keep))
         return replace(self, layers=layers, keep=keep)
@@ -84,8 +86,8 @@ class GSearch(Choosing):
             return
         if len(self.layers) != len(self.keep) or not self.keep or list(self.layers) != sorted(set(self.layers)):
             raise BadInput(
-                f"g-search searches on text, in elision.compile; or say what it found, a share in per cent for each of some layers "
-                f"in order: {self.text()},layers=2+10,keep=80+40"
+                f"g-search searches on text, in elision.compile; or say what it found, layers in order and per cent of a prompt "
+                f"for each: {self.name}:layers=2+10,keep=80+40"
             )
         self._prune(program, self.layers, self.keep)
 
@@ -119,9 +121,9 @@ def greedy(count: int, good: Callable[[tuple[int, ...]], bool]) -> tuple[int, ..
 
 
 def sigmoid(layers: list[int], cuts: Sequence[int], budget: float, slope: float) -> tuple[int, ...]:
-    """Shares in per cent before each of the cuts, on ``1 / (1 + exp(slope (l / L - c)))`` scaled to 1 at the first layer, with the
-    midpoint c for which the mean over layers of what they see is the budget (at least 1 % each; rounded to whole per cents). Empty
-    where no midpoint meets it."""
+    """Shares in per cent before each of the cuts, on ``1 / (1 + exp(slope (l / L - c)))`` scaled to 1 at the first layer, of the
+    midpoint c for which the mean over layers of what they see is the budget (at least 1 % each, whole per cents). Empty where no
+    midpoint meets it."""
 
     def line(c: float) -> list[float]:
         top = 1 / (1 + math.exp(-slope * c))
@@ -154,8 +156,8 @@ class Divergence:
     def __call__(self, keep: Sequence[int]) -> float:
         pruned = self._program.copy()
         self._prune(pruned, keep)
-        found = [(full.exp() * (full - self._ends(pruned, ids))).sum(-1) for full, ids in zip(self._full, self._sequences, strict=True)]
-        return float(torch.cat(found).mean())
+        pairs = [(full, self._ends(pruned, ids)) for full, ids in zip(self._full, self._sequences, strict=True)]
+        return float(torch.cat([(full.exp() * (full - got)).sum(-1) for full, got in pairs]).mean())
 
     def _ends(self, program: Program, ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities after the prompt and each token that follows it ``[tokens, vocab]``."""

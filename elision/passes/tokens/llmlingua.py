@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from elision.errors import BadInput
 from elision.ir.program import Program
+from elision.ir.value import Builder, Value
 from elision.passes.base import Pass, register
 from elision.passes.tokens.edits import edit_prompts, sizes
 
@@ -38,6 +39,10 @@ class LLMLingua(Pass):
         sizes(self.name, self.keep, self.segment, self.first, self.last)
         if not 0 <= self.spread <= 1:
             raise BadInput(f"llmlingua: spread={self.spread}; expected 0 to 1")
-        given = dict(keep=self.keep, segment=self.segment, first=self.first, last=self.last, spread=self.spread)
+        sized: dict[str, Any] = dict(keep=self.keep, segment=self.segment, first=self.first, last=self.last, spread=self.spread)
+
+        def stays(b: Builder, ids: Value, words: Value) -> Value:
+            return b.add("compress", ids, targets=("score",), axis="kept", **sized)  # type: ignore[no-any-return]
+
         if self.keep < 1:
-            edit_prompts(program, self.name, lambda b, ids, words: b.add("compress", ids, targets=("score",), axis="kept", **given))
+            edit_prompts(program, self.name, stays)

@@ -66,9 +66,9 @@ class _Pruned:
             looked[layer] = there[-1]
         self._retype(graph)
         graph = program.entries["prefill"]
-        calls = dict(zip(calls, graph.calls(), strict=True))
-        self.before = {layer: calls[v] for layer, v in self.before.items()}
-        self.sites = {calls[v] for v in looked.values()}
+        now = dict(zip(calls, graph.calls(), strict=True))
+        self.before = {layer: now[v] for layer, v in self.before.items()}
+        self.sites = {now[v] for v in looked.values()}
         self.variants = {v.attr("target"): self._variant(program.templates[v.attr("target")]) for v in self.sites}
         program.templates.update({g.name: g for g in self.variants.values()})
         program.entries["prefill"] = rewrite(graph, self._rule, program.targets)

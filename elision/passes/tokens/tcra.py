@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from elision.ir.program import Program
-from elision.ir.value import rewrite
+from elision.ir.value import Builder, Value, rewrite
 from elision.passes.base import Pass, register
 from elision.passes.calibration import up_to_last_block
 from elision.passes.tokens.edits import edit_prompts, sizes
@@ -40,9 +40,13 @@ class TCRA(Pass):
         sizes(self.name, self.keep, self.segment, self.first, self.last)
         if self.keep == 1:
             return
-        given = dict(keep=self.keep, segment=self.segment, first=self.first, last=self.last)
+        sized: dict[str, Any] = dict(keep=self.keep, segment=self.segment, first=self.first, last=self.last)
+
+        def stays(b: Builder, ids: Value, words: Value) -> Value:
+            return b.add("impact", ids, words, targets=(ENTRY,), axis="kept", **sized)  # type: ignore[no-any-return]
+
         if "score" in program.entries:
             whole = up_to_last_block(program.entries["score"])
             hidden = replace(whole, name=ENTRY, outputs=whole.outputs[:1])
             program.entries[ENTRY] = rewrite(hidden, lambda b, v, args: None, program.targets)
-        edit_prompts(program, self.name, lambda b, ids, words: b.add("impact", ids, words, targets=(ENTRY,), axis="kept", **given))
+        edit_prompts(program, self.name, stays)
