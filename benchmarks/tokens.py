@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from perplexity import with_passes
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
@@ -134,8 +135,8 @@ def surprise(model: elision.Model, ids: list[int]) -> float:
 
 def prompts(rows: Sequence[str], count: int, rounds: int) -> list[str]:
     wanted = dict.fromkeys(("", *rows))
-    models = {row: elision.compile("smollm2", passes=row.split(), kv_dtype="bf16", threads=2) for row in wanted}
-    tokenizer = models[""].tokenizer
+    base = elision.compile("smollm2", target="reference", kv_dtype="bf16", threads=2)
+    models, tokenizer = {row: with_passes(base, row.split())[0] for row in wanted}, base.tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode(topics(1))
     size = PROMPT + AHEAD

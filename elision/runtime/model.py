@@ -116,9 +116,9 @@ class Model:
             raise BadInput(f"{self.program.name} has no decoder: call it as m(...) for its outputs")
         if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
             raise BadInput(f"num_return_sequences={num_return_sequences!r}; expected an integer of at least 1")
-        prompts = self._prompts(inputs, attention_mask)
-        with self._threads(self.threads), torch.inference_mode():
-            edited = edit(self._interpreter, prompts, self.tokenizer)
+        whole = self._prompts(inputs, attention_mask)
+        with self._threads(self.threads if self.program.edits else None), torch.inference_mode():
+            edited = edit(self._interpreter, whole, self.tokenizer)
         prompts = edited.prompts
         options = resolve(
             self.defaults,
@@ -142,7 +142,7 @@ class Model:
         prompts = [p for p in prompts for _ in range(num_return_sequences)]
         if len(prompts) > self.max_batch:
             raise BadInput(f"{len(prompts)} sequences, but the model was compiled for max_batch={self.max_batch}")
-        on_tokens = _callback(streamer, prompts)
+        on_tokens = _callback(streamer, [p for p in whole for _ in range(num_return_sequences)])
         with self._threads(self._beside("step", "prefill")), torch.inference_mode():
             if self.drafting is not None:
                 self.drafting.policy.ready()
