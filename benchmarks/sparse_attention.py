@@ -1,10 +1,10 @@
-"""What methods that read a part of the cache save of a decode step, and cost in quality:
-``python benchmarks/sparse_attention.py compile|time|quality DIRECTORY [--out FILE]``.
+"""What methods that read a part of the cache save of a decode step, and cost in quality: ``python benchmarks/sparse_attention.py
+compile|time|quality DIRECTORY [--out FILE]``.
 
-compile: SmolLM2 with each method as an artefact, so that a measurement begins at once. time: milliseconds of a step at contexts of
-2048 and 8000 tokens, of its attention alone (the rows of the schedule that attend, choose and join, run by themselves), and bytes of
-state. The caches are filled with random numbers: how much is read depends on the method's sizes only. quality: perplexity as
-`benchmarks/kv.py` measures it, decoding 256 tokens after prompts of 1792.
+compile: SmolLM2 with each method as an artefact, so that a measurement begins at once. time: milliseconds of a step at contexts
+of 2048 and 8000 tokens, of its attention alone (the rows of the schedule that attend, choose and join, run by themselves), and
+bytes of state. The caches are filled with random numbers: how much is read depends on the method's sizes only. quality:
+perplexity as `benchmarks/kv.py` measures it, decoding 256 tokens after prompts of 1792.
 """
 
 from __future__ import annotations

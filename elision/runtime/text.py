@@ -91,6 +91,16 @@ class Tokenizer:
         except OverflowError as error:
             raise BadInput(f"token ids must be between 0 and 2**32 - 1: {error}") from error
 
+    def words(self, ids: Sequence[int]) -> list[int]:
+        """The number of the word that each token is part of: one begins after white space, or with it."""
+        found: list[int] = []
+        alone = [self.decode([token], skip_special=False) for token in ids]
+        for i in range(len(ids)):
+            joint = self.decode(ids[i - 1 : i + 1], skip_special=False)[len(alone[i - 1]) :] if i else ""
+            begins = i == 0 or joint[:1].isspace() or alone[i - 1][-1:].isspace()
+            found.append((found[-1] if found else -1) + begins)
+        return found
+
     def chat(self, messages: str | Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation: ``[{"role": ..., "content": ...}, ...]``, or one user message.
 

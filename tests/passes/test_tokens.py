@@ -34,6 +34,8 @@ CASES = [
     ("ViTModel", "tome:share=0.3,layers=1"),
     ("ViTModel", "tome:n=2"),
     ("CLIPVisionModelWithProjection", "evit:keep=0.4,layers=0-2"),
+    ("BertModel", "zero-tprune:keep=0.6,layers=0-1"),
+    ("ViTModel", "zero-tprune:keep=0.5,similar=0.3"),
 ]
 LENGTHS = (9, 1, 4)
 
@@ -68,7 +70,7 @@ def test_native_code_equals_the_reference(name: str, text: str) -> None:
                 assert float((whole[key] - exact).abs().max()) > 1e-3 * float(exact.abs().max())
 
 
-@pytest.mark.parametrize("text", ["tome", "tome:share=0.0,protect=3", "evit:keep=1.0"])
+@pytest.mark.parametrize("text", ["tome", "tome:share=0.0,protect=3", "evit:keep=1.0", "zero-tprune:keep=1.0"])
 @pytest.mark.parametrize("name", ["BertModel", "ViTModel"])
 def test_the_identity(name: str, text: str) -> None:
     given = inputs(name, 2, 9)
@@ -171,6 +173,54 @@ def test_what_the_first_token_regards() -> None:
         start += length
 
 
+def test_page_rank_is_the_stationary_distribution() -> None:
+    """After many rounds, by head, the left eigenvector of attention, scaled to mean 1; one round is what tokens receive."""
+    n, at = 9, Tokens.chunk([9, 4], [0, 0])
+    q, k = (torch.randn(13, 1, 4, generator=torch.Generator().manual_seed(i)).double() for i in (1, 2))
+    a = (q[:n, 0] @ k[:n, 0].T * 0.7).softmax(-1)
+    once, often = (lookup("pagerank").body(q, k, scale=0.7, rounds=r, at=at) for r in (1, 200))
+    torch.testing.assert_close(once[:n], a.sum(0), rtol=1e-4, atol=1e-4)
+    values, vectors = torch.linalg.eig(a.T)
+    steady = vectors[:, values.real.argmax()].real
+    torch.testing.assert_close(often[:n], steady / steady.sum() * n, rtol=3e-3, atol=3e-3)
+    assert abs(float(often[n:].sum()) - 4) < 1e-3  # mass is conserved, sequences are apart
+
+
+def test_heads_without_a_say_are_left_out() -> None:
+    """A head whose scores are all alike says nothing; where every head is so, all count."""
+    at = Tokens.chunk([8], [0])
+    q, k = (torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(i)) for i in (3, 4))
+    q[:, 1] = 0  # attends evenly
+    both, first = (lookup("pagerank").body(q[:, :h], k[:, :h], scale=1.0, rounds=1, at=at) for h in (2, 1))
+    torch.testing.assert_close(both, first)
+    alike = lookup("pagerank").body(q[:, 1:], k[:, 1:], scale=1.0, rounds=1, at=at)
+    torch.testing.assert_close(alike, torch.ones(8))
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4), st.sampled_from([0.1, 0.5, 0.7, 1.0]), st.sampled_from([0.0, 0.4, 1.0])
+)
+def test_what_is_pruned(lengths: list[int], keep: float, similar: float) -> None:
+    at, generator = Tokens.chunk(lengths, [0] * len(lengths)), torch.Generator().manual_seed(sum(lengths))
+    score, k = torch.rand(len(at), generator=generator), torch.randn(len(at), 2, 4, generator=generator)
+    unit = torch.nn.functional.normalize(k, dim=-1).flatten(1) / 2**0.5
+    found, begin = lookup("prune").body(score, k, keep=keep, similar=similar, protect=1, at=at), 0
+    for n in lengths:
+        left = int(-(-(keep * (n - 1) - 1e-9) // 1))
+        twins = min(int(similar * (n - 1 - left)), left)
+        order = sorted(range(1, n), key=lambda i: -float(score[begin + i]))[: left + twins]  # noqa: B023
+        half = (len(order) + 1) // 2
+        alike = {i: max(float(unit[begin + i] @ unit[begin + j]) for j in order[:half]) for i in order[half:]}
+        gone = set(sorted(alike, key=lambda i: -alike[i])[:twins])
+        stays = {0, *(i for i in order if i not in gone)}
+        assert len(stays) == left + 1
+        for i in range(n):
+            to = int(found[begin + i]) - begin
+            best = max(stays, key=lambda j: float(unit[begin + i] @ unit[begin + j]))  # noqa: B023
+            assert to == (i if i in stays else best)
+        begin += n
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -181,6 +231,9 @@ def test_what_the_first_token_regards() -> None:
         ("tome:n=1,layers=7", "there is no layer 7"),
         ("evit:keep=0.0", "keep=0.0; expected a share"),
         ("evit:layers=7", "there is no layer 7"),
+        ("zero-tprune:keep=0.0", "expected 0 < keep"),
+        ("zero-tprune:similar=1.5", "0 <= similar <= 1"),
+        ("zero-tprune:layers=7", "there is no layer 7"),
     ],
 )
 def test_bad_settings(text: str, says: str) -> None:
@@ -188,7 +241,7 @@ def test_bad_settings(text: str, says: str) -> None:
         run(encoding()[0], [text])
 
 
-@pytest.mark.parametrize("text", ["tome:n=1", "evit"])
+@pytest.mark.parametrize("text", ["tome:n=1", "evit", "zero-tprune"])
 def test_decoders_are_refused(text: str) -> None:
     with pytest.raises(BadInput, match="is no encoder"):
         run(tiny_llama()[0], [text])

@@ -41,7 +41,9 @@ class Cached:
                     f"{self.by}: {site.frame.label} attends by the mask {mask}, and the method is for layers that see all before "
                     "them; a window bounds its cache already"
                 )
-            if isinstance(type, KV) and (type.keyed_by != "position" or len(type.main) != 1 or partly(site)):
+            pruned = isinstance(type, KV) and type.present.kind == "subset" and isinstance(type.main[0].slots, Dense)
+            keyed = isinstance(type, KV) and (type.keyed_by == "position" or pruned)
+            if isinstance(type, KV) and (not keyed or len(type.main) != 1 or partly(site)):
                 raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
 
     def whole(self) -> None:
@@ -102,8 +104,19 @@ class Cached:
     ) -> None:
         """Change the type of every cache, or of those named ``only``. The model's own forward stays as it is. ``read``: how
         `step` attends to them."""
-        program = self.program
         types = {n: change(t) for n, t in self.states.items() if only is None or n in only}
+        self.take(types, observe, last, mask, read)
+
+    def take(
+        self,
+        types: dict[str, KV],
+        observe: tuple[str, ...] = (),
+        last: int = 0,
+        mask: Mask | None = None,
+        read: Read | None = None,
+    ) -> None:
+        """Give caches, by name, other types."""
+        program = self.program
         program.states = {**program.states, **types}
         for entry in dict.fromkeys(("prefill", "step", *steps(program))):
             work = _Templates(program, types, entry in observe, last, mask, read if entry != "prefill" else None)
