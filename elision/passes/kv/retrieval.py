@@ -55,7 +55,8 @@ def retrieval_errors(
     found: dict[tuple[str, int], float] = {}
     for part in parts:
         sequence, begin = asking(part, sinks, window)
-        looking = _Looking(Tokens.chunk([len(sequence)], [0]), begin, Mask("window", window, sinks))
+        pos = torch.arange(begin, len(sequence))
+        looking = _Looking(Tokens(torch.zeros_like(pos), pos, 1), Mask("window", window, sinks))
         run_score(program, weights, [sequence], looking)
         if len(looking.errors) != len(names):
             raise BadInput(f"duo-attention: {len(looking.errors)} attentions to {len(names)} caches; say which heads retrieve")
@@ -66,24 +67,24 @@ def retrieval_errors(
 
 
 class _Looking:
-    """Is shown every op of a forward, and sees what streaming would change. ``errors``: by attention in order, of each key
-    head."""
+    """Is shown every op of a forward of one sequence, and sees what streaming would change of the tokens ``at``. ``errors``: by
+    attention in order, of each key head."""
 
-    def __init__(self, at: Tokens, begin: int, mask: Mask) -> None:
+    def __init__(self, at: Tokens, mask: Mask) -> None:
         self.errors: list[list[float]] = []
-        self._at, self._begin, self._mask = at, begin, mask
+        self._at, self._mask = at, mask
         self._stream = torch.empty(0)
         self._attend: Value | None = None
         self._change = torch.empty(0)
 
     def __call__(self, value: Value, operands: Sequence[Any]) -> None:
         if value.op == "call":
-            self._stream = operands[0][self._begin :].double()
+            self._stream = operands[0][self._at.pos].double()
         elif value.op == "attend":
             q, store, *_ = operands
             more = value.attr("scale"), value.attr("softcap")
             # what an `Env` supplies is the mask: causal, of all caches that the pass divides
-            whole, few = (attend(q, store, self._at, mask, *more)[0][self._begin :] for mask in (Mask(), self._mask))
+            whole, few = (attend(q[self._at.pos], store, self._at, mask, *more)[0] for mask in (Mask(), self._mask))
             self._attend, self._change = value, whole - few
             self.errors.append(self._sizes(store.type.heads, lambda x: x))
         elif value.op == "linear" and self._attend is not None and _begins(value.args[0]) is self._attend:
