@@ -1,9 +1,9 @@
-"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|rounding|speed [--out FILE]``.
+"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|rounding|speed|steps [--out FILE]``.
 
 quality: perplexity of the last 256 tokens of sequences of 2048 (every second topic of Python's documentation, which no pass is
 calibrated on) after a prompt of the first 1792, for caches of a share of the prompt, beside random eviction, recent tokens only,
 and the whole cache. rounding: the same for caches that hold everything, in fewer bits. speed: time to the first token, tokens per
-second and bytes of state after prompts of 2048 and 8000 tokens.
+second and bytes of state after prompts of 2048 and 8000 tokens. steps: processor time of a decode step and of an eviction.
 """
 
 from __future__ import annotations
@@ -169,9 +169,51 @@ def speed(threads: int) -> Iterator[str]:
                 yield f"| {prompt} | {weights[0]} | {name} | {numbers} | {sizes} |"
 
 
+def rounds(model: elision.Model, context: int, count: int = 64) -> tuple[float, float]:
+    """Milliseconds of processor time of a round after a prompt of ``context`` tokens, without its tick, and of a tick."""
+    ids = torch.randint(100, 40000, (context,), generator=torch.Generator().manual_seed(0))
+    session, spent = Session(model._interpreter, 1, context + count + 1), [0.0]
+    session.prefill([ids.tolist()])
+    tick = session._tick
+
+    def timed(rows: Any, **how: Any) -> None:
+        begun = time.process_time()
+        tick(rows, **how)
+        spent.append(time.process_time() - begun)
+
+    session._tick = timed  # type: ignore[method-assign]
+    requests, last, steps = Requests([Request(Warp(), True, 0, 0)], [ids], [context]), 5, []
+    for _ in range(count):
+        begun = time.process_time()
+        last = session.round({0: last}, requests)[0][-1]
+        steps.append(time.process_time() - begun - spent[-1])
+    ticks = sorted(spent)[-count // 16 :]
+    return 1e3 * statistics.median(steps), 1e3 * statistics.median(ticks)
+
+
+def steps(context: int = 2048) -> Iterator[str]:
+    """Processor time of one thread, which other work on the machine changes less than the time of day."""
+    yield "| cache | prompt | a step, ms | a tick, ms | attention, of the whole cache's |"
+    yield "|---|---:|---:|---:|---:|"
+    torch.set_num_threads(1)
+    base = whole = 0.0
+    for name, budget in (("all of it", 0), (f"h2o, {context // 4}", context // 4), ("h2o, nothing evicted", 8192)):
+        passes = [f"h2o:budget={budget}"] if budget else []
+        model = elision.compile("smollm2", passes=["bf16", *passes], kv_dtype="bf16", threads=1)
+        if not passes:
+            base, _ = rounds(model, 16)
+            yield f"| {name} | 16 | {base:.2f} | | |"
+        step, tick = rounds(model, context)
+        whole = whole or step - base
+        yield f"| {name} | {context} | {step:.2f} | {tick:.2f} | {(step - base) / whole:.2f} |"
+        if passes:  # the same tick by the ops, on the host
+            model._interpreter.natives.pop(model.program.ticks[0].graph.name)  # type: ignore[attr-defined]
+            yield f"| {name}, tick on the host | {context} | | {rounds(model, context)[1]:.2f} | |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["quality", "rounding", "speed"])
+    parser.add_argument("what", choices=["quality", "rounding", "speed", "steps"])
     parser.add_argument("--out", help="file to append to")
     parser.add_argument("--only", nargs="*", default=[], help="methods; the whole cache is then not a share")
     parser.add_argument("--threads", type=int, default=2)
@@ -182,6 +224,7 @@ def main() -> None:
         "quality": lambda: quality(args.only),
         "rounding": lambda: rounding(args.rows, args.methods),
         "speed": lambda: speed(args.threads),
+        "steps": steps,
     }
     lines = chosen[args.what]()
     begun = time.perf_counter()

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import elision
 from elision.errors import BadInput
@@ -218,3 +228,33 @@ def test_windows_of_the_model_and_two_methods_are_refused() -> None:
         elision.compile(MistralForCausalLM(config).eval(), passes=["h2o"], target="reference")
     with pytest.raises(BadInput, match="compressed by another pass"):
         elision.compile(llama(), passes=["h2o", "snapkv"], target="reference")
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    for name in ("h2o", "keyformer", "ems", "snapkv", "streaming-llm"):
+        with pytest.raises(BadInput, match="no cache that decoding reads"):
+            elision.compile(BertModel(config).eval(), passes=[name], target="reference")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_latent_attention_is_attention_over_its_heads(target: str) -> None:
+    """MLA is raised to keys and values of every head, which are evicted as any: nothing of the latent form is refused."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, first_k_dense_replace=2, num_attention_heads=4,
+        num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        max_position_embeddings=CONTEXT, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16, initializer_range=0.25, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).eval()
+    whole, tight, plain = (
+        generated(elision.compile(model, passes=passes, target=target), ids(2))
+        for passes in (["h2o:budget=128"], ["h2o:budget=24,recent=6,sinks=2"], [])
+    )
+    assert torch.equal(whole, plain) and not torch.equal(tight, plain)

@@ -8,7 +8,8 @@ interpreter, which runs the same entries through `Engine.run`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from elision.ir.op import lookup
 from elision.ir.ops.depth import routes, stages
 from elision.ir.program import FORWARD, committed_states, running
 from elision.ir.states import KV, Budget
+from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.tree import roots
 from elision.ir.value import Graph
@@ -112,6 +114,7 @@ class Round:
         self._committed = committed_states(engine.program)
         self._dropped = [name for name in self._caches if name not in self._committed]
         self._arrays = _Arrays(0, 0)
+        self._room: tuple[Callable[[], KVStore | None], int] = (lambda: None, 0)
 
     def __call__(self, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         given = dict(zip(self._names, args, strict=True))
@@ -193,8 +196,16 @@ class Round:
         return entry.logits[:n], entry.best[:n]
 
     def _need_room(self, states: Mapping[str, Any], counts: Longs) -> None:
-        for name in self._bounded:
-            states[name].need_room(torch.from_numpy(counts))
+        """Caches are asked only when what they had room for when they were asked last may be used up; evictions make more."""
+        if not self._bounded:
+            return
+        stores, most = [states[name] for name in self._bounded], int(counts.max())
+        known, room = self._room
+        if known() is not stores[0] or room < most:
+            for store in stores:
+                store.need_room(torch.from_numpy(counts))
+            room = max(most, min(s.segments[s.tail].slots - int(s.len["k"][s.tail].max()) for s in stores))
+        self._room = weakref.ref(stores[0]), room - most
 
     def _accept(self, paths: list[list[int]], states: Mapping[str, Any]) -> None:
         """The accepted nodes of every row join its caches."""
