@@ -64,7 +64,7 @@ def transform(
             weights = convert(weights, params, before.params, stored)
             log.info("calibrating %s", step.text())
             changed = step.calibrate(before, weights, text)
-            params, weights = after.params, {name: changed.get(name, weights[name]) for name in after.params}
+            params, weights = after.params, {name: (changed if name in changed else weights)[name] for name in after.params}
         if isinstance(step, ModelPass) and (brought := step.brought(before)):
             weights, params = {**weights, **brought}, {**params, **{name: after.params[name] for name in brought}}
         before = after

@@ -8,6 +8,7 @@ from programs import tiny_llama
 
 import elision
 from elision.codegen.cpu.compile import compile_program
+from elision.ir.coverage import coverage
 from elision.passes.calibration import Text
 from elision.passes.pipeline import transform
 from tests.passes.calibrating import ids
@@ -20,6 +21,7 @@ def compiled(*passes: str, target: str = "reference", text: bool = False) -> eli
     """The model with the passes. ``text``: for passes that calibrate."""
     program, weights = tiny_llama(layers=LAYERS, dtype="f32")
     weights["embed"] = weights["embed"] * 0.12  # what is read next is not what was read
+    raised = program
     program, weights = transform(program, weights, list(passes), Text(ids() if text else None))
-    native = compile_program(program) if target == "cpu" else None
-    return elision.Model(program, weights, tokenizer=None, defaults={}, coverage={}, max_context=160, native=native)
+    native, found = compile_program(program) if target == "cpu" else None, coverage(raised, program)
+    return elision.Model(program, weights, tokenizer=None, defaults={}, coverage=found, max_context=160, native=native)

@@ -14,7 +14,7 @@ from elision.ir.value import Builder, Graph, Value, live, rewrite
 from elision.passes.base import register
 from elision.passes.calibration import Calibrated, Text
 from elision.passes.layers.classifier import fit, parameters
-from elision.passes.layers.depth import caches_of, declare
+from elision.passes.layers.depth import caches_of, declare, decodes
 from elision.passes.layers.parts import blocks, cut, filling, stream_after, stream_before
 
 FILLS = ("propagate", "mask")
@@ -52,8 +52,7 @@ class CALM(Calibrated):
         return cls((max(program.layers, default=1),))
 
     def apply(self, program: Program) -> None:
-        if program.round is None:
-            raise BadInput(f"calm: {program.name} does not generate (it has no round), so there is no depth to choose")
+        decodes(program, self.name)
         if self.rule not in RULES or self.fill not in FILLS or self.length < 0 or not self.threshold > 0:
             raise BadInput(
                 f"{self.text()}: expected a rule of {', '.join(RULES)}, a fill of {', '.join(FILLS)}, length >= 0, threshold > 0"

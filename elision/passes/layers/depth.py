@@ -8,7 +8,7 @@ from dataclasses import replace
 from elision.errors import BadInput, IllegalProgram
 from elision.ir.cost import cost
 from elision.ir.op import Sizes
-from elision.ir.program import Program, bypassing, state_inputs
+from elision.ir.program import Program, bypassing, running, state_inputs, steps
 from elision.ir.states import KV, Present
 from elision.ir.value import Builder, Graph, Value, rewrite
 
@@ -29,6 +29,20 @@ def kept_for(program: Program, speedup: float, by: str) -> float:
     if not 1 <= speedup <= most + 1e-9:
         raise BadInput(f"{by}: speedup={speedup}; expected 1 to {most:.2f}, which one layer and what is not in layers allow")
     return len(layers) * ((whole + rest) / speedup - rest) / whole if layers else 0.0
+
+
+def decodes(program: Program, by: str) -> None:
+    """Raises BadInput where there is no round, and IllegalProgram (rule validity) where one runs less than ``step`` already."""
+    if program.round is None:
+        raise BadInput(f"{by}: {program.name} does not generate (it has no round), so there is no depth to choose")
+    if (op := running(program.round).op) != "call":
+        raise IllegalProgram(
+            "validity",
+            f"the round runs {op} of {', '.join(steps(program))}, in the place of step",
+            sides=by,
+            because="what one method leaves out the other would run, or fill with what it did not compute",
+            help="apply one method that chooses the depth",
+        )
 
 
 def without(program: Program, step: Graph, layers: Collection[int], name: str) -> Graph:

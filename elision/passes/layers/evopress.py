@@ -37,10 +37,12 @@ class EvoPress(Choosing):
     The rewrite in one sentence: the sets of halves whose removal moves the model's distribution least, KL(full, pruned) on
     calibration text, are left out as by skip-layers. The search starts from the best of random sets and of the layers with the
     least block influence, and of the halves (the paper: of random sets); swaps prefer what has little influence, and half of them
-    swap whole layers. ``share``: of the halves of each kind, rounded down. ``generations`` of
-    ``offspring`` children, which swap up to three halves; the best two on ``small`` tokens, in sequences of 256, meet their
-    parent on ``large`` tokens. The paper: 32 children, 2048 and 32768 tokens; the defaults are for 135M parameters on two cores
-    in less than 20 minutes. ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity
+    swap whole layers.
+
+    ``share``: of the halves of each kind, rounded down. ``generations`` of ``offspring`` children, which swap up to three halves;
+    the best two on ``small`` tokens, in sequences of 256, meet their parent on ``large`` tokens. The paper: 32 children, 2048 and
+    32768 tokens; the defaults are meant for 135M parameters on two cores (about ten minutes by the time of a forward, not timed
+    on an idle machine). ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity
     setting: share=0.
     """
 

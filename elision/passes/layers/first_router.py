@@ -15,7 +15,7 @@ from elision.ir.value import Builder, Graph, Value, rewrite
 from elision.passes.base import Pass, register
 from elision.passes.calibration import Calibrated, Choosing, Text
 from elision.passes.layers.classifier import logistic
-from elision.passes.layers.depth import caches_of, declare, without
+from elision.passes.layers.depth import caches_of, declare, decodes, without
 from elision.passes.layers.parts import blocks, layer_streams, stream_after
 from elision.passes.layers.shortgpt import left_out
 
@@ -66,8 +66,7 @@ class FirstRouter(Choosing, Calibrated):
 
     def apply(self, program: Program) -> None:
         count = left_out(self, self.share, program)
-        if program.round is None:
-            raise BadInput(f"first-router: {program.name} does not generate (it has no round), so there is no depth to choose")
+        decodes(program, self.name)
         if count and not self.layers:
             raise BadInput(f"first-router chooses on text, in elision.compile; or say what it chose: {self.text()},layers=25+26")
         if unknown := set(self.layers) - set(program.layers):

@@ -9,7 +9,7 @@ from elision.errors import BadInput
 from elision.ir.program import Program, round_of
 from elision.ir.value import Builder, Value
 from elision.passes.base import Pass, register
-from elision.passes.layers.depth import caches_of, declare, kept_for, without
+from elision.passes.layers.depth import caches_of, declare, decodes, kept_for, without
 from elision.passes.layers.skip_layers import SkipLayers
 
 
@@ -44,8 +44,7 @@ class SkipDecode(Pass):
         return cls(most=len(program.layers), least=max(1, len(program.layers) - 1))
 
     def apply(self, program: Program) -> None:
-        if program.round is None:
-            raise BadInput(f"skipdecode: {program.name} does not generate (it has no round), so there is no depth to choose")
+        decodes(program, self.name)
         layers, (most, least) = list(program.layers), self._ends(program)
         if not 1 <= self.warm <= least <= most <= len(layers) or not 2 <= self.stages <= self.length:
             raise BadInput(
