@@ -50,6 +50,16 @@ def test_outputs_of_calls_of_many_sizes(name: str) -> None:
         compare(native(**given), plain(**given))
 
 
+@pytest.mark.parametrize("name", ["BertModel", "ViTModel"])
+def test_inputs_that_are_part_of_a_tensor(name: str) -> None:
+    """A slice of a batch begins in the middle of its memory; what is transposed has gaps."""
+    native, plain = both(name)
+    whole = inputs(name, 5, 9)
+    compare(native(**{n: x[2:4] for n, x in whole.items()}), plain(**{n: x[2:4].clone() for n, x in whole.items()}))
+    turned = {n: x.transpose(-1, -2).contiguous().transpose(-1, -2)[1:] for n, x in whole.items()}
+    compare(native(**turned), plain(**{n: x[1:].clone() for n, x in whole.items()}))
+
+
 @pytest.mark.parametrize("name", ["BertForPreTraining", "CLIPVisionModelWithProjection"])
 def test_an_artefact(name: str, tmp_path: Path) -> None:
     native, _ = both(name)

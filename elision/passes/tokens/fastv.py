@@ -20,8 +20,9 @@ class FastV(Pass):
     last tokens in the layer before, at their positions, so that later layers compute less and their caches hold less. ``keep``:
     the share of the prompt that stays, rounded up. ``last``: the tokens at the end that look, and stay; ``first``: those at the
     beginning that stay, which every token leans on. The paper leaves out image tokens alone, half of them from layer 2 on; a
-    prompt of text is treated as one span. A prompt is read in one piece, since its end says what stays. Published setting:
-    layer=2, keep=0.5. Identity setting: keep=1.
+    prompt of text is treated as one span. A prompt is read in one piece: its end says what stays. Caches of later layers hold
+    fewer entries, but have room for the whole prompt: time is saved, memory is not. Published setting: layer=2, keep=0.5.
+    Identity setting: keep=1.
     """
 
     layer: int = 2

@@ -262,7 +262,7 @@ class _Run:
         if self._table is not None:
             return self.tensor(place)
         whole, offset, strides, shape = self._early[name].contiguous(), *place[2:5]
-        return whole.as_strided((len(whole), *shape), (whole[:1].numel(), *strides), offset)
+        return whole.as_strided((len(whole), *shape), (whole[:1].numel(), *strides), whole.storage_offset() + offset)
 
 
 def _longest(at: Tokens) -> int:
