@@ -148,8 +148,8 @@ def stored(store: KVStore, what: str, n: int) -> dict[str, torch.Tensor]:
     type = store.type
     b, h = torch.arange(store.rows)[:, None, None], torch.arange(type.heads)[:, None]
     found = store.segments[0].planes[what]._get(b, h, torch.arange(n))
-    assert (found.scale is not None) == isinstance(getattr(type.main[0], what), Int)
-    return {"codes": found.codes} | ({} if found.scale is None else {"scale": found.scale})
+    assert ("scale" in found.beside) == isinstance(getattr(type.main[0], what), Int)
+    return {"codes": found.codes, **found.beside}
 
 
 def same(fast: Any, slow: Any) -> None:
@@ -297,9 +297,8 @@ def test_bytes_are_rounded_as_the_reference_does(drafted: bool, dim: int) -> Non
 @pytest.mark.parametrize(
     ("encoding", "why"),
     [
-        (Int(8, "channel", 8), "bytes with a scale per row"),
-        (Int(4, "channel", 16), "4-bit codes in groups of 16 channels"),
-        (Int(8, "channel", 16, zero=True), "with a minimum"),
+        (Int(8, "channel", 8), "values as 8-bit codes in groups of 8 channels"),
+        (Int(4, "channel", 1), "keys as 4-bit codes in groups of 1 channels"),
         (Float("f64"), "a cache of f64"),
     ],
     ids=str,
