@@ -122,7 +122,9 @@ def test_the_child_of_a_fork_generates(path: Path, tokens: torch.Tensor) -> None
     assert done.stdout.strip() == str(tokens.tolist())
 
 
-def test_an_interrupt_leaves_the_model_usable(path: Path, tokens: torch.Tensor) -> None:
+def test_an_interrupt_leaves_the_model_usable(path: Path, tokens: torch.Tensor, request: pytest.FixtureRequest) -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     model = elision.load(path, threads=2)
     before = torch.get_num_threads()
     model.generate(IDS, max_new_tokens=2)
