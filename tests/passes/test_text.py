@@ -19,7 +19,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(-(10**9), 10**9),
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
-    str: st.from_regex(r"[A-Za-z0-9_.:/-]{0,12}", fullmatch=True),
+    str: st.from_regex(r"[A-Za-z0-9_.:/-]{1,12}", fullmatch=True),
     float | str: st.floats(allow_nan=False, allow_infinity=False) | st.from_regex(r"[a-z]{1,12}", fullmatch=True),
     int | str: st.integers(-(10**9), 10**9) | st.from_regex(r"[a-z]{1,12}", fullmatch=True),
     tuple[int, ...]: st.lists(st.integers(0, 99), max_size=8).map(tuple),

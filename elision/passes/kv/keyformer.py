@@ -21,7 +21,7 @@ class Keyformer(Pass):
     the prompt and goes to ``tau_end`` in equal steps over the ``steps`` tokens after it. Attention itself is the model's own. The
     noise is a function of ``seed``, the query head and the two positions (`elision.ir.gumbel`; the paper draws anew in every
     layer): equal requests keep equal tokens, whatever is drafted or else in the batch. Published defaults: budgets of 60 % of
-    the prompt, 30 % of that recent, tau from 1 to 2 over the new tokens. ``noise=false,tau_end=1`` is `h2o`; ``budget``,
+    the prompt, 30 % of that recent, tau from 1 to 2 over the new tokens. Without ``noise``, tau 1, it is `h2o`; ``budget``,
     ``recent``, ``sinks``, ``every``, ``per_head``, the identity setting and the memory are those of `h2o`.
     """
 

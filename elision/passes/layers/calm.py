@@ -27,7 +27,7 @@ class CALM(Calibrated):
 
     The rewrite in one sentence: a step runs in parts, and a node whose confidence before one of the layers ``exits`` (text:
     ``10+15+20``) reaches ``threshold`` goes from there to the head; the later layers get keys and values of its stream
-    there (``fill=propagate``), or none, so that no later token sees it in them (``fill=mask``).
+    there (``fill`` propagate), or none, so that no later token sees it in them (``fill`` mask).
 
     ``rule``: of confidence, see `elision.ir.ops.exits`; ``classifier`` is fitted on about ``tokens`` tokens of calibration
     text to say whether the likeliest token here is that of the whole model. ``length``: in so many positions the threshold falls

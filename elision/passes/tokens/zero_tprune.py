@@ -23,7 +23,7 @@ class ZeroTPrune(Pass):
     the first that stays at each of the layers, rounded up; ``similar``: how much of the rest goes for similarity (the paper
     searches both). ``layers``: where (the paper: 1, 3, 6, 9, 11 of 12; by default about these). ``rounds``: of the page rank (the
     paper: 30 to 50 in the first third of the layers, 5 to 10 in the second, then 1); 0 means 30, 5 and 1, and what has settled
-    stops before. Identity setting: keep=1.
+    stops before. ``protect``: so many first tokens always stay. Identity setting: keep=1.
     """
 
     keep: float = 0.8
