@@ -108,6 +108,18 @@ def _of(beside: Mapping[str, Val], prefix: str) -> dict[str, Val]:
     return {name.removeprefix(prefix): array for name, array in beside.items() if name.startswith(prefix)}
 
 
+def scores_tile(name: str, site: Site, tile: int) -> Fn:
+    """``name(words, scores, k, first, last, scale[, k_scale])``: `products` of some queries with blocks of keys, no values."""
+    args = [("words", PTR), ("scores", PTR), ("k", PTR), ("first", "i64"), ("last", "i64"), ("scale", "f32")]
+    fn = Fn(name, args + [("k_scale", PTR)] * ("k" in site.scaled))
+    words, scores, keys, first, last, scale, *key_scales = fn.args
+    queries = [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)]
+    factor = key_scales[0] if key_scales else None
+    products(fn, site, queries, scores, keys, None, first, last, fn.splat(scale, LANES), factor)
+    fn.returns()
+    return fn
+
+
 def products(
     fn: Fn, site: Site, queries: list[Val], scores: Val, keys: Val, values: Val | None, first: Val, last: Val, scale: Val,
     key_scales: Val | None, beside: Mapping[str, Val] | None = None,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import BYTES
-from elision.codegen.cpu.emit import PTR, Fn, Val
-from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, products
+from elision.codegen.cpu.emit import Fn, Val
+from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, scores_tile
 from elision.codegen.cpu.gumbel import Noise
 from elision.codegen.cpu.kernel import Axis, Kernel, State
 from elision.codegen.cpu.tile import HIDDEN, PAD, QUERY, TILE, WORDS
@@ -23,7 +23,7 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
     sums ``part`` of `elision.codegen.cpu.attend`. ``last``: only queries among the last so many tokens of the prompt count (0:
     all). ``noisy``: by the softmax of `Gumbel`, whose sums of weights, ``totals``, the same kernel leaves before with
     ``total``, a part for each thread. ``array``: which of the numbers beside an entry (`Scores.arrays`)."""
-    inner = {tile: _tile(f"{name}_tile{tile}", site, tile) for tile in site.tiles}
+    inner = {tile: scores_tile(f"{name}_tile{tile}", site, tile) for tile in site.tiles}
     kernel = Kernel(name)
     fn = kernel.fn
     axis, q, state = kernel.axis(), kernel.view("q"), kernel.state("S")
@@ -232,15 +232,3 @@ def _below(fn: Fn, block: Val, limit: Val) -> Val:
     """Which entries of a block there are."""
     iota = fn.const(list(range(LANES)), VI)
     return fn.compare(fn.splat(fn.i32(block * LANES), LANES) + iota, "slt", fn.splat(fn.i32(limit), LANES))
-
-
-def _tile(name: str, site: Site, tile: int) -> Fn:
-    """``tile(words, scores, k, first, last, scale[, k_scale])``: the scores of some queries (`flash.products`)."""
-    args = [("words", PTR), ("scores", PTR), ("k", PTR), ("first", "i64"), ("last", "i64"), ("scale", "f32")]
-    fn = Fn(name, args + [("k_scale", PTR)] * ("k" in site.scaled))
-    words, scores, keys, first, last, scale, *key_scales = fn.args
-    queries = [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)]
-    factor = key_scales[0] if key_scales else None
-    products(fn, site, queries, scores, keys, None, first, last, fn.splat(scale, LANES), factor)
-    fn.returns()
-    return fn

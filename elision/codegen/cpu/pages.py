@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from elision.codegen.cpu.cache_rows import BYTES
-from elision.codegen.cpu.emit import PTR, Fn, Val
-from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, products
+from elision.codegen.cpu.emit import Fn, Val
+from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, scores_tile
 from elision.codegen.cpu.kernel import Axis, Kernel, State
 from elision.codegen.cpu.rows import channels
 from elision.codegen.cpu.tile import QUERY, TILE, WORDS
@@ -31,7 +31,7 @@ def bounds(name: str, site: Site, page: int, open: int, room: int, summary: str)
     summaries' numbers, or nothing."""
     looked = replace(site, dim=2 * site.dim, forms=(summary, site.forms[1])) if summary else site
     sizes = [min(TILE, site.group - i) for i in range(0, site.group, TILE)]
-    inner = {size: _tile(f"{name}_tile{size}", looked, size) for size in set(sizes)}
+    inner = {size: scores_tile(f"{name}_tile{size}", looked, size) for size in set(sizes)}
     kernel = Kernel(name)
     fn = kernel.fn
     axis, q, state, out = kernel.axis(), kernel.view("q"), kernel.state("S"), kernel.tensor("out")
@@ -82,18 +82,6 @@ def _sided(fn: Fn, query: Val, target: Val, dim: int) -> Val:
 
     channels(fn, dim, write)
     return target
-
-
-def _tile(name: str, site: Site, tile: int) -> Fn:
-    """``tile(words, scores, k, first, last, scale[, k_scale])``: products of some queries with blocks."""
-    args = [("words", PTR), ("scores", PTR), ("k", PTR), ("first", "i64"), ("last", "i64"), ("scale", "f32")]
-    fn = Fn(name, args + [("k_scale", PTR)] * ("k" in site.scaled))
-    words, scores, keys, first, last, scale, *key_scales = fn.args
-    queries = [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)]
-    factor = key_scales[0] if key_scales else None
-    products(fn, site, queries, scores, keys, None, first, last, fn.splat(scale, LANES), factor)
-    fn.returns()
-    return fn
 
 
 def best(name: str, site: Site, page: int, open: int, room: int, n: int, first: int) -> Kernel:
