@@ -1,5 +1,5 @@
 """Speculation on the real model gives the tokens of plain decoding, greedy, in float32: fifty prompts of 128 tokens with each
-drafter; pairs and ragged batches on some of them."""
+drafter, each pair and all; ragged batches on some of them."""
 
 from __future__ import annotations
 
@@ -65,11 +65,38 @@ def test_one_by_one(
 ) -> None:
     assert len(prompts) == 50
     model, accepted = using(models[1], names), 0
-    for ids, tokens in list(zip(prompts, expected, strict=True))[:: 1 if len(names) == 1 else 5]:
+    for ids, tokens in zip(prompts, expected, strict=True):
         assert torch.equal(model.generate(ids, max_new_tokens=TOKENS, temperature=0), tokens)
         assert model.stats is not None
         accepted += model.stats.accepted
     assert accepted > 100
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("draft") / "int4.elision"
+    elision.compile("smollm2", ["int4"]).save(path)
+    return path
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "text",
+    [
+        "spec-sampling:model={},length=4",
+        "dyspec:model={},nodes=12",
+        "spectr:model={},chains=2,length=3",
+        "layer-skip-draft:exit=20,length=3",
+        "del:exits=10+20",
+    ],
+)
+def test_drafts_of_models(prompts: list[torch.Tensor], expected: list[torch.Tensor], draft: Path, text: str) -> None:
+    model, drafted = elision.compile("smollm2", [text.format(draft)], threads=2), 0
+    for ids, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(model.generate(ids, max_new_tokens=TOKENS, temperature=0), tokens)
+        assert model.stats is not None
+        drafted += model.stats.drafted
+    assert drafted > 100
 
 
 @pytest.mark.nightly
