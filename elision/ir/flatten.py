@@ -18,11 +18,9 @@ def decoding(step: str) -> str:
 
 def flat_entries(program: Program) -> dict[str, Graph]:
     """What is compiled to native code, flat: the program's entries (but a ``step`` that the round runs in parts), and `committed`
-    beside steps unless they keep scores, which cost less when a commit adds what the step left (`elision.ir.scores`). A model
-    that generates is compiled for that; its own forward, ``score``, is what its native code is compared with, and stays with the
-    interpreter."""
-    order = ("step", "prefill")  # the first that needs a weight says how it is packed
-    left = {"score", "step"} - {*steps(program)} if "step" in program.entries else set()
+    beside steps unless they keep scores, which cost less when a commit adds what the step left (`elision.ir.scores`)."""
+    order = ("step", "prefill", "score")  # the first that needs a weight says how it is packed
+    left = {"step"} - {*steps(program)} if "step" in program.entries else set()
     wanted = [name for name in program.entries if name not in left]
     names = sorted(wanted, key=lambda n: order.index(n) if n in order else len(order))
     found = {name: flatten(program, name) for name in names}

@@ -65,6 +65,21 @@ def test_logits_of_chunks_and_trees(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", LONG)
+def test_the_models_own_forward(family: str) -> None:
+    """Padded rows, on either side and in between, and positions of the caller's; what it keeps is kept for no other call."""
+    native, plain = both(family)
+    ids = torch.randint(3, 100, (3, 40), generator=torch.Generator().manual_seed(7))
+    holes = torch.ones_like(ids)
+    holes[0, 25:], holes[1, :9], holes[2, 3:18:2] = 0, 0, 0
+    later = torch.arange(40).expand(3, -1) + torch.tensor([[0], [5], [60]])
+    for given in ({"attention_mask": holes}, {"position_ids": later}, {}):
+        found, want = (m(ids, **given).logits for m in (native, plain))
+        assert found.abs().max() > 0
+        close(found, want)
+    close(native(ids[:1, :7]).logits, plain(ids[:1, :7]).logits)
+
+
+@pytest.mark.parametrize("family", LONG)
 def test_greedy_tokens_of_a_ragged_batch(family: str) -> None:
     native, plain = both(family)
     ids, mask = padded()

@@ -23,7 +23,7 @@ from elision.llvm.processor import host_level, machine
 
 
 def compile_program(program: Program) -> abi.NativeCode:
-    """Compile the entries (of generation, of a model that drafts, an encoder's own forward ``score``) and the commit of a round.
+    """Compile the entries (of generation, of a model that drafts, the model's own forward ``score``) and the commit of a round.
 
     Raises BadInput without the MLIR bindings, IllegalProgram for caches whose keys and values are flushed apart.
     """
