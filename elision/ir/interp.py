@@ -18,6 +18,7 @@ from elision.ir.states import KV
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES, Axis, Tensor
 from elision.ir.value import Env, Graph, Value
+from elision.ir.walk import made_axis
 from elision.ir.weights import Encoded
 
 Axes = dict[Axis, Tokens]
@@ -189,7 +190,7 @@ def _make_plan(
         out = tuple(parts[v]) if isinstance(v.type, tuple) else (slot[v],)
         kwargs = {k: env[a.name] if isinstance(a, Env) else a for k, a in v.attrs}
         at = _first_axis(v) if op.wants_at else None
-        made = made_axis(v) if op.makes_axis else None
+        made = made_axis(v)
         dead = tuple(i for i in {slot[a] for a in v.args if a in slot} if last.get(i) is v and i not in keep)
         inner = target(v, v.attr("target"), dict(kwargs.get("env", ()))) if op.runs else None
         own = {name: target(v, name, {}) for name in v.attr("targets")} if op.runs_on else {}
@@ -215,12 +216,6 @@ def _commit(*args: Any, native: NativeCommit) -> Any:
 def operand(weight: torch.Tensor, type: Tensor) -> torch.Tensor | Encoded:
     """A weight as the bodies of ops take it: an encoded one stays so until its op decodes what it needs."""
     return weight if type.encoding is None else Encoded(weight, type.encoding, type.row, DTYPES[type.dtype])
-
-
-def made_axis(value: Value) -> Axis | None:
-    """The token axis that an op makes: that of its (first) result."""
-    first = value.type[0] if isinstance(value.type, tuple) else value.type
-    return first.tokens if isinstance(first, Tensor) else None
 
 
 def _passes_by(value: Value) -> bool:

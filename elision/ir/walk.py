@@ -106,6 +106,14 @@ class Site:
         return consumes(self.value)
 
 
+def made_axis(value: Value) -> Axis | None:
+    """The token axis that an op makes, if it makes one: that of its (first) result."""
+    if value.op in ("input", "param", "item") or not lookup(value.op).makes_axis:
+        return None
+    first = value.type[0] if isinstance(value.type, tuple) else value.type
+    return first.tokens if isinstance(first, Tensor) else None
+
+
 def ran(value: Value) -> tuple[str, ...]:
     """The graphs that an op runs."""
     found: tuple[str, ...] = value.attr("targets", ())

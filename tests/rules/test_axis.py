@@ -96,3 +96,22 @@ def test_an_opaque_operator_sees_no_trees(maker: str, raised: bool, legal: bool,
 
     program.round = rewrite(program.round, rule, program.targets)
     assert names(program) == (set() if legal else {"axis"})
+
+
+@pytest.mark.parametrize("again", ["kept", "other"])
+def test_an_axis_is_made_once(again: str) -> None:
+    """Two selections under one name: what is on the first would be read at the tokens of the second."""
+    program, _ = tiny_scorer()
+    program.quality = "approximate"
+
+    def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        if v.op != "norm":
+            return None
+        x, *weights = args
+        for until, axis in ((4, "kept"), (2, again)):
+            kept = b.add("before", x, until=until, axis=axis)
+            x = b.add("lift", b.add("restrict", x, kept), x, kept)
+        return b.add("norm", x, *weights, **dict(v.attrs))  # type: ignore[no-any-return]
+
+    program.rewrite(rule, "score")
+    assert names(program) == ({"axis"} if again == "kept" else set())

@@ -120,7 +120,8 @@ def passing_by(b: Builder, v: Value, args: tuple[Value, ...]) -> Any:
     """Only some tokens go through the second half of each layer."""
     if v.op != "call" or v.attr("target") != "mlp":
         return None
-    some = b.add("which", b.add("reduce", b.add("map", args[0], expr="x0 > 0.0", dtype="bool"), kind="max"), axis="some")
+    positive = b.add("reduce", b.add("map", args[0], expr="x0 > 0.0", dtype="bool"), kind="max")
+    some = b.add("which", positive, axis=f"some{v.attr('label')[0]}")
     inner = b.add("call", b.add("restrict", args[0], some), *args[1:], target="mlp", label=v.attr("label"))
     return b.add("lift", inner, args[0], some)
 

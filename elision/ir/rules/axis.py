@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
 from elision.ir.rules.view import View
-from elision.ir.types import Tensor
+from elision.ir.types import Axis, Tensor
+from elision.ir.value import Value
+from elision.ir.walk import made_axis
 
 
 def axis(view: View) -> Iterator[IllegalProgram]:
-    """Nothing is merged where attention is causal; opaque operators see all tokens of a call (or each row's last), no trees."""
+    """Every axis is made once; nothing is merged where attention is causal; opaque operators see all tokens of a call (or each
+    row's last), no trees."""
+    yield from _made_twice(view)
     yield from _merged(view)
     yield from _opaque(view)
 
@@ -33,6 +37,22 @@ def verified(view: View) -> Iterator[IllegalProgram]:
             because="verify and emit need the logits of every drafted token",
             help="restrict in prefill only, or lift the tokens back to the draft's axis before the head",
         )
+
+
+def _made_twice(view: View) -> Iterator[IllegalProgram]:
+    for graph in view.program.graphs().values():
+        makers: dict[Axis, Value] = {}
+        for value in graph.values:
+            at = made_axis(value)
+            first = makers.setdefault(at, value) if at is not None else value
+            if first is not value:
+                yield IllegalProgram(
+                    "axis",
+                    f"{at} is made twice in {graph.name}",
+                    sides=f"{graph.name}: {first.op} and {value.op}",
+                    because="values on one axis have the same tokens, and two selections need not",
+                    help="give each selection an axis of its own name",
+                )
 
 
 def _merged(view: View) -> Iterator[IllegalProgram]:

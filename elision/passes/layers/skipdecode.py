@@ -85,7 +85,7 @@ def _gate(program: Program, until: dict[int, int]) -> None:
         if not number.isdigit() or int(number) not in until:
             return None
         h = args[0]
-        sel = b.add("before", h, until=until[int(number)], axis="before")
+        sel = b.add("before", h, until=until[int(number)], axis=f"before{number}_{v.attr('target')}")
         few = b.add("restrict", h, sel, name="h")
         rest = [b.add("empty", few, type=a.type) if a.is_state else a for a in args[1:]]
         found = b.add_with("call", (few, *rest), dict(v.attrs), None)
