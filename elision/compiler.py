@@ -100,8 +100,8 @@ def compile(
 def finish(raised: Program, program: Program, weights: Weights, target: str, **facts: Any) -> Model:
     """The model of a program that passes made of ``raised``, with native code for ``target="cpu"`` where it has a native form.
     ``facts``: what `Model` is told besides."""
+    from elision.hf import CompiledModel
     from elision.ir.coverage import coverage
-    from elision.runtime.model import Model
 
     report = coverage(raised, program)
     native = None
@@ -110,7 +110,7 @@ def finish(raised: Program, program: Program, weights: Weights, target: str, **f
 
         native = compile_program(program)
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
-    return Model(program, weights, coverage=report, native=native, **facts)
+    return CompiledModel(program, weights, coverage=report, native=native, **facts)
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, target: str | None = None) -> Model:
@@ -122,9 +122,10 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign, of another version, or without
     code for this processor.
     """
+    from elision.hf import CompiledModel
     from elision.runtime import artefact
 
-    return artefact.load(path, threads, verify, target, _rebuild)
+    return CompiledModel.of(artefact.load(path, threads, verify, target, _rebuild))
 
 
 def _draft(tokenizer: Tokenizer | None, path: str) -> tuple[Program, Weights]:

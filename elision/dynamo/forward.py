@@ -71,8 +71,12 @@ def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options) 
     ids = len(inputs) == 1 and not any(x.is_floating_point() for x in inputs.values())
     example = None if huggingface.recognises(module) or ids else {name: _rows(x) for name, x in inputs.items()}
     raised = raise_model(capture(source.model, example=example), source.name, positions=source.positions)
-    threads = options.threads or torch.get_num_threads()
-    facts: dict[str, Any] = {"tokenizer": None, "defaults": {}, "max_context": raised.program.meta["positions"], "threads": threads}
+    facts: dict[str, Any] = {
+        "tokenizer": None,
+        "defaults": {},
+        "max_context": raised.program.meta["positions"],
+        "threads": options.threads or torch.get_num_threads(),
+    }
     try:
         program, weights = transform(raised.program, raised.weights, options.passes, Text(options.calibration))
         if set(program.entries) != {"score"}:

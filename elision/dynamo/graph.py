@@ -80,7 +80,8 @@ class CompiledGraph:
 
     def _fall(self, reason: str, args: tuple[Any, ...]) -> Sequence[Any]:
         if not self._record.fallen[reason]:
-            log.warning("torch.compile: calls of a graph of %s run in %s: %s", self._record.module, self._options.fallback, reason)
+            where = self._options.fallback
+            log.warning("torch.compile: calls of a graph of %s run in %s: %s", self._record.module, where, reason)
         self._record.fallen[reason] += 1
         return self._otherwise(*args)
 

@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="elision"): what is raised equals eager, everything else runs as it was captured, and both are told."""
+"""torch.compile(model, backend="elision"): what is raised equals eager, all else runs as it was captured, and both are told."""
 
 from __future__ import annotations
 
