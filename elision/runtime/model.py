@@ -104,6 +104,7 @@ class Model:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
         stop: str | Sequence[str] | None = None,
         num_return_sequences: int = 1,
         seed: int | Sequence[int] = 0,
@@ -142,6 +143,7 @@ class Model:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
             stop=stop,
             seed=seed,
         )

@@ -43,6 +43,7 @@ def resolve(
     min_p: float | None,
     repetition_penalty: float | None,
     eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
     stop: str | Sequence[str] | None,
     seed: int | Sequence[int],
 ) -> Options:
@@ -71,14 +72,16 @@ def resolve(
     if not isinstance(min_new_tokens, Integral) or not 0 <= min_new_tokens <= new:
         raise BadInput(f"min_new_tokens={min_new_tokens!r}; expected an integer from 0 to max_new_tokens={new}")
     eos = _ids(defaults.get("eos_token_id") if eos_token_id is None else eos_token_id)
-    pad = defaults.get("pad_token_id")
+    pad = _or(pad_token_id, defaults, "pad_token_id", eos[0] if eos else 0)
+    if not isinstance(pad, Integral):
+        raise BadInput(f"pad_token_id={pad!r}; expected a token id")
     keys = _keys(seed, rows, copies)
     stops: Any = () if stop is None else stop if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     return Options(
         max_new_tokens=int(new),
         min_new_tokens=int(min_new_tokens),
         eos=eos,
-        pad=pad if pad is not None else eos[0] if eos else 0,
+        pad=int(pad),
         stop=tuple(stops),
         requests=tuple(Request(warp, greedy, *key) for key in keys),
     )

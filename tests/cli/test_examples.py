@@ -5,34 +5,28 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from elision.backend import elision as backend
+from elision.passes.base import REGISTRY
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+GUIDE = Path(__file__).parents[2] / "docs" / "write_a_pass.md"
+WIDTH = 3 * 64 * 96 + 64  # parameters of an MLP of the tiny model: three projections and a norm
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face directory: three layers of random weights, and a tokenizer with one token per byte."""
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+@pytest.fixture(autouse=True)
+def same_passes() -> Iterator[None]:
+    """Passes that are written here are forgotten."""
+    before = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(before)
 
 
 @pytest.fixture
@@ -55,8 +49,7 @@ def test_compile_and_run(tiny: Path, run: Callable[..., str]) -> None:
 
 def test_skip_layers(tiny: Path, run: Callable[..., str]) -> None:
     out = run("skip_layers.py", tiny, "--layers", "1", "--half", "mlp")
-    width = 3 * 64 * 96 + 64  # three projections and a norm
-    assert f"saved: {4 * width / 1e6:.1f} of " in out and "0 of " in out
+    assert f"saved: {4 * WIDTH / 1e6:.1f} of " in out and "0 of " in out
 
 
 def test_skipping_a_layer_frees_its_share_of_the_state(tiny: Path, run: Callable[..., str]) -> None:
@@ -71,5 +64,52 @@ def test_demo(tiny: Path, run: Callable[..., str]) -> None:
     assert next(line for line in out.splitlines() if "tokens as transformers" in line).count("all") >= 1
 
 
+def test_compose(tiny: Path, run: Callable[..., str]) -> None:
+    out = run("compose.py", tiny, "--layer", "1")
+    assert out.count("tokens/s") == 5 and "error[validity]" in out and "help " in out
+    weights = [float(found) for found in re.findall(r"([\d.]+) MB of weights", out)]
+    assert weights[4] < weights[2] < weights[1] < weights[0]
+
+
+def test_torch_compile_backend(run: Callable[..., str]) -> None:
+    if "elision" not in torch._dynamo.list_backends():  # its entry point is there where elision is installed
+        torch._dynamo.register_backend(backend, name="elision")
+    out = run("torch_compile_backend.py")
+    torch._dynamo.reset()
+    apart = [float(found) for found in re.findall(r"largest difference (\S+)", out)]
+    assert len(apart) == 2 and max(apart) < 1e-4 and out.count("operators: native") == 2
+
+
+def test_write_a_pass(tiny: Path, run: Callable[..., str]) -> None:
+    out = run("write_a_pass.py", tiny, "--every", "2")
+    weights = [float(found) for found in re.findall(r"([\d.]+) MB of weights", out)]
+    assert weights == sorted(weights, reverse=True) and weights[0] - weights[1] == pytest.approx(4 * WIDTH / 1e6, abs=0.011)
+
+
+def test_the_guide_to_writing_a_pass(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first block is the example's code; all blocks run, one after another."""
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    given, _, pass_ = blocks[0].partition("\n\n\n")
+    example = (EXAMPLES / "write_a_pass.py").read_text()
+    assert given in example and pass_ in example and len(pass_.splitlines()) <= 30
+    module = ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", module)  # where dataclasses look for it
+    exec(compile("\n".join(blocks).replace('"smollm2"', repr(str(tiny))), str(GUIDE), "exec"), module.__dict__)
+    said = capsys.readouterr().out
+    assert said[said.index("error[") :].strip() in GUIDE.read_text().replace("\n    ", "\n")
+
+
+def test_encoder_pruning(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    out = run("encoder_pruning.py", "--passes", "tome:share=0.1,metric=heads")
+    moved = [float(found) for found in re.findall(r"move by (\S+)", out)]
+    assert len(moved) == 2 and moved[0] == 0 < moved[1] < 0.3
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"compile_and_run.py", "skip_layers.py", "demo.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "compile_and_run.py", "compose.py", "demo.py", "encoder_pruning.py", "skip_layers.py", "torch_compile_backend.py",
+        "write_a_pass.py",
+    }  # fmt: skip

@@ -6,11 +6,7 @@ import importlib
 import tomllib
 from pathlib import Path
 
-import pytest
-import torch
-
 import elision
-from elision.backend import elision as backend
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -23,9 +19,3 @@ def test_entry_points_name_functions() -> None:
 
 def test_version_is_said_once() -> None:
     assert PROJECT["version"] == elision.__version__
-
-
-def test_the_backend_of_torch_compile_says_what_to_use() -> None:
-    compiled = torch.compile(lambda x: x + 1, backend=backend)
-    with pytest.raises(Exception, match=r"elision\.compile\(model\)"):
-        compiled(torch.ones(2))

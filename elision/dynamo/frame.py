@@ -1,0 +1,100 @@
+"""Which module a graph of Dynamo was captured from, and which of its arguments are inputs of the module's forward."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from elision.errors import UnsupportedModel
+
+_STATE = re.compile(r"([LG])\['([^']+)'\](?=\._(?:modules|parameters|buffers)\[)")
+_NAMED = re.compile(r"L\['(?:[^']+'\]\[')?(\w+)'\]")
+_PLACED = re.compile(r"L\['[^']+'\]\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """``inputs``: names of the forward's arguments to places among the graph's; ``state``: places of parameters and buffers."""
+
+    module: nn.Module
+    inputs: dict[str, int]
+    state: tuple[int, ...]
+
+
+def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
+    """The frame that Dynamo is compiling. Raises UnsupportedModel for a graph that is not of one module's forward, or that reads
+    what is not an argument of it, such as the caller's cache."""
+    inputs: list[str] = []
+    places: list[int] = []
+    state: list[int] = []
+    roots: set[tuple[str, str]] = set()
+    nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for place, (node, value) in enumerate(zip(nodes, example, strict=True)):
+        if not isinstance(value, Tensor):
+            continue  # a size: Dynamo passes those that vary beside the tensors
+        source = _source(node)
+        if found := _STATE.match(source):
+            roots.add((found[1], found[2]))
+            state.append(place)
+        else:
+            inputs.append(source)
+            places.append(place)
+    if len(roots) != 1:
+        raise UnsupportedModel(f"the graph reads weights of {len(roots)} modules; expected those of one module's forward")
+    module = _object(*roots.pop())
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModel(f"its weights belong to a {type(module).__name__}; expected a torch.nn.Module")
+    return Frame(module, dict(zip((_argument(s, module) for s in inputs), places, strict=True)), tuple(state))
+
+
+def _source(node: fx.Node) -> str:
+    """Where the value of a placeholder comes from, as Dynamo writes it: ``L['self']._modules['head']._parameters['weight']``."""
+    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", node.name)
+    return str(name() if callable(name) else name)
+
+
+def _object(scope: str, name: str) -> Any:
+    """The local or global variable of the frame that is being compiled, which the graph itself does not hold."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    root: Any = InstructionTranslator.current_tx().output.root_tx
+    return (root.f_locals if scope == "L" else root.f_globals).get(name)
+
+
+def _argument(source: str, module: nn.Module) -> str:
+    """The name of the forward's argument that comes from there."""
+    known = list(inspect.signature(_forward(module)).parameters)
+    if (named := _NAMED.fullmatch(source)) and named[1] in known:
+        return named[1]
+    if (placed := _PLACED.fullmatch(source)) and int(placed[1]) < len(known):
+        return known[int(placed[1])]
+    raise UnsupportedModel(f"the graph reads {source}, which is no argument of {type(module).__name__}'s forward")
+
+
+def _forward(module: nn.Module) -> Any:
+    """The forward of the class: that of the object may be compiled already (``m.forward = torch.compile(m.forward)``)."""
+    return type(module).forward.__get__(module)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module with the forward of its class, sharing all else."""
+    if "forward" not in module.__dict__:
+        return module
+    found = module.__new__(type(module))
+    found.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"}
+    return found
+
+
+def ungraded(module: nn.Module, example: Sequence[Any]) -> str | None:
+    """Why the call is not inference, None if it is."""
+    if any(m.training for m in module.modules()):
+        return f"{type(module).__name__} is in training mode (model.eval() ends it)"
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example):
+        return "gradients are asked for (torch.no_grad() or torch.inference_mode() ends that)"
+    return None
