@@ -37,8 +37,8 @@ def appended(store: KVStore, tokens: Tokens, k: torch.Tensor, v: torch.Tensor, f
     )  # fmt: skip
     if not tokens.drafted:
         advance[(1,)](
-            store.len["k"], store.len["v"], index.get("count"), at["start"], store.rows, LISTS=store.pos.shape[1], RING=ring,
-            slots=store.segments[0].slots, BLOCK=16,
+            store.len["k"], store.len["v"], index.get("count"), at["start"], store.rows, store.segments[0].slots,
+            LISTS=store.pos.shape[1], RING=ring, COUNTS=False, BLOCK=16,
         )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def moved(store: KVStore, source: torch.Tensor, target: torch.Tensor, frm: int, 
     move[(source.shape[-1], store.rows * type.heads)](
         to[0], to[1], to[2], to[3], store.pos, other[0], other[1], other[2], other[3], pos, source, target, source.shape[-1],
         blocks(store) * 16, blocks(store, frm) * 16, store.pos.shape[2], pos.shape[-1],
-        H=type.heads, D=48, DV=48, DP=64, DVP=64, LISTS=store.pos.shape[1], FROM_LISTS=1 if frm else store.pos.shape[1],
+        H=type.heads, D=48, DV=48, DP=64, DVP=64, LISTS=store.pos.shape[1], FROM_LISTS=1 if frm else store.pos.shape[1], SHARED=False,
         GROUPS_K=scales, GROUPS_V=scales, GP=4, AFTER=after,
     )  # fmt: skip
 
@@ -145,8 +145,7 @@ def test_a_greedy_round_on_the_device(encoding: Float | Int) -> None:
     assert max(map(len, paths)) > 2 and bool((path == -1).any())
     stores[0].commit(paths)
     moved(stores[1], path[:, None], stores[1].len["k"][0], len(stores[1].segments) - 1, True)
-    starts = torch.cat((accepted.new_zeros(1), accepted.cumsum(0)))
-    advance[(1,)](stores[1].len["k"], stores[1].len["v"], None, starts, 3, LISTS=1, RING=False, slots=0, BLOCK=16)
+    advance[(1,)](stores[1].len["k"], stores[1].len["v"], None, accepted, 3, 0, LISTS=1, RING=False, COUNTS=True, BLOCK=16)
     stores[1].index["node_live"].zero_()
     assert same(*stores)
 

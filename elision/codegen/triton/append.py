@@ -76,12 +76,17 @@ def _nearest(x):
 
 
 @triton.jit
-def advance(length, other, written, start, rows, LISTS: tl.constexpr, RING: tl.constexpr, slots, BLOCK: tl.constexpr):
-    """Count the committed tokens of a call, of which sequence b has ``start[b] .. start[b + 1]``, in both lengths of its lists."""
-    at = tl.arange(0, BLOCK)
+def advance(
+    length, other, written, start, rows, slots, LISTS: tl.constexpr, RING: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Count the committed tokens of a call, of which sequence b has ``start[b] .. start[b + 1]`` (or, if ``COUNTS``, ``start[b]``), in
+    both lengths of its lists; program (run of ``BLOCK`` lists)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = at // LISTS
     inside = at < rows * LISTS
-    count = tl.load(start + b + 1, mask=inside, other=0) - tl.load(start + b, mask=inside, other=0)
+    count = tl.load(start + b, mask=inside, other=0)
+    if not COUNTS:
+        count = tl.load(start + b + 1, mask=inside, other=0) - count
     if RING:
         ever = tl.load(written + b, mask=inside, other=0) + count
         new = tl.minimum(ever, slots)

@@ -55,3 +55,17 @@ def walk(path, accepted, next, ids, best, parent, start, NODES: tl.constexpr):
     tl.store(path + row * NODES + node, found)
     tl.store(accepted + row, length)
     tl.store(next + row, answer)
+
+
+@triton.jit
+def follow(ids, pos, row, best, tokens, length, count, most, BLOCK: tl.constexpr):
+    """A step of plain decoding has been done: the best token of each sequence is its next one. ``tokens i64[sequences, most]`` takes
+    the token at ``length i64[sequences]``, which is counted; program (run of ``BLOCK`` tokens)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    token, b = tl.load(best + at, mask=inside, other=0), tl.load(row + at, mask=inside, other=0)
+    n = tl.load(length + b, mask=inside, other=0)
+    tl.store(tokens + b * most + n, token, mask=inside & (n < most))
+    tl.store(length + b, n + 1, mask=inside)
+    tl.store(ids + at, token, mask=inside)
+    tl.store(pos + at, tl.load(pos + at, mask=inside, other=0) + 1, mask=inside)
