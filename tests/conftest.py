@@ -1,5 +1,6 @@
-"""Settings of every test: the hypothesis profile, by the environment variable HYPOTHESIS_PROFILE (``ci`` or ``nightly``); and Triton's
-interpreter, which has to be chosen before anything imports triton (what is compiled ahead of time is compiled in a process of its own).
+"""Settings of every test: the hypothesis profile, by the environment variable HYPOTHESIS_PROFILE (``ci`` or ``nightly``); and
+Triton's interpreter, which has to be chosen before anything imports triton (what is compiled ahead of time is compiled in a
+process of its own).
 """
 
 from __future__ import annotations

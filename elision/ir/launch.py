@@ -1,7 +1,7 @@
 """What a GPU runs: kernels with everything fixed, their machine code by target, and schedules of launches.
 
-A schedule is as on the CPU (`elision.ir.schedule`), one for each entry and class of shapes, and its rows are launches in the order of
-one stream. The first operand of a row is its grid, the others are the parameters of its kernel, in order. Operand kinds:
+A schedule is as on the CPU (`elision.ir.schedule`), one for each entry and class of shapes, and its rows are launches in the
+order of one stream. The first operand of a row is its grid, the others are the parameters of its kernel, in order. Operand kinds:
 
     ("grid", (a, b, c))        sizes: a number, or ("tokens", axis, per): programs for the tokens of an axis, ``per`` each;
                                ("longest", axis, per): for the sequence with most tokens; ("rows", n): n for each sequence;
@@ -27,8 +27,9 @@ from elision.ir.schedule import Schedule
 
 @dataclass(frozen=True)
 class Kernel:
-    """A template with its constants. ``types``: of its parameters in order, as Triton writes them (``*bf16``, ``i32``, ``fp32``), with
-    ``:16`` where a multiple of 16 is promised. A constant is a number, text, None, a list, or ``{"expression": text, "operands": n}``."""
+    """A template with its constants. ``types``: of its parameters in order, as Triton writes them (``*bf16``, ``i32``,
+    ``fp32``), with ``:16`` where a multiple of 16 is promised. A constant is a number, text, None, a list, or ``{"expression":
+    text, "operands": n}``."""
 
     template: str
     types: Mapping[str, str]
@@ -39,8 +40,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Binary:
-    """Machine code of a kernel. ``threads`` of a program; ``shared``: bytes of shared memory that a launch asks for. ``registers``, and
-    bytes that threads keep in memory instead: ``spills`` (stores and loads), ``stack``; -1: not known."""
+    """Machine code of a kernel. ``threads`` of a program; ``shared``: bytes of shared memory that a launch asks for.
+    ``registers``, and bytes that threads keep in memory instead: ``spills`` (stores and loads), ``stack``; -1: not known."""
 
     symbol: str
     code: bytes

@@ -21,7 +21,8 @@ from elision.ir.weights import Blocks, Int4, Int8, WeightEncoding
 
 @dataclass(frozen=True)
 class PlaneForm:
-    """``name``: how codes are read; ``group``: codes that share a scale; ``numbers``: fp16 numbers before the codes of a block."""
+    """``name``: how codes are read; ``group``: codes that share a scale; ``numbers``: fp16 numbers before the codes of a
+    block."""
 
     name: str
     group: int = 1

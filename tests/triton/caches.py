@@ -19,7 +19,8 @@ from elision.ir.tree import Tree, pack
 NODES = 64
 
 
-def kv(heads: int, dim: int, vdim: int, encoding: Float | Int, slots: Slots = Dense(), **more: Any) -> KV:
+def kv(heads: int, dim: int, vdim: int, encoding: Float | Int, slots: Slots | None = None, **more: Any) -> KV:
+    slots = slots or Dense()
     segments = (Segment(slots, encoding, encoding), Segment(Scratch(NODES), encoding, encoding))
     return KV(heads, dim, vdim, segments, **more)
 
@@ -39,9 +40,7 @@ def fill(store: KVStore, lengths: list[int], starts: list[int] | None = None, se
 def trees(seed: int, counts: list[int], positions: list[int]) -> Tokens:
     """A random tree of so many nodes below each sequence."""
     choice = torch.Generator().manual_seed(seed)
-    found = [
-        Tree((-1, *(int(torch.randint(0, i, (1,), generator=choice)) for i in range(1, n)))) for n in counts
-    ]
+    found = [Tree((-1, *(int(torch.randint(0, i, (1,), generator=choice)) for i in range(1, n)))) for n in counts]
     row, pos, parent, anc = pack(found, positions)
     return Tokens(row, pos, len(counts), parent, anc)
 
@@ -50,7 +49,11 @@ def axis(tokens: Tokens) -> dict[str, torch.Tensor]:
     """The arrays of a token axis that kernels read."""
     counts = torch.bincount(tokens.row, minlength=tokens.rows)
     found = {"row": tokens.row, "pos": tokens.pos, "start": torch.cat((counts.new_zeros(1), counts.cumsum(0)))}
-    ahead = tokens.ahead if tokens.ahead is not None else counts[tokens.row] - 1 - (torch.arange(len(tokens)) - found["start"][tokens.row])
+    ahead = (
+        tokens.ahead
+        if tokens.ahead is not None
+        else counts[tokens.row] - 1 - (torch.arange(len(tokens)) - found["start"][tokens.row])
+    )
     found["ahead"] = ahead
     if tokens.anc is not None:
         assert tokens.parent is not None
@@ -73,8 +76,9 @@ def blocks(store: KVStore, segment: int = 0) -> int:
 
 
 def attention(
-    q: torch.Tensor, store: KVStore, tokens: Tokens, mask: Mask, scale: float, softcap: float = 0.0, sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None, *, splits: int = 1, pending: bool = False, kept: torch.Tensor | None = None, bm: int = 16,
+    q: torch.Tensor, store: KVStore, tokens: Tokens, mask: Mask, scale: float, softcap: float = 0.0,
+    sinks: torch.Tensor | None = None, slopes: torch.Tensor | None = None, *,
+    splits: int = 1, pending: bool = False, kept: torch.Tensor | None = None, bm: int = 16,
     ordered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The output and the log-sum-exp by kernels."""
@@ -99,11 +103,21 @@ def attention(
         scale, softcap, mask.size, mask.sinks, slots.window if ring else 0, slots.sinks if ring else 0,
         H=type.heads, G=group_, GP=gp, D=type.dim, DV=type.vdim, DP=max(16, triton.next_power_of_2(type.dim)), DVP=dvp,
         LISTS=store.pos.shape[1], GROUP_K=group(type.main[-1].k), GROUP_V=group(type.main[-1].v), MASK=mask.kind,
-        SOFTCAP=softcap > 0, SLOPES=slopes is not None, SINKS=sinks is not None, RING=ring, DRAFTED=tokens.drafted, PENDING=pending,
-        ORDERED=ordered, NODES=NODES, SPLITS=splits, LSE=True, KEPT=kept is not None, BM=bm, BN=16,
+        SOFTCAP=softcap > 0, SLOPES=slopes is not None, SINKS=sinks is not None, RING=ring, DRAFTED=tokens.drafted,
+        PENDING=pending, ORDERED=ordered, NODES=NODES, SPLITS=splits, LSE=True, KEPT=kept is not None, BM=bm, BN=16,
     )  # fmt: skip
     if splits > 1:
         combine[(len(tokens), heads)](
-            out, lse, part, sinks, len(tokens), HEADS=heads, DV=type.vdim, DVP=dvp, SPLITS=splits, SINKS=sinks is not None, LSE=True
+            out,
+            lse,
+            part,
+            sinks,
+            len(tokens),
+            HEADS=heads,
+            DV=type.vdim,
+            DVP=dvp,
+            SPLITS=splits,
+            SINKS=sinks is not None,
+            LSE=True,
         )
     return out, lse

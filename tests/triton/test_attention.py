@@ -57,7 +57,9 @@ def test_decoding_of_every_encoding(encoding: Float | Int, splits: int) -> None:
         q = queries(4, 9, 48, dtype)
         out, lse = meaning(q.float(), store, tokens, Mask(), 0.2, results=("lse",))
         found, norm = attention(q, store, tokens, Mask(), 0.2, splits=splits)
-        assert near(found, out, 2e-2 if dtype == torch.bfloat16 else 1e-5) and near(norm, lse, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+        assert near(found, out, 2e-2 if dtype == torch.bfloat16 else 1e-5) and near(
+            norm, lse, 1e-2 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 @settings(max_examples=12)
@@ -123,7 +125,17 @@ def test_a_ring_and_heads_that_keep_their_own_entries() -> None:
     assert near(attention(q, own, tokens, Mask(), 0.5, splits=2)[0], meaning(q, own, tokens, Mask(), 0.5)[0])
 
 
-def scored(type: KV, q: torch.Tensor, store: KVStore, tokens: Tokens, lse: torch.Tensor, score: torch.Tensor, mask: Mask, last: int, add: bool) -> None:
+def scored(
+    type: KV,
+    q: torch.Tensor,
+    store: KVStore,
+    tokens: Tokens,
+    lse: torch.Tensor,
+    score: torch.Tensor,
+    mask: Mask,
+    last: int,
+    add: bool,
+) -> None:
     at, g = axis(tokens), q.shape[1] // type.heads
     k, _, ks, _ = arrays(store, 0)
     decay = type.scores.decay if type.scores is not None else 1.0

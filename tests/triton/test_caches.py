@@ -49,7 +49,11 @@ def same(a: KVStore, b: KVStore, codes: int = 0) -> bool:
         for what in "kv":
             for name, x in s.planes[what].arrays.items():
                 y = t.planes[what].arrays[name]
-                ok &= bool(((x.int() - y.int()).abs() <= codes).all()) if x.dtype == torch.int8 else torch.allclose(x.float(), y.float(), 1e-5 if x.dtype == torch.float32 else 1e-2, 1e-5)
+                ok &= (
+                    bool(((x.int() - y.int()).abs() <= codes).all())
+                    if x.dtype == torch.int8
+                    else torch.allclose(x.float(), y.float(), 1e-5 if x.dtype == torch.float32 else 1e-2, 1e-5)
+                )
     return ok
 
 
@@ -91,8 +95,8 @@ def moved(store: KVStore, source: torch.Tensor, target: torch.Tensor, frm: int, 
     move[(source.shape[-1], store.rows * type.heads)](
         to[0], to[1], to[2], to[3], store.pos, other[0], other[1], other[2], other[3], pos, source, target, source.shape[-1],
         blocks(store) * 16, blocks(store, frm) * 16, store.pos.shape[2], pos.shape[-1],
-        H=type.heads, D=48, DV=48, DP=64, DVP=64, LISTS=store.pos.shape[1], FROM_LISTS=1 if frm else store.pos.shape[1], SHARED=False,
-        GROUPS_K=scales, GROUPS_V=scales, GP=4, AFTER=after,
+        H=type.heads, D=48, DV=48, DP=64, DVP=64, LISTS=store.pos.shape[1],
+        FROM_LISTS=1 if frm else store.pos.shape[1], SHARED=False, GROUPS_K=scales, GROUPS_V=scales, GP=4, AFTER=after,
     )  # fmt: skip
 
 
@@ -136,7 +140,9 @@ def test_a_greedy_round_on_the_device(encoding: Float | Int) -> None:
         own = tokens.of_row(b)
         logits = torch.nn.functional.one_hot(best[own], 3).float()
         assert tokens.parent is not None
-        path, token = RULES["greedy"](ids[own], tokens.parent[own].tolist(), 0, logits, torch.zeros(0, dtype=torch.int64), Request(), None)
+        path, token = RULES["greedy"](
+            ids[own], tokens.parent[own].tolist(), 0, logits, torch.zeros(0, dtype=torch.int64), Request(), None
+        )
         paths.append(path)
         following.append(token)
     path, accepted, next = torch.full((3, NODES), -7), torch.full((3,), -7), torch.full((3,), -7)
@@ -151,7 +157,11 @@ def test_a_greedy_round_on_the_device(encoding: Float | Int) -> None:
 
 
 def test_a_sequence_that_is_not_in_the_call_has_no_path() -> None:
-    path, accepted, next = torch.zeros(2, NODES, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    path, accepted, next = (
+        torch.zeros(2, NODES, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64),
+    )
     one = torch.zeros(1, dtype=torch.int64)
     walk[(2,)](path, accepted, next, one, one + 5, one - 1, torch.tensor([0, 0, 1]), NODES=NODES)
     assert accepted.tolist() == [0, 1] and next.tolist() == [-1, 5] and path[0].tolist() == [-1] * NODES

@@ -14,7 +14,18 @@ from elision.ir.planes import plane_form, planes
 from elision.ir.planes import stored as unpacked
 from elision.ir.weights import weight_encoding
 
-FORMATS = ["int8(group=32)", "int8(group=16)", "int8(group=row)", "int4(group=32)", "int4(group=16)", "Q8_0", "Q4_0", "Q4_1", "BF16", "F16"]
+FORMATS = [
+    "int8(group=32)",
+    "int8(group=16)",
+    "int8(group=row)",
+    "int4(group=32)",
+    "int4(group=16)",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "BF16",
+    "F16",
+]
 K = 96
 
 
@@ -55,7 +66,12 @@ def products(x: torch.Tensor, formats: list[str], n: int, expr: str, extras: dic
     if gain is not None:
         wide = norm(wide, gain.double(), kind="rms", eps=1e-5, offset=1.0)
     given = [wide @ w.T for w in (w0, w1) if w is not None]
-    filled = [*given, *([wide.new_zeros(())] * (2 - len(given))), *(e.double() for e in extras.values()), *([wide.new_zeros(())] * 2)]
+    filled = [
+        *given,
+        *([wide.new_zeros(())] * (2 - len(given))),
+        *(e.double() for e in extras.values()),
+        *([wide.new_zeros(())] * 2),
+    ]
     expected = scalar.compiled(scalar.canonical(expr))(*filled[:4])
     return y.double(), expected
 
@@ -77,12 +93,26 @@ def test_norm_and_epilogue(dtype: torch.dtype, many: bool) -> None:
     x, residual, bias = (torch.randn(*s, generator=seed).to(dtype) for s in ((t, K), (t, n), (n,)))
     gain = (torch.randn(K, generator=seed) * 0.1).to(dtype)
     extras = {"tokens": residual, "row": bias}
-    found, expected = products(x, ["bf16" if dtype != torch.float16 else "f16", "Q4_1"], n, "silu(x0) * x1 + x2 - x3", extras, gain, many)
+    found, expected = products(
+        x, ["bf16" if dtype != torch.float16 else "f16", "Q4_1"], n, "silu(x0) * x1 + x2 - x3", extras, gain, many
+    )
     near = {torch.float32: 1e-5, torch.bfloat16: 3e-2 if many else 1e-5, torch.float16: 5e-3 if many else 1e-5}[dtype]
     assert torch.allclose(found, expected, rtol=near, atol=near * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("text", ["gelu(x0)", "gelu_tanh(x0)", "relu(x0) ** 2", "30.0 * tanh(x0 / 30.0)", "softplus(x0)", "x0 * sigmoid(1.702 * x0)", "minimum(x0, 0.5)", "where(x0 > 0, x0, 0.1 * x0)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gelu(x0)",
+        "gelu_tanh(x0)",
+        "relu(x0) ** 2",
+        "30.0 * tanh(x0 / 30.0)",
+        "softplus(x0)",
+        "x0 * sigmoid(1.702 * x0)",
+        "minimum(x0, 0.5)",
+        "where(x0 > 0, x0, 0.1 * x0)",
+    ],
+)
 def test_expressions(text: str) -> None:
     x = torch.randn(2, K, generator=torch.Generator().manual_seed(7))
     found, expected = products(x, ["f32"], 16, text, {}, None, False)

@@ -51,7 +51,9 @@ def test_prompts_then_decoding(family: str, passes: tuple[str, ...], dtype: str,
     logits = decoder.prefill(PROMPTS)
     for prompt, found in zip(PROMPTS, logits, strict=True):
         expected = model(torch.tensor([prompt]))["logits"][0, -1]  # which rounds nothing to bytes
-        assert "int8" in str(passes) or torch.allclose(found.float(), expected.float(), *([1e-3, 1e-3] if dtype == "float32" else [5e-2, 5e-2]))
+        assert "int8" in str(passes) or torch.allclose(
+            found.float(), expected.float(), *([1e-3, 1e-3] if dtype == "float32" else [5e-2, 5e-2])
+        )
     if dtype != "float32":
         return
     found = decoder.decode(4)
@@ -83,13 +85,17 @@ def test_rounds_of_drafts_give_the_tokens_of_plain_decoding() -> None:
         ids = []
         for row, tree in enumerate(trees):
             right = plain[row][len(found[row]) - 1 :]
-            ids.append([right[0], 39 - right[1], right[1], right[2], right[2], 39 - right[3]] if row == 0 else [right[0], 39 - right[1]])
+            ids.append(
+                [right[0], 39 - right[1], right[1], right[2], right[2], 39 - right[3]] if row == 0 else [right[0], 39 - right[1]]
+            )
             assert len(ids[-1]) == len(tree.parent)
         for row, tokens in enumerate(decoder.verify(trees, ids)):
             accepted += len(tokens) - 1
             found[row] += tokens
     assert accepted == 6 and all(f == p[: len(f)] for f, p in zip(found, plain, strict=True))
-    assert decoder.caches["kv_0"].read("len_k")[0, :, 0].tolist() == [len(p) + len(f) - 1 for p, f in zip(PROMPTS, found, strict=True)]
+    assert decoder.caches["kv_0"].read("len_k")[0, :, 0].tolist() == [
+        len(p) + len(f) - 1 for p, f in zip(PROMPTS, found, strict=True)
+    ]
 
 
 def test_what_has_no_kernel_is_refused_by_name() -> None:

@@ -71,7 +71,9 @@ def test_map_broadcasts(text: str) -> None:
     assert torch.allclose(y, dense.map_(x, per_head, per_channel, expr=text), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind,biased,renormalise", [("softmax", False, True), ("softmax", False, False), ("sigmoid", True, True)])
+@pytest.mark.parametrize(
+    "kind,biased,renormalise", [("softmax", False, True), ("softmax", False, False), ("sigmoid", True, True)]
+)
 def test_route(kind: str, biased: bool, renormalise: bool) -> None:
     x = randn(6, 11)
     x[0, 3:6] = 5.0  # equal ones: the first counts
@@ -79,7 +81,18 @@ def test_route(kind: str, biased: bool, renormalise: bool) -> None:
     expected = moe.route(x, *bias, k=3, kind=kind, renormalise=renormalise, eps=1e-6, scale=2.5)
     weights, index = torch.full((6, 3), torch.nan), torch.zeros(6, 3, dtype=torch.int64)
     route[(6,)](
-        weights, index, x, bias[0] if bias else None, 1e-6, 2.5, N=11, NP=16, K=3, KIND=kind, RENORMALISE=renormalise, BIASED=biased
+        weights,
+        index,
+        x,
+        bias[0] if bias else None,
+        1e-6,
+        2.5,
+        N=11,
+        NP=16,
+        K=3,
+        KIND=kind,
+        RENORMALISE=renormalise,
+        BIASED=biased,
     )
     assert torch.equal(index, expected[1]) and torch.allclose(weights, expected[0], rtol=1e-5)
 
@@ -95,7 +108,8 @@ def test_experts(weighted: str) -> None:
         EXPR=expression("silu(x0) * x1", 2), **fixed,
     )  # fmt: skip
     expert_gemv[(2, 8)](
-        parts, h, gate, index, down, None, None, N=32, K=24, SHARED=False, WEIGHTED=False, PARTS=1, EXPR=expression("x0", 2), **fixed,
+        parts, h, gate, index, down, None, None, N=32, K=24, SHARED=False, WEIGHTED=False, PARTS=1, EXPR=expression("x0", 2),
+        **fixed,
     )  # fmt: skip
     mixed[(4, 2)](y, parts, gate, N=32, PICKED=2, WEIGHTED=weighted == "output", BN=16)
     assert torch.allclose(y, moe.experts(x, gate, index, up, down, expr="silu(x0) * x1", weighted=weighted), rtol=1e-4, atol=1e-4)

@@ -56,7 +56,8 @@ def append(
 
 @triton.jit
 def _store(where, scale, x, stays, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr):
-    """Encode the row ``x [DP]``: rounded to nearest, ties to even, by the largest magnitude of each group (`elision.ir.encoding`)."""
+    """Encode the row ``x [DP]``: rounded to nearest, ties to even, by the largest magnitude of each group
+    (`elision.ir.encoding`)."""
     inside = (tl.arange(0, DP) < D) & stays
     if GROUP > 0:
         each: tl.constexpr = triton.next_power_of_2(GROUP) if D == GROUP else GROUP
@@ -79,8 +80,8 @@ def _nearest(x):
 def advance(
     length, other, written, start, rows, slots, LISTS: tl.constexpr, RING: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Count the committed tokens of a call, of which sequence b has ``start[b] .. start[b + 1]`` (or, if ``COUNTS``, ``start[b]``), in
-    both lengths of its lists; program (run of ``BLOCK`` lists)."""
+    """Count the committed tokens of a call, of which sequence b has ``start[b] .. start[b + 1]`` (or, if ``COUNTS``,
+    ``start[b]``), in both lengths of its lists; program (run of ``BLOCK`` lists)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = at // LISTS
     inside = at < rows * LISTS

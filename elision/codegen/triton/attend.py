@@ -1,8 +1,9 @@
-"""Attention over a cache, for prompts and for decoding: flash attention (Dao et al. 2022) of some queries over a part of the entries.
+"""Attention over a cache, for prompts and for decoding: flash attention (Dao et al. 2022) of some queries over a part of the
+entries.
 
-A program has ``BM`` rows, ``BM / GP`` tokens of one sequence times the query heads of one cache head, so keys and values are read once
-for the group. ``SPLITS`` programs share the entries of a sequence (flash decoding); their parts meet in `combine`. Drafted tokens
-also see nodes in Scratch, by their ancestor bits, in the last split. Positions decide what is seen, never places.
+A program has ``BM`` rows, ``BM / GP`` tokens of one sequence times the query heads of one cache head, so keys and values are
+read once for the group. ``SPLITS`` programs share the entries of a sequence (flash decoding); their parts meet in `combine`.
+Drafted tokens also see nodes in Scratch, by their ancestor bits, in the last split. Positions decide what is seen, never places.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ def attend(
 ):  # fmt: skip
     """Program (split, tile of tokens, sequence * H + cache head).
 
-    ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; with splits ``part f32[SPLITS, tokens, H G, DVP + 2]`` instead: sums,
-    then the largest logit and the sum of the weights. ``kept f32[tokens, H G, entries]`` if ``KEPT``: the logits, for scores.
-    ``PENDING``: the tokens of the call are appended but not counted in ``length [sequences, LISTS]``. ``ORDERED``: entry i is at
-    position i. ``RING``: entries are seen for ``ring`` positions only.
+    ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; with splits ``part f32[SPLITS, tokens, H G, DVP + 2]`` instead:
+    sums, then the largest logit and the sum of the weights. ``kept f32[tokens, H G, entries]`` if ``KEPT``: the logits, for
+    scores. ``PENDING``: the tokens of the call are appended but not counted in ``length [sequences, LISTS]``. ``ORDERED``:
+    entry i is at position i. ``RING``: entries are seen for ``ring`` positions only.
     """
     TYPE: tl.constexpr = q.dtype.element_ty
     split = tl.program_id(0)

@@ -81,7 +81,8 @@ def append(to: Launches, value: Value) -> None:
         **planes_of(name, state, "draft_" if drafted else ""),
         **{f"{n}": cache(name, state, n) if drafted else None for n in ("node_pos", "node_live")},
         "entry_pos": cache(name, state, "pos"), "length": cache(name, state, "len_k"),
-        "written": cache(name, state, "count") if ring else None, "blocks": size(name, "blocks"), "entries": size(name, "entries"),
+        "written": cache(name, state, "count") if ring else None, "blocks": size(name, "blocks"),
+        "entries": size(name, "entries"),
         "sinks": integer(slots.sinks if isinstance(slots, Ring) else 0), "turns": size(name, "turns"),
     }  # fmt: skip
     fixed = fixed_sizes(state) | dict(
@@ -121,7 +122,8 @@ def attend(to: Launches, value: Value) -> None:
     out = to.new(value)
     sinks = plain(named["sinks"]) if "sinks" in named else None
     shared: dict[str, Arg | None] = {
-        "out": to.tensor(value)[0], "lse": piece(lse) if lse is not None else None, "part": piece(part) if part is not None else None,
+        "out": to.tensor(value)[0], "lse": piece(lse) if lse is not None else None,
+        "part": piece(part) if part is not None else None,
         "sinks": sinks, "tokens": count(tokens),
     }  # fmt: skip
     only = {"tokens"} if splits == 1 else {"out", "lse", "sinks"}
@@ -145,7 +147,7 @@ def attend(to: Launches, value: Value) -> None:
         SINKS=sinks is not None and splits == 1, RING=ring, DRAFTED=drafted, PENDING=not drafted, ORDERED=ordered,
         NODES=nodes(state) or LANES, SPLITS=splits, LSE=observed and splits == 1, KEPT=False, BM=tile.m, BN=tile.n,
     )  # fmt: skip
-    grid = (splits, ("longest", tokens, tile.m // power(per)), ("rows", state.heads))
+    grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // power(per)), ("rows", state.heads))
     writes = [out.buffer] if part is None else [part]
     if lse is not None and part is None:
         writes.append(lse)
@@ -165,7 +167,9 @@ def observe(to: Launches, value: Value) -> None:
     plan, state, mask = to.plan, cached.type, _mask(value)
     assert isinstance(state, KV) and state.scores is not None
     named = dict(zip(value.attr("extras") or (), extra, strict=True))
-    need(q in to.lse and state.scores.gumbel is None and "sinks" not in named, "scores without the attention before them, or noisy")
+    need(
+        q in to.lse and state.scores.gumbel is None and "sinks" not in named, "scores without the attention before them, or noisy"
+    )
     readable(state)
     plan.follow(value, cached)
     name, tokens = plan.state(value), plan.axis(q)

@@ -33,7 +33,8 @@ def walk(path, accepted, next, ids, best, parent, start, NODES: tl.constexpr):
     """Greedy verification: from the root, while a node has a child that holds its best token (of equal children the first).
 
     ``path i64[sequences, NODES]``: the accepted nodes, the root first, then -1; ``accepted i64[sequences]``: how many; ``next``:
-    the token after them, -1 for a sequence that is not in the call. ``ids``, ``best``, ``parent [tokens]``; program (sequence)."""
+    the token after them, -1 for a sequence that is not in the call. ``ids``, ``best``, ``parent [tokens]``; program
+    (sequence)."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(start + row)
     count = tl.load(start + row + 1) - begin
@@ -59,8 +60,8 @@ def walk(path, accepted, next, ids, best, parent, start, NODES: tl.constexpr):
 
 @triton.jit
 def follow(ids, pos, row, best, tokens, length, count, most, BLOCK: tl.constexpr):
-    """A step of plain decoding has been done: the best token of each sequence is its next one. ``tokens i64[sequences, most]`` takes
-    the token at ``length i64[sequences]``, which is counted; program (run of ``BLOCK`` tokens)."""
+    """A step of plain decoding has been done: the best token of each sequence is its next one. ``tokens i64[sequences, most]``
+    takes the token at ``length i64[sequences]``, which is counted; program (run of ``BLOCK`` tokens)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     token, b = tl.load(best + at, mask=inside, other=0), tl.load(row + at, mask=inside, other=0)

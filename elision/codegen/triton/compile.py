@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from elision.codegen import views
 from elision.codegen.planner import Planner
@@ -61,7 +62,7 @@ def _end(to: Launches) -> None:
 
 def _commit(kernels: Kernels, states: dict[str, KV]) -> abi.Schedule:
     plan = Planner(Graph("commit", (), (), (), {}), True, lambda name: [])
-    round_rules.commit(to := Launches(kernels, plan, "many"), states)
+    round_rules.commit(Launches(kernels, plan, "many"), states)
     found = plan.plan([], lambda *_: None)
     found.states = list(states)
     return found
@@ -82,7 +83,7 @@ def _map(to: Launches, value: Value) -> None:
 
 
 #: The rule of an op, and the attributes that it knows.
-_RULES = {
+_RULES: dict[str, tuple[Any, ...]] = {
     "embed": (dense_rules.embed,),
     "restrict": (dense_rules.restrict,),
     "expand": (partial(dense_rules.pointwise, expr="x0"), "shape"),

@@ -1,7 +1,7 @@
 """How kernels are cut into programs: a small table instead of searching at first use.
 
-Chosen by what the hardware asks for, not measured: enough programs for 132 processors, reads of 16 bytes by a thread, tiles that leave
-registers and shared memory (64 KB on gfx942) for more than one program.
+Chosen by what the hardware asks for, not measured: enough programs for 132 processors, reads of 16 bytes by a thread, tiles
+that leave registers and shared memory (64 KB on gfx942) for more than one program.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The launches of dense ops: products with the norm before and the expression after them, and what looks at one token at a time."""
+"""The launches of dense ops: products with the norm before and the expression after them, and what looks at one token at a
+time."""
 
 from __future__ import annotations
 
@@ -80,7 +81,12 @@ def norm(to: Launches, value: Value) -> None:
     attrs = dict(value.attrs)
     users = to.users[value]
     one = len(weights) == 1 and weights[0].op == "param" and len(weights[0].tensor.axes) == 1 and len(x.tensor.features) == 1
-    if attrs["kind"] == "rms" and one and users and all(u.op == "linear" and u.args[0] is value and not u.attr("a8", 0) for u in users):
+    if (
+        attrs["kind"] == "rms"
+        and one
+        and users
+        and all(u.op == "linear" and u.args[0] is value and not u.attr("a8", 0) for u in users)
+    ):
         to.whole(x)
         to.plan.tables[value] = to.plan.ref(x)
         return
@@ -109,7 +115,11 @@ def embed(to: Launches, value: Value) -> None:
     codes = k // 2 if form.startswith("nibbles") else k
     out = to.new(value)
     block = min(1024, power(codes))
-    args = {"y": to.tensor(value)[0], "ids": axis(to.plan.axis(value), "pos") if ids.op == "positions" else to.whole(ids), **dict(zip("wdm", planes, strict=True))}
+    args = {
+        "y": to.tensor(value)[0],
+        "ids": axis(to.plan.axis(value), "pos") if ids.op == "positions" else to.whole(ids),
+        **dict(zip("wdm", planes, strict=True)),
+    }
     grid = (("tokens", to.plan.axis(value), 1), -(-codes // block))
     to.launch("embed", grid, args, dict(K=k, FORMAT=form, G=group, BK=block), writes=[out.buffer])
 
@@ -157,7 +167,9 @@ def pointwise(to: Launches, value: Value, expr: str) -> None:
             continue
         given = value.args[i]
         own = [d for d in given.tensor.features if isinstance(d, int)] if given.op != "param" else list(given.tensor.sizes)
-        args |= dict(zip((f"x{i}", f"s{i}"), (plain(given), integer(0)) if given.op == "param" else to.tensor(given), strict=True))
+        args |= dict(
+            zip((f"x{i}", f"s{i}"), (plain(given), integer(0)) if given.op == "param" else to.tensor(given), strict=True)
+        )
         kinds.append(_kind(own, sizes, outer, width))
     out = to.new(value)
     args["y"] = to.tensor(value)[0]

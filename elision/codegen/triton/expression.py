@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import linecache
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import triton
@@ -20,7 +20,7 @@ from elision.ir.expr import parse
 OPERANDS = 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def expression(text: str, operands: int = OPERANDS) -> Any:
     """A Triton function of ``x0 .. x(operands - 1)``, float32."""
     body = ast.unparse(_Calls().visit(ast.parse(ast.unparse(parse(text)), mode="eval")))
@@ -48,5 +48,7 @@ class _Calls(ast.NodeTransformer):
 
 
 def _call(name: str, args: list[ast.expr]) -> ast.Call:
-    function = ast.Attribute(ast.Name("functions", ast.Load()), f"{name}_" if hasattr(functions, f"{name}_") else name, ast.Load())
+    function = ast.Attribute(
+        ast.Name("functions", ast.Load()), f"{name}_" if hasattr(functions, f"{name}_") else name, ast.Load()
+    )
     return ast.Call(function, args, [])

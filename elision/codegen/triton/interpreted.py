@@ -18,7 +18,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def _mend() -> None:
-    """Its scalars are arrays of one element, which numpy from 2.4 on refuses to turn into integers: bounds of loops would fail."""
+    """Its scalars are arrays of one element, which numpy from 2.4 on refuses to turn into integers: bounds of loops would
+    fail."""
     from triton.runtime import interpreter
 
     patch: Any = interpreter._patch_lang_tensor
@@ -71,8 +72,8 @@ class Interpreted:
 
 
 _TYPES = {
-    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8,
-    "u8": torch.uint8,
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
+    "i8": torch.int8, "u8": torch.uint8,
 }  # fmt: skip
 
 

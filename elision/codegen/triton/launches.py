@@ -72,8 +72,8 @@ def cache(state: str, type: KV, array: str) -> Arg | None:
 
 
 def weight(value: Value) -> tuple[list[Arg | None], str, int]:
-    """The planes of a weight (codes, scales, minima), how they are read, and how many weights share a scale. A weight without such
-    a form is decoded when it is loaded."""
+    """The planes of a weight (codes, scales, minima), how they are read, and how many weights share a scale. A weight without
+    such a form is decoded when it is loaded."""
     need(value.op == "param", f"{value.op} in the place of a weight")
     type, name = value.tensor, value.attr("name")
     form = plane_form(type.encoding, type.row)
@@ -111,7 +111,8 @@ class Kernels:
 
 
 class Launches:
-    """The launches of one plan, for a class of shapes. A buffer has its tokens without gaps: ``widths`` says how wide they are."""
+    """The launches of one plan, for a class of shapes. A buffer has its tokens without gaps: ``widths`` says how wide they
+    are."""
 
     def __init__(self, kernels: Kernels, plan: Planner, shape: str) -> None:
         self.kernels, self.plan, self.shape = kernels, plan, shape

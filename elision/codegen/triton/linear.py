@@ -1,4 +1,5 @@
-"""Products of tokens with weights, with the norm before and the expression after them: ``expr(norm(x) W0.T, norm(x) W1.T, extras)``.
+"""Products of tokens with weights, with the norm before and the expression after them: ``expr(norm(x) W0.T, norm(x) W1.T,
+extras)``.
 
 RMS norm needs no pass of its own: ``norm(x) W.T = rsqrt(mean(x^2) + eps) * ((x * g) W.T)``, and the squares are summed while x is
 read for the product anyway. (The products of half precision are then those of ``x * g``, rounded before the row's factor.)
@@ -46,9 +47,7 @@ def gemv(
         factor = tl.rsqrt(squares / K + eps)
         first, second = first * factor, second * factor
     inside = column < N
-    value = EPILOGUE(
-        first, second, _extra(e0, token, column, inside, N, KIND0), _extra(e1, token, column, inside, N, KIND1)
-    )
+    value = EPILOGUE(first, second, _extra(e0, token, column, inside, N, KIND0), _extra(e1, token, column, inside, N, KIND1))
     tl.store(y + token * N + column, value.to(y.dtype.element_ty), mask=inside)
 
 

@@ -1,4 +1,5 @@
-"""Mixture of experts (Shazeer et al. 2017): the experts of every token, and their products, a pair of token and expert at a time."""
+"""Mixture of experts (Shazeer et al. 2017): the experts of every token, and their products, a pair of token and expert at a
+time."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ def _dot(
         inside = (column < N)[:, None] & (at < codes)[None, :]
         for half in tl.static_range(halves):
             value = tl.load(x + inputs(at, half, FORMAT, G), mask=at < codes, other=0.0).to(tl.float32)
-            sums += tile(w, d, m, (base + column)[:, None], at[None, :], inside, half, FORMAT, G, K).to(tl.float32) * value[None, :]
+            sums += (
+                tile(w, d, m, (base + column)[:, None], at[None, :], inside, half, FORMAT, G, K).to(tl.float32) * value[None, :]
+            )
     return tl.sum(sums, 1)
 
 

@@ -16,7 +16,10 @@ def route(to: Launches, value: Value) -> None:
     x = value.args[0]
     parts = {v.attr("index"): v for v in to.plan.graph.values if v.op == "item" and v.args[0] is value}
     attrs = dict(value.attrs)
-    need(len(parts) == 2 and attrs.get("groups", 1) == attrs.get("top_groups", 1), "experts in groups, or a part that nothing reads")
+    need(
+        len(parts) == 2 and attrs.get("groups", 1) == attrs.get("top_groups", 1),
+        "experts in groups, or a part that nothing reads",
+    )
     weights, index = to.new(parts[0]), to.new(parts[1])
     args: dict[str, Arg | None] = {
         "weight": to.tensor(parts[0])[0], "index": to.tensor(parts[1])[0], "x": to.whole(x),

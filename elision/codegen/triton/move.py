@@ -13,11 +13,12 @@ def move(
     to_k, to_v, to_k_scale, to_v_scale, to_pos, from_k, from_v, from_k_scale, from_v_scale, from_pos, source, target, n,
     to_capacity, from_capacity, to_entries, from_entries,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, LISTS: tl.constexpr,
-    FROM_LISTS: tl.constexpr, SHARED: tl.constexpr, GROUPS_K: tl.constexpr, GROUPS_V: tl.constexpr, GP: tl.constexpr, AFTER: tl.constexpr,
+    FROM_LISTS: tl.constexpr, SHARED: tl.constexpr,
+    GROUPS_K: tl.constexpr, GROUPS_V: tl.constexpr, GP: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """Slot ``source [sequences, LISTS, n]`` (``SHARED``: ``[sequences, n]``) goes to slot ``target``, likewise, where the source is not negative; program (i,
-    sequence * H + cache head). No slot is read that another program writes. ``GROUPS``: scales of a row, 0 of floats. ``AFTER``:
-    ``target [sequences, LISTS]`` is the slot of the first, the others follow."""
+    """Slot ``source [sequences, LISTS, n]`` (``SHARED``: ``[sequences, n]``) goes to slot ``target``, likewise, where the
+    source is not negative; program (i, sequence * H + cache head). No slot is read that another program writes. ``GROUPS``:
+    scales of a row, 0 of floats. ``AFTER``: ``target [sequences, LISTS]`` is the slot of the first, the others follow."""
     i, row, h = tl.program_id(0).to(tl.int64), tl.program_id(1) // H, tl.program_id(1) % H
     list_ = (row * LISTS + h % LISTS).to(tl.int64)
     slot = tl.load(source + (row.to(tl.int64) if SHARED else list_) * n + i)

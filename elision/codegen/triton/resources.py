@@ -32,7 +32,8 @@ def of_ptx(ptx: str, target: str) -> dict[str, int]:
 
 
 def of_amdgcn(text: str) -> dict[str, int]:
-    """The same from the metadata at the end of AMD's assembly: vector registers, four bytes for each that is spilled, of a lane."""
+    """The same from the metadata at the end of AMD's assembly: vector registers, four bytes for each that is spilled, of a
+    lane."""
     spilled = _number(r"\.vgpr_spill_count:\s*(\d+)", text)
     return {
         "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
@@ -51,7 +52,8 @@ def _sum(*numbers: int) -> int:
 
 
 def of_cubin(code: bytes) -> dict[str, int]:
-    """The same but for the spills, which a cubin does not tell from the rest of a stack: from the attributes in .nv.info (ELF)."""
+    """The same but for the spills, which a cubin does not tell from the rest of a stack: from the attributes in .nv.info
+    (ELF)."""
     found = {"registers": UNKNOWN, "spills": UNKNOWN, "stack": UNKNOWN}
     offset, size, count, names = struct.unpack_from("<Q", code, 40)[0], *struct.unpack_from("<HHH", code, 58)
     sections = [struct.unpack_from("<IIQQQQ", code, offset + i * size) for i in range(count)]

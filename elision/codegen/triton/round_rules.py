@@ -1,4 +1,5 @@
-"""The launches of a round's end: the greedy path through drafts, the commit of what it accepts, the next token of plain decoding."""
+"""The launches of a round's end: the greedy path through drafts, the commit of what it accepts, the next token of plain
+decoding."""
 
 from __future__ import annotations
 

@@ -58,9 +58,9 @@ def pointwise(
     y, x0, x1, x2, x3, s0, s1, s2, s3,
     OUTER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, KINDS: tl.constexpr, EXPR: tl.constexpr,
 ):  # fmt: skip
-    """``y [tokens, OUTER, D] = EXPR(x0 .. x3)``; program (token, outer, run of channels). ``s``: elements from token to token, 0 of
-    a weight. ``KINDS``: of every operand "full", "last" (the same for all outer), "one" (a number for each outer), "single" (a
-    number) or ""."""
+    """``y [tokens, OUTER, D] = EXPR(x0 .. x3)``; program (token, outer, run of channels). ``s``: elements from token to token,
+    0 of a weight. ``KINDS``: of every operand "full", "last" (the same for all outer), "one" (a number for each outer),
+    "single" (a number) or ""."""
     token, outer = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.program_id(2) * BD + tl.arange(0, BD)
     a = _operand(x0, token * s0, outer, channel, D, KINDS[0])

@@ -23,7 +23,8 @@ def sees(q_pos, k_pos, MASK: tl.constexpr, size, sinks):
 
 @triton.jit
 def logits(q, k, q_pos, k_pos, scale, softcap, slope, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr):
-    """``[BM, BN]`` of queries ``[BM, D]`` and keys ``[D, BN]``: scaled, capped (Gemma 2), with ALiBi's distance (Press et al.)."""
+    """``[BM, BN]`` of queries ``[BM, D]`` and keys ``[D, BN]``: scaled, capped (Gemma 2), with ALiBi's distance (Press et
+    al.)."""
     s = dot(q, k) * scale
     if SOFTCAP:
         small = tl.exp(-2 * tl.abs(s / softcap))

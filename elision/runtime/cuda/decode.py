@@ -37,8 +37,8 @@ class Decoder:
         return logits
 
     def decode(self, steps: int) -> torch.Tensor:
-        """The next ``steps`` tokens ``[rows, steps]`` of each sequence, the first of them the one that the last call gave. One graph
-        is launched again and again; the host reads when all is done."""
+        """The next ``steps`` tokens ``[rows, steps]`` of each sequence, the first of them the one that the last call gave. One
+        graph is launched again and again; the host reads when all is done."""
         if max(self.lengths) + steps > self.capacity:
             raise BadInput(f"{steps} more tokens, but the caches hold {self.capacity} and have {max(self.lengths)}")
         first = self.last[:, None]
@@ -56,8 +56,8 @@ class Decoder:
         return first
 
     def verify(self, trees: Sequence[Tree], ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """A round: the trees, whose roots are the last tokens, are verified greedily and what is accepted is committed, on the device.
-        The accepted tokens without the root and the one after them, by sequence: all that the host reads."""
+        """A round: the trees, whose roots are the last tokens, are verified greedily and what is accepted is committed, on the
+        device. The accepted tokens without the root and the one after them, by sequence: all that the host reads."""
         row, pos, parent, anc = pack(trees, self.lengths)
         at = Tokens(row, pos, self.rows, parent, anc)
         engine, rows = self.engine, self.rows

@@ -166,7 +166,7 @@ class Engine:
             form = plane_form(type.encoding, type.row)
             if plane < 0 or form is None:
                 assert type.encoding is not None
-                parts = (type.encoding.decode(self._weights[name], type.row).to(DTYPES[type.dtype]),)
+                parts: tuple[torch.Tensor, ...] = (type.encoding.decode(self._weights[name], type.row).to(DTYPES[type.dtype]),)
             else:
                 parts = planes(self._weights[name], type.encoding, form)
             for i, part in enumerate(parts):
