@@ -109,13 +109,30 @@ class Engine:
             self.device.write(call.buffer(results[0][1]), found.contiguous())
 
     def run(self, call: Call, caches: Caches) -> None:
-        """The launches of a call, in order. What arguments are is settled now, so they can be recorded."""
+        """The launches of a call, in order."""
+        for launch in self._launches(call, caches):
+            self.device.launch(*launch)
+
+    def graph(self, call: Call, caches: Caches) -> Callable[[], None]:
+        """The launches of a call as a graph. What they need is there before they are recorded."""
+        launches = self._launches(call, caches)
+
+        def all_of_them() -> None:
+            for launch in launches:
+                self.device.launch(*launch)
+
+        return self.device.record(all_of_them)
+
+    def _launches(self, call: Call, caches: Caches) -> list[tuple[str, list[int], list[Number]]]:
+        """Kernels, grids and arguments, but for launches of no program."""
+        found = []
         for row in call.schedule.rows:
             if row.host < 0:
                 (_, grid), *operands = row.operands
                 sizes = [self._programs(part, call, caches) for part in grid]
                 if all(sizes):
-                    self.device.launch(row.kernel, sizes, [self._argument(o, call, caches) for o in operands])
+                    found.append((row.kernel, sizes, [self._argument(o, call, caches) for o in operands]))
+        return found
 
     def _programs(self, part: Any, call: Call, caches: Caches) -> int:
         match part:
@@ -203,7 +220,3 @@ class Engine:
         found = torch.empty(rows, width, dtype=torch.int64)
         self.device.read(self.round(array, rows), found)
         return found
-
-    def graph(self, call: Call, caches: Caches) -> Callable[[], None]:
-        """The launches of a call as a graph."""
-        return self.device.record(lambda: self.run(call, caches))
