@@ -28,7 +28,7 @@ TARGETS = ("cpu", "reference")
 def compile(
     model: nn.Module | str | os.PathLike[str],
     passes: Sequence[str | Pass] = (),
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     dtype: str | torch.dtype | None = None,
     kv_dtype: str | torch.dtype | None = None,
     threads: int | None = None,
@@ -40,10 +40,11 @@ def compile(
 
     ``model``: an `nn.Module`, a Hugging Face directory, a GGUF file, or ``"smollm2"``. ``passes``: text or Pass objects, such as
     ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
-    model's own); ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
-    ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
-    ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or ``i64[sequences, n]`` (default: half
-    of Python's own documentation, through the model's tokenizer).
+    model's own); ``target``: ``cpu``, ``reference`` (the interpreter), or GPUs, as ``cuda:sm_90`` or ``hip:gfx942``: several of
+    these may be given, and one of the first two besides. ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head
+    (pass ``insert-cache:dtype=int8``). ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``:
+    the most sequences of a call. ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or
+    ``i64[sequences, n]`` (default: half of Python's own documentation, through the model's tokenizer).
 
     Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
@@ -59,8 +60,7 @@ def compile(
     from elision.passes.pipeline import resolve, transform
     from elision.runtime.text import Tokenizer
 
-    if target not in TARGETS:
-        raise BadInput(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
+    host, gpus = _targets(target)
     if max_batch < 1 or (max_context is not None and max_context < 2):
         raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
     chosen: list[Any] = resolve(passes)
@@ -88,7 +88,8 @@ def compile(
         raised.program,
         program,
         weights,
-        target,
+        host,
+        gpus,
         tokenizer=tokenizer,
         defaults=source.defaults,
         max_context=max_context or longest,
@@ -97,20 +98,48 @@ def compile(
     )
 
 
-def finish(raised: Program, program: Program, weights: Weights, target: str, **facts: Any) -> Model:
-    """The model of a program that passes made of ``raised``, with native code for ``target="cpu"`` where it has a native form.
-    ``facts``: what `Model` is told besides."""
+def finish(
+    raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), **facts: Any
+) -> Model:
+    """The model of a program that passes made of ``raised``, with native code for ``host="cpu"`` where it has a native form, and
+    with code for these GPUs. ``facts``: what `Model` is told besides."""
     from elision.hf import CompiledModel
     from elision.ir.coverage import coverage
 
     report = coverage(raised, program)
     native = None
-    if target == "cpu" and not any(report["entries"].values()):  # what is padded has no native form
+    if host == "cpu" and not any(report["entries"].values()):  # what is padded has no native form
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)
+    device = None
+    if gpus:
+        from elision.codegen.triton.ahead import build
+        from elision.codegen.triton.compile import plan_program
+
+        device = plan_program(program)
+        build(device, gpus)
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
-    return CompiledModel(program, weights, coverage=report, native=native, **facts)
+    return CompiledModel(program, weights, coverage=report, native=native, device=device, **facts)
+
+
+def _targets(target: str | Sequence[str]) -> tuple[str, list[str]]:
+    """What the host runs, the interpreter beside GPUs alone, and the GPUs. Raises BadInput for what is neither or cannot be
+    made."""
+    given = list(dict.fromkeys([target] if isinstance(target, str) else target))
+    gpus = [t for t in given if t.startswith(("cuda:", "hip:"))]
+    hosts = [t for t in given if t not in gpus]
+    if len(hosts) > 1 or not given or any(t not in TARGETS for t in hosts):
+        raise BadInput(f"unknown target {target!r}; the targets are {', '.join(TARGETS)} (one of them), and GPUs as cuda:sm_90")
+    if gpus:
+        from elision.codegen.triton.ahead import available
+        from elision.codegen.triton.targets import checked
+
+        for each in gpus:
+            checked(each)
+        if not available():
+            raise BadInput(f"{', '.join(gpus)}: Triton, which makes code for GPUs, is not installed: pip install 'elision[gpu]'")
+    return (hosts or ["reference"])[0], gpus
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, target: str | None = None) -> Model:

@@ -36,14 +36,12 @@ def compile_(
     calibration: Annotated[Path | None, typer.Option(metavar="TEXT", help="A text file for passes that calibrate.")] = None,
 ) -> None:
     """Compile a model ahead of time into one file."""
-    if len(target) > 1:
-        raise BadInput(f"--target {' '.join(target)}: expected one target; there is one so far, cpu")
     with progress():
         text = [read_text(calibration)] if calibration is not None else None
         found = open_model(
             model,
             passes,
-            target=target[0] if target else None,
+            target=target or None,
             dtype=dtype,
             kv_dtype=kv_dtype,
             max_context=max_context,
@@ -56,6 +54,10 @@ def compile_(
         f"{output}: {size:.1f} MB, {len(found.program.layers)} layers, quality {found.program.quality}, "
         f"passes {', '.join(found.program.applied)}"
     )
+    if found.device is not None:
+        from elision.cli.gpu import compiled
+
+        Console(soft_wrap=True, markup=False).print(*compiled(found.device), sep="\n")
 
 
 @app.command()
@@ -110,6 +112,7 @@ def show(
     coverage: Annotated[bool, typer.Option("--coverage", help="What was raised and what stayed opaque.")] = False,
     mlir: Annotated[bool, typer.Option("--mlir", help="The MLIR generated for the CPU: all of it, or of KERNEL.")] = False,
     asm: Annotated[bool, typer.Option("--asm", help="The machine code of KERNEL; without one, the kernels.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="The kernels for GPUs: registers, shared memory, spills, bytes.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of stream, layers and states.")] = None,
     bandwidth: Annotated[float, typer.Option(help="GB/s, for the floor.")] = 30.0,
     flops: Annotated[float, typer.Option(help="GFLOP/s, for the floor.")] = 150.0,
@@ -134,11 +137,15 @@ def show(
         console.print(*tables.cost(found, context, bandwidth * 1e9, flops * 1e9))
     if coverage:
         console.print(*tables.coverage(found))
+    if gpu:
+        from elision.cli.gpu import kernels
+
+        console.print(*kernels(found))
     if mlir or asm:
         print(*native.generated(found, kernel, asm=asm), sep="\n", end="")
     elif kernel:
         raise BadInput(f"{kernel!r} names a kernel: add --mlir or --asm")
-    if not (svg or cost or coverage or mlir or asm):
+    if not (svg or cost or coverage or mlir or asm or gpu):
         print(print_program(found.program), end="")
         print(*native.hosts(found), sep="\n", end="")
 

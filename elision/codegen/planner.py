@@ -159,6 +159,11 @@ class Planner:
         found = {o[1] for o in operands if o[0] == "tensor" and isinstance(o[1], int)} - touched_out
         self._drafts.append(_Draft(kernel, list(operands), found | set(reads), touched_out))
 
+    def launch(self, kernel: str, operands: list[tuple[Any, ...]], reads: Sequence[Any], writes: Sequence[Any]) -> None:
+        """Add a launch (`elision.ir.launch`), whose operands are as many as its kernel has parameters."""
+        found = {o[1] for o in operands if o[0] == "tensor"} - {*writes}
+        self._drafts.append(_Draft(kernel, operands, found | {*reads}, {*writes}))
+
     def host(self, value: Value, index: int, why: str) -> None:
         """The host runs the op on the same memory. Its operands are described in full, its results are shared by the threads."""
         self.hosts.append((value.op, why))

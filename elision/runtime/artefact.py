@@ -19,6 +19,7 @@ from elision.ir.program import QUALITIES, Program
 from elision.ir.types import DTYPES, Tensor
 from elision.ir.verifier import verify as verify_program
 from elision.runtime.archive import Archive, write_archive
+from elision.runtime.cuda import artefact as device_code
 from elision.runtime.native import artefact as native_code
 from elision.runtime.native.weights import PackedWeights
 from elision.runtime.tensors import pack_tensors, packings, unpack_tensors
@@ -27,7 +28,7 @@ from elision.runtime.text import Tokenizer
 if TYPE_CHECKING:
     from elision.runtime.model import Model
 
-FORMAT = 4
+FORMAT = 5
 
 
 def _is_count(value: Any) -> bool:
@@ -40,8 +41,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "name": lambda v: isinstance(v, str),
     "passes": lambda v: isinstance(v, list) and all(isinstance(p, str) for p in v),
     "quality": lambda v: v in QUALITIES,
-    "targets": lambda v: v in (["cpu"], ["reference"]),
+    "targets": lambda v: isinstance(v, list) and v[:1] in (["cpu"], ["reference"]),
     "native": native_code.is_description,
+    "device": device_code.is_description,
     "coverage": is_report,
     "state_bytes": lambda v: isinstance(v, dict),
     "tensors": lambda v: isinstance(v, list),
@@ -60,13 +62,15 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     code = {"program.txt": print_program(program).encode()}
     if model.native is not None:
         code |= native_code.members(model.native, model.program)
+    kernels = device_code.members(model.device) if model.device is not None else {}
     manifest = {
         "format": FORMAT,
         "name": program.name,
         "passes": list(program.applied),
         "quality": program.quality,
-        "targets": ["reference"] if model.native is None else ["cpu"],
+        "targets": ["reference" if model.native is None else "cpu", *(model.device.binaries if model.device else ())],
         "native": None if model.native is None else native_code.describe(model.native, code),
+        "device": None if model.device is None else device_code.describe(model.device, kernels),
         "coverage": model.coverage,
         "state_bytes": {n: nbytes(t, 1, model.max_context) for n, t in program.states.items()},
         "tensors": table,
@@ -79,6 +83,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     members: dict[str, Any] = {
         "manifest.json": json.dumps(manifest, indent=1).encode(),
         **code,
+        **kernels,
         **text,
         "weights.bin": chunks,
     }
@@ -133,6 +138,7 @@ def load(
         max_batch=manifest["max_batch"],
         threads=threads,
         native=native,
+        device=device_code.read(archive, manifest["device"]) if manifest["device"] is not None else None,
     )
 
 
@@ -161,11 +167,13 @@ def _manifest(archive: Archive) -> dict[str, Any]:
         )
     if set(manifest) != set(_FIELDS):
         raise ArtefactError(f"{archive.path}: the manifest has not the fields {', '.join(sorted(_FIELDS))}")
-    if (manifest["native"] is None) != (manifest["targets"] == ["reference"]):
-        raise ArtefactError(f"{archive.path}: the manifest's targets and native code do not agree")
     for name, legal in _FIELDS.items():
         if not legal(manifest[name]):
             raise ArtefactError(f"{archive.path}: the manifest's {name} cannot be {manifest[name]!r:.80}")
+    if (manifest["native"] is None) != (manifest["targets"][:1] == ["reference"]):
+        raise ArtefactError(f"{archive.path}: the manifest's targets and native code do not agree")
+    if manifest["targets"][1:] != (manifest["device"] or {"targets": []})["targets"]:
+        raise ArtefactError(f"{archive.path}: the manifest's targets and code for GPUs do not agree")
     return manifest
 
 

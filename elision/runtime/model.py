@@ -14,6 +14,7 @@ import torch
 
 from elision.errors import BadInput
 from elision.ir.interp import Interpreter
+from elision.ir.launch import DeviceCode
 from elision.ir.printer import print_program
 from elision.ir.program import Program
 from elision.ir.schedule import NativeCode
@@ -59,6 +60,7 @@ class Model:
         max_batch: int = 8,
         threads: int | None = None,
         native: NativeCode | None = None,
+        device: DeviceCode | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise BadInput(f"threads={threads}; expected at least 1")
@@ -66,7 +68,7 @@ class Model:
         self.defaults, self.coverage = dict(defaults), dict(coverage)
         self.max_context, self.max_batch, self.threads = max_context, max_batch, threads
         self.stats: loop.Stats | None = None
-        self.native = native
+        self.native, self.device = native, device
         if native is None:
             self._interpreter = Interpreter(program, weights)
             self.drafting = drafting_of(self._interpreter, repr((program.name, program.applied, threads)))

@@ -6,6 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from elision.codegen import views
 from elision.codegen.cpu import (
     attention_rules,
     expert_rules,
@@ -248,25 +249,6 @@ def _topk(emitter: Emitter, plan: Planner, value: Value) -> None:
     plan.row(name, ("axis", axis), *operands, writes=[values.buffer, index.buffer])
 
 
-def _view(emitter: Emitter, plan: Planner, value: Value) -> None:
-    ref, shape = plan.ref(value.args[0]), tuple(value.attr("shape"))
-    if ref.contiguous:
-        plan.refs[value] = Ref(ref.buffer, ref.offset, contiguous(shape), shape)
-        return
-    head = ref.shape[: len(ref.shape) - 1]
-    need(len(shape) > len(head) and shape[: len(head)] == head, "a view across a gap")
-    rest = shape[len(head) :]
-    need(ref.strides[-1] == 1, "a view of channels that are not side by side")
-    plan.refs[value] = Ref(ref.buffer, ref.offset, (*ref.strides[:-1], *contiguous(rest)), shape)
-
-
-def _slice(emitter: Emitter, plan: Planner, value: Value) -> None:
-    ref, axis, start = plan.ref(value.args[0]), value.attr("axis", -1), value.attr("start")
-    shape = list(ref.shape)
-    shape[axis] = value.attr("stop") - start
-    plan.refs[value] = Ref(ref.buffer, ref.offset + start * ref.strides[axis], ref.strides, tuple(shape))
-
-
 def _concat(emitter: Emitter, plan: Planner, value: Value) -> None:
     sources = [plan.view(plan.ref(a)) for a in value.args]
     out = plan.new(value)
@@ -292,8 +274,8 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "reduce": (_reduce, "kind", "keepdim"),
     "rope": (_rope, "style", "scale"),
     "map": (_map, "expr", "dtype"),
-    "view": (_view, "shape"),
-    "slice": (_slice, "start", "stop", "axis"),
+    "view": (lambda emitter, plan, value: views.view(plan, value), "shape"),
+    "slice": (lambda emitter, plan, value: views.slice_(plan, value), "start", "stop", "axis"),
     "topk": (_topk, "k"),
     "concat": (_concat,),
     "fresh": (lambda emitter, plan, value: attention_rules.fresh(emitter.kernels, plan, value), "type"),

@@ -1,0 +1,211 @@
+"""The launches of dense ops: products with the norm before and the expression after them, and what looks at one token at a
+time."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any
+
+from elision.codegen.planner import Ref
+from elision.codegen.refusal import knows, need
+from elision.codegen.regions import LINEAR, Products
+from elision.codegen.triton.configs import gemv, power, product
+from elision.codegen.triton.expression import OPERANDS
+from elision.codegen.triton.launches import Arg, Launches, axis, count, integer, piece, plain, real, weight
+from elision.ir.types import DTYPES
+from elision.ir.value import Value
+
+HALF = 2  # slots of weights, and of extras, of a product
+
+
+def products(to: Launches, region: Products) -> None:
+    value, plan = region.result, to.plan
+    if value.op == "linear":
+        knows(value, LINEAR)
+    need(region.a8 == 0, "activations rounded to integers")
+    need(len(region.weights) <= HALF and len(region.extras) <= HALF, "a product of more than two weights, or with more operands")
+    source, gain, norm = region.x, None, dict[str, Any]()
+    if region.x in plan.tables:
+        source = region.x.args[0]
+        gain, norm = plain(region.x.args[1]), dict(region.x.attrs)
+    x, k = to.whole(source), source.tensor.width
+    n = sum(region.weights[0].tensor.sizes[:1])
+    out = _result(to, value, n)
+    made = [weight(w) for w in region.weights] + [([None, None, None], "", 1)] * (HALF - len(region.weights))
+    extras, kinds = [], []
+    for extra in region.extras:
+        extras.append(plain(extra) if extra.op == "param" else to.whole(extra))
+        kinds.append("row" if extra.op == "param" else "tokens")
+    names = [f"x{i}" for i in range(len(region.weights))] + [f"x{HALF + i}" for i in range(len(extras))]
+    expr = re.sub(r"\bx(\d+)\b", lambda m: names[int(m[1])], region.expr)
+    args: dict[str, Arg | None] = {"y": out, "x": x, "g": gain, "eps": real(float(norm.get("eps", 0.0)))}
+    args |= {f"e{i}": extras[i] if i < len(extras) else None for i in range(HALF)}
+    for i, (planes, _, _) in enumerate(made):
+        args |= {f"{name}{i}": p for name, p in zip("wdm", planes, strict=True)}
+    forms = {f"FORMAT{i}": f for i, (_, f, _) in enumerate(made)} | {f"G{i}": g for i, (_, _, g) in enumerate(made)}
+    fixed = dict(
+        N=n, K=k, **forms, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), KIND0=[*kinds, "", ""][0],
+        KIND1=[*kinds, "", ""][1], EPILOGUE={"expression": expr, "operands": OPERANDS},
+    )  # fmt: skip
+    tokens = plan.axis(source)
+    codes = k // 2 if any(f.startswith("nibbles") for _, f, _ in made) else k
+    if to.shape == "one":
+        tile = gemv(n, codes)
+        grid, fixed = (-(-n // tile.n), ("tokens", tokens, 1)), fixed | {"BN": tile.n, "BK": tile.k}
+        to.launch("gemv", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
+    else:
+        tile = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize)
+        grid, fixed = (-(-n // tile.n), ("tokens", tokens, tile.m)), fixed | {"BM": tile.m, "BN": tile.n, "BK": tile.k}
+        args["tokens"] = count(tokens)
+        to.launch("gemm", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
+
+
+def _result(to: Launches, value: Value, width: int) -> Arg:
+    """The buffer of a product; with splits, every part is a slice of it."""
+    plan = to.plan
+    if not isinstance(value.type, tuple):
+        to.new(value)
+        return to.tensor(value)[0]
+    parts = [v for v in plan.graph.values if v.op == "item" and v.args[0] is value]
+    dtype = parts[0].tensor.dtype
+    buffer = to.scratch(plan.axis(value.args[0]), width, DTYPES[dtype].itemsize)
+    for part in parts:
+        plan.refs[part] = Ref(buffer, sum(value.attr("splits")[: part.attr("index")]), (1,), (part.tensor.width,))
+    return piece(buffer, dtype)
+
+
+def norm(to: Launches, value: Value) -> None:
+    """By itself, unless nothing but products read it: these normalise what they read."""
+    x, *weights = value.args
+    attrs = dict(value.attrs)
+    users = to.users[value]
+    one = len(weights) == 1 and weights[0].op == "param" and len(weights[0].tensor.axes) == 1 and len(x.tensor.features) == 1
+    if (
+        attrs["kind"] == "rms"
+        and one
+        and users
+        and all(u.op == "linear" and u.args[0] is value and not u.attr("a8", 0) for u in users)
+    ):
+        to.whole(x)
+        to.plan.tables[value] = to.plan.ref(x)
+        return
+    source, stride = to.tensor(x)
+    sizes = [d for d in value.tensor.features if isinstance(d, int)]
+    outer, width = prod(sizes[:-1]), sizes[-1]
+    gain = 0 if not weights else 2 if len(weights[0].tensor.axes) == 2 else 1
+    need(len(weights) < 2 or len(weights[1].tensor.axes) == 1, "a bias of several axes")
+    out = to.new(value)
+    args = {
+        "y": to.tensor(value)[0], "x": source, "x_stride": stride, "g": plain(weights[0]) if weights else None,
+        "b": plain(weights[1]) if len(weights) > 1 else None, "eps": real(float(attrs["eps"])),
+    }  # fmt: skip
+    fixed = dict(
+        OUTER=outer, D=width, DP=power(width), KIND=attrs["kind"], OFFSET=float(attrs.get("offset", 0.0)), GAIN=gain,
+        BIAS=len(weights) > 1, EARLY=attrs.get("cast", "late") == "early",
+    )  # fmt: skip
+    grid = (("tokens", to.plan.axis(value), 1), outer)
+    to.launch("norm", grid, args, fixed, writes=[out.buffer], warps=4 if width > 512 else 1)
+
+
+def embed(to: Launches, value: Value) -> None:
+    ids, table = value.args
+    planes, form, group = weight(table)
+    k = table.tensor.row
+    codes = k // 2 if form.startswith("nibbles") else k
+    out = to.new(value)
+    block = min(1024, power(codes))
+    args = {
+        "y": to.tensor(value)[0],
+        "ids": axis(to.plan.axis(value), "pos") if ids.op == "positions" else to.whole(ids),
+        **dict(zip("wdm", planes, strict=True)),
+    }
+    grid = (("tokens", to.plan.axis(value), 1), -(-codes // block))
+    to.launch("embed", grid, args, dict(K=k, FORMAT=form, G=group, BK=block), writes=[out.buffer])
+
+
+def restrict(to: Launches, value: Value) -> None:
+    x = value.args[0]
+    width = prod(d for d in x.tensor.features if isinstance(d, int))
+    out = to.new(value)
+    args: dict[str, Arg | None] = {"y": to.tensor(value)[0], "x": to.whole(x), "index": axis(to.plan.axis(value), "index")}
+    block = min(1024, power(width))
+    grid = (("tokens", to.plan.axis(value), 1), -(-width // block))
+    to.launch("restrict", grid, args, dict(K=width, BK=block), writes=[out.buffer])
+
+
+def rope(to: Launches, value: Value) -> None:
+    """By itself, unless nothing but an append reads it: that turns the keys on the way."""
+    x, freq = value.args
+    need(len(x.tensor.features) == 2, "a rotation of other than [tokens, heads, channels]")
+    users = to.users[value]
+    if users and all(u.op == "append" and u.args[1] is value and u.args[2] is not value for u in users):
+        to.tensor(x)
+        to.plan.tables[value] = to.plan.ref(x)
+        return
+    source, stride = to.tensor(x)
+    heads, width = x.tensor.sizes
+    out = to.new(value)
+    args: dict[str, Arg | None] = {
+        "y": to.tensor(value)[0], "x": source, "x_stride": stride, "freq": plain(freq), "pos": axis(to.plan.axis(value), "pos"),
+        "factor": real(float(value.attr("scale", 1.0))),
+    }  # fmt: skip
+    fixed = dict(HEADS=heads, D=width, DP=power(width), R=freq.tensor.width, STYLE=value.attr("style"))
+    to.launch("rope", (("tokens", to.plan.axis(value), 1), heads), args, fixed, writes=[out.buffer], warps=1)
+
+
+def pointwise(to: Launches, value: Value, expr: str) -> None:
+    need(len(value.args) <= OPERANDS, "an expression of many operands")
+    sizes = [d for d in value.tensor.features if isinstance(d, int)]
+    outer, width = prod(sizes[:-1]), sizes[-1] if sizes else 1
+    args: dict[str, Arg | None] = {}
+    kinds = []
+    for i in range(OPERANDS):
+        if i >= len(value.args):
+            args |= {f"x{i}": None, f"s{i}": integer(0)}
+            kinds.append("")
+            continue
+        given = value.args[i]
+        own = [d for d in given.tensor.features if isinstance(d, int)] if given.op != "param" else list(given.tensor.sizes)
+        args |= dict(
+            zip((f"x{i}", f"s{i}"), (plain(given), integer(0)) if given.op == "param" else to.tensor(given), strict=True)
+        )
+        kinds.append(_kind(own, sizes, outer, width))
+    out = to.new(value)
+    args["y"] = to.tensor(value)[0]
+    block = min(1024, power(width))
+    fixed = dict(OUTER=outer, D=width, BD=block, KINDS=kinds, EXPR={"expression": expr, "operands": OPERANDS})
+    grid = (("tokens", to.plan.axis(value), 1), outer, -(-width // block))
+    to.launch("pointwise", grid, args, fixed, writes=[out.buffer])
+
+
+def _kind(own: list[int], sizes: list[int], outer: int, width: int) -> str:
+    """How an operand's features lie beside the result's."""
+    if own == sizes:
+        return "full"
+    if prod(own) == 1:
+        return "single"
+    if prod(own) == width == own[-1]:
+        return "last"
+    need(prod(own) == outer and own[-1:] == [1] and own[:-1] == sizes[:-1], "a broadcast over some of the outer axes")
+    return "one"
+
+
+def best(to: Launches, value: Value) -> None:
+    """The index of the largest logit of each token."""
+    x = value.args[0]
+    parts = {v.attr("index"): v for v in to.plan.graph.values if v.op == "item" and v.args[0] is value}
+    unread = 0 not in parts or not to.users[parts[0]] and parts[0] not in to.plan.graph.outputs
+    need(value.attr("k") == 1 and unread and 1 in parts and len(x.tensor.features) == 1, "more than the best one")
+    width, tokens = x.tensor.width, to.plan.axis(x)
+    block = min(4096, power(width))
+    tiles = -(-width // block)
+    values, index = to.scratch(tokens, tiles), to.scratch(tokens, tiles, 8)
+    parted: dict[str, Arg | None] = {"value": piece(values), "index": piece(index, "i64")}
+    grid = (tiles, ("tokens", tokens, 1))
+    to.launch("best_of_tile", grid, parted | {"x": to.whole(x)}, dict(N=width, TILES=tiles, BN=block), writes=[values, index])
+    out = to.new(parts[1])
+    found = parted | {"best": to.tensor(parts[1])[0]}
+    to.launch(
+        "best_of_tiles", (("tokens", tokens, 1),), found, dict(TILES=tiles, BT=power(tiles)), writes=[out.buffer], warps=1
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""The launches of a round's end: the greedy path through drafts, the commit of what it accepts, the next token of plain
+decoding."""
+
+from __future__ import annotations
+
+from elision.codegen.refusal import need
+from elision.codegen.triton.attention_rules import advance, fixed_sizes, group, nodes, planes_of, readable
+from elision.codegen.triton.configs import power
+from elision.codegen.triton.launches import Arg, Launches, axis, cache, count, integer, on_round, size
+from elision.ir.states import KV, Budget, Dense
+
+
+def commit(to: Launches, names: dict[str, KV]) -> None:
+    """Every cache takes the accepted nodes of a round, then counts them. Raises NotNative for a cache that cannot."""
+    for name, state in names.items():
+        readable(state)
+        need(isinstance(state.main[-1].slots, Dense | Budget) and state.scores is None, "a round over a Ring, or with scores")
+        need(not state.present.partial and state.scratch is not None, "a round without Scratch, or of tokens that pass by")
+        sizes, main = fixed_sizes(state), state.main[-1]
+        groups = [d // g if (g := group(e)) else 0 for e, d in ((main.k, state.dim), (main.v, state.vdim))]
+        args: dict[str, Arg | None] = {
+            **planes_of(name, state, "", "to_"), **planes_of(name, state, "draft_", "from_"),
+            "to_pos": cache(name, state, "pos"), "from_pos": cache(name, state, "node_pos"), "source": on_round("path"),
+            "target": cache(name, state, "len_k"), "n": integer(nodes(state)), "to_capacity": size(name, "capacity"),
+            "from_capacity": integer(nodes(state)), "to_entries": size(name, "entries"), "from_entries": integer(nodes(state)),
+        }  # fmt: skip
+        fixed = {k: v for k, v in sizes.items() if k not in ("GROUP_K", "GROUP_V")} | dict(
+            FROM_LISTS=1, SHARED=True, GROUPS_K=groups[0], GROUPS_V=groups[1], GP=power(max(*groups, 1)), AFTER=True,
+        )  # fmt: skip
+        to.launch("move", (nodes(state), ("rows", state.heads)), args, fixed, reads=[name], writes=[name], warps=1)
+        advance(to, name, state, on_round("accepted"), True)
+
+
+def walk(to: Launches, ids: Arg, best: Arg, tokens: int, most: int) -> None:
+    """The accepted path of each sequence's tree by the greedy rule, and the token after it."""
+    args: dict[str, Arg | None] = {
+        **{n: on_round(n) for n in ("path", "accepted", "next")}, "ids": ids, "best": best, "parent": axis(tokens, "parent"),
+        "start": axis(tokens, "start"),
+    }  # fmt: skip
+    to.launch("walk", (("rows", 1),), args, dict(NODES=most), writes=["round"], warps=1)
+
+
+def follow(to: Launches, ids: Arg, best: Arg, tokens: int) -> None:
+    """The best token of each sequence becomes its next one, without asking the host."""
+    args: dict[str, Arg | None] = {
+        "ids": ids, "pos": axis(tokens, "pos"), "row": axis(tokens, "row"), "best": best, "tokens": on_round("tokens"),
+        "length": on_round("length"), "count": count(tokens), "most": size("round", "most"),
+    }  # fmt: skip
+    to.launch("follow", (("tokens", tokens, 32),), args, dict(BLOCK=32), writes=["round"], warps=1)

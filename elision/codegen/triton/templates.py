@@ -1,0 +1,44 @@
+"""The kernels by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elision.codegen.triton import append, attend, choose, combine, linear, moe, move, rope, rows, scores
+from elision.codegen.triton.expression import expression
+from elision.ir.launch import Kernel
+
+TEMPLATES: dict[str, Any] = {
+    "gemv": linear.gemv,
+    "gemm": linear.gemm,
+    "norm": rows.norm,
+    "embed": rows.embed,
+    "restrict": rows.restrict,
+    "pointwise": rows.pointwise,
+    "rope": rope.rope,
+    "append": append.append,
+    "advance": append.advance,
+    "attend": attend.attend,
+    "combine": combine.combine,
+    "key_scores": scores.key_scores,
+    "mass": scores.mass,
+    "move": move.move,
+    "best_of_tile": choose.best_of_tile,
+    "best_of_tiles": choose.best_of_tiles,
+    "walk": choose.walk,
+    "follow": choose.follow,
+    "route": moe.route,
+    "expert_gemv": moe.expert_gemv,
+    "mixed": moe.mixed,
+}
+
+
+def constants(kernel: Kernel) -> dict[str, Any]:
+    """A kernel's constants as its template takes them."""
+    return {name: _constant(value) for name, value in kernel.constants.items()}
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, dict):
+        return expression(value["expression"], value["operands"])
+    return tuple(value) if isinstance(value, list) else value

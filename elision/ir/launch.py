@@ -1,0 +1,75 @@
+"""What a GPU runs: kernels with everything fixed, their machine code by target, and schedules of launches.
+
+A schedule is as on the CPU (`elision.ir.schedule`), one for each entry and class of shapes, and its rows are launches in the
+order of one stream. The first operand of a row is its grid, the others are the parameters of its kernel, in order. Operand kinds:
+
+    ("grid", (a, b, c))        sizes: a number, or ("tokens", axis, per): programs for the tokens of an axis, ``per`` each;
+                               ("longest", axis, per): for the sequence with most tokens; ("rows", n): n for each sequence;
+                               ("entries", state, per): for the entries that a cache has room for
+    ("tensor", buffer, bytes)  address in a buffer; a buffer has its tokens one after the other, without gaps
+    ("weight", name, i)        a plane of a weight (`elision.ir.planes`); -1: the weight decoded to the type of its type
+    ("axis", i, array)         an array of a token axis, int64: row, pos, anc, node, start, index, ahead, parent
+    ("state", name, array)     an array of a cache (`elision.ir.layout`): k, v, k_scale, v_scale of the segment that is appended
+                               to, the same with draft_ in Scratch, and what lies in the index: pos, len_k, ...
+    ("size", name, what)       of a cache: blocks, entries, slots
+    ("round", array)           of a round: path, accepted, next
+    ("count", axis), ("rows", ""), ("int", n), ("float", x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elision.ir.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A template with its constants. ``types``: of its parameters in order, as Triton writes them (``*bf16``, ``i32``,
+    ``fp32``), with ``:16`` where a multiple of 16 is promised. A constant is a number, text, None, a list, or ``{"expression":
+    text, "operands": n}``."""
+
+    template: str
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Machine code of a kernel. ``threads`` of a program; ``shared``: bytes of shared memory that a launch asks for.
+    ``registers``, and bytes that threads keep in memory instead: ``spills`` (stores and loads), ``stack``; -1: not known."""
+
+    symbol: str
+    code: bytes
+    threads: int
+    shared: int
+    registers: int = -1
+    spills: int = -1
+    stack: int = -1
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """The GPU form of a program: ``schedules`` by entry and class of shapes (`SHAPES`), ``binaries`` by target and kernel, and by
+    entry the ops that have no kernel, each with the reason; entries that have any are not run on a GPU."""
+
+    kernels: Mapping[str, Kernel]
+    schedules: Mapping[str, Mapping[str, Schedule]]
+    hosts: Mapping[str, list[tuple[str, str]]]
+    binaries: dict[str, dict[str, Binary]] = field(default_factory=dict)
+
+
+#: Classes of shapes: the most tokens of a call (0: any number).
+SHAPES = {"one": 1, "few": 16, "some": 64, "many": 0}
+
+
+def shape_of(tokens: int, there: Mapping[str, Any]) -> str:
+    """The smallest class that a call of so many tokens fits, of those that are there. Raises KeyError if there is none."""
+    for name, most in SHAPES.items():
+        if name in there and (tokens <= most or most == 0):
+            return name
+    raise KeyError(f"{tokens} tokens fit none of {', '.join(there)}")

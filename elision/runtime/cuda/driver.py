@@ -1,0 +1,144 @@
+"""NVIDIA's driver through ctypes (CUDA Driver API): machine code, memory, one stream, graphs. It needs no toolkit and no
+triton."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+import torch
+
+from elision.errors import BadInput
+from elision.ir.launch import Binary, DeviceCode
+from elision.runtime.cuda.device import Number
+
+LIBRARY = "libcuda.so.1"
+# CUdevice_attribute, CUfunction_attribute and CUstreamCaptureMode of cuda.h.
+_MAJOR, _MINOR, _DYNAMIC_SHARED, _THREAD_LOCAL = 75, 76, 8, 1
+_NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+def open_driver() -> Any:
+    """The driver's library. Raises BadInput where there is none."""
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError as err:
+        raise BadInput(f"no NVIDIA driver here ({LIBRARY}: {err}); run on a machine with one, or use target='cpu'") from err
+
+
+class Cuda:
+    """The first GPU of this process with the kernels of a program. A `Device`.
+
+    Raises BadInput without a driver or GPU, and (naming the targets there are) without machine code for its processor.
+    """
+
+    def __init__(self, code: DeviceCode, library: Any = None) -> None:
+        self._library = open_driver() if library is None else library
+        self._do("cuInit", 0)
+        count, device, context, stream = c_int(), c_int(), c_void_p(), c_void_p()
+        self._do("cuDeviceGetCount", byref(count))
+        if count.value < 1:
+            raise BadInput("there is an NVIDIA driver here but no GPU; use target='cpu'")
+        self._do("cuDeviceGet", byref(device), 0)
+        major, minor = c_int(), c_int()
+        self._do("cuDeviceGetAttribute", byref(major), _MAJOR, device)
+        self._do("cuDeviceGetAttribute", byref(minor), _MINOR, device)
+        self.target, binaries = _fitting(code.binaries, major.value, minor.value)
+        self._do("cuDevicePrimaryCtxRetain", byref(context), device)
+        self._do("cuCtxSetCurrent", context)
+        self._do("cuStreamCreate", byref(stream), 1)  # waits for no other stream
+        self._stream, self._kernels, self._functions = stream, code.kernels, dict[str, c_void_p]()
+        self._binaries = binaries
+        self._scratch = c_uint64(0)  # kernels here ask for none, but their last two parameters are its addresses
+
+    def _do(self, name: str, *args: Any) -> None:
+        """Call the driver. Raises RuntimeError with its own words if it fails."""
+        status = getattr(self._library, name)(*args)
+        if status:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(status, byref(text))
+            raise RuntimeError(f"{name}: {(text.value or b'error %d' % status).decode()}")
+
+    def allocate(self, nbytes: int) -> int:
+        address = c_uint64()
+        self._do("cuMemAlloc_v2", byref(address), c_size_t(max(nbytes, 1)))
+        self.clear(address.value, nbytes)
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._do("cuMemFree_v2", c_uint64(address))
+
+    def write(self, address: int, data: torch.Tensor) -> None:
+        if data.numel():
+            size = c_size_t(data.numel() * data.element_size())
+            self._do("cuMemcpyHtoDAsync_v2", c_uint64(address), c_void_p(data.data_ptr()), size, self._stream)
+            self.wait()  # the tensor may go now
+
+    def read(self, address: int, into: torch.Tensor) -> None:
+        if into.numel():
+            size = c_size_t(into.numel() * into.element_size())
+            self._do("cuMemcpyDtoHAsync_v2", c_void_p(into.data_ptr()), c_uint64(address), size, self._stream)
+            self.wait()
+
+    def clear(self, address: int, nbytes: int) -> None:
+        if nbytes:
+            self._do("cuMemsetD8Async", c_uint64(address), ctypes.c_ubyte(0), c_size_t(nbytes), self._stream)
+
+    def wait(self) -> None:
+        """Until everything that was asked for is done."""
+        self._do("cuStreamSynchronize", self._stream)
+
+    def launch(self, kernel: str, grid: Sequence[int], args: Sequence[Number]) -> None:
+        made = self._binaries[kernel]
+        words = [_word(t, a) for t, a in zip(self._kernels[kernel].types.values(), args, strict=True)]
+        words += [self._scratch, self._scratch]
+        pointers = (c_void_p * len(words))(*(ctypes.addressof(w) for w in words))
+        sizes = [c_uint(n) for n in (*grid, 1, 1)[:3]]
+        threads = (c_uint(made.threads), c_uint(1), c_uint(1))
+        self._do("cuLaunchKernel", self._function(kernel), *sizes, *threads, c_uint(made.shared), self._stream, pointers, None)
+
+    def _function(self, kernel: str) -> c_void_p:
+        """A kernel's function; its machine code is loaded at the first launch."""
+        if kernel not in self._functions:
+            made, module, function = self._binaries[kernel], c_void_p(), c_void_p()
+            self._do("cuModuleLoadData", byref(module), ctypes.c_char_p(made.code))
+            self._do("cuModuleGetFunction", byref(function), module, ctypes.c_char_p(made.symbol.encode()))
+            if made.shared > 48 << 10:  # more than a program has without asking
+                self._do("cuFuncSetAttribute", function, c_int(_DYNAMIC_SHARED), c_int(made.shared))
+            self._functions[kernel] = function
+        return self._functions[kernel]
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        for name in self._kernels:  # modules cannot be loaded while launches are captured
+            self._function(name)
+        graph, ready = c_void_p(), c_void_p()
+        self._do("cuStreamBeginCapture_v2", self._stream, c_int(_THREAD_LOCAL))
+        try:
+            launches()
+        finally:
+            self._do("cuStreamEndCapture", self._stream, byref(graph))
+        self._do("cuGraphInstantiateWithFlags", byref(ready), graph, ctypes.c_ulonglong(0))
+        self._do("cuGraphDestroy", graph)
+        return lambda: self._do("cuGraphLaunch", ready, self._stream)
+
+
+def _word(type: str, value: Number) -> Any:
+    """A parameter as the driver takes it."""
+    plain = type.removesuffix(":16")
+    return c_uint64(int(value)) if plain.startswith("*") else _NUMBERS[plain](value)
+
+
+def _fitting(binaries: Mapping[str, Mapping[str, Binary]], major: int, minor: int) -> tuple[str, Mapping[str, Binary]]:
+    """The machine code for a processor: a cubin runs on its own generation from its own revision on."""
+    found = {}
+    for target, made in binaries.items():
+        arch = target.removeprefix("cuda:sm_")
+        if arch.isdigit() and int(arch) // 10 == major and int(arch) % 10 <= minor:
+            found[int(arch)] = target, made
+    if not found:
+        there = ", ".join(binaries) or "none"
+        here = f"sm_{major}{minor}"
+        raise BadInput(f"no machine code for this GPU ({here}), only for: {there}; compile with --target cuda:{here}")
+    return found[max(found)]

@@ -1,0 +1,123 @@
+"""Caches with something in them, and the operands of the kernels of attention on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from elision.codegen.triton.attend import attend
+from elision.codegen.triton.combine import combine
+from elision.ir.mask import Mask
+from elision.ir.nodes import nodes_of
+from elision.ir.states import KV, Dense, Float, Int, Ring, Scratch, Segment, Slots
+from elision.ir.store import KVStore
+from elision.ir.tokens import Tokens
+from elision.ir.tree import Tree, pack
+
+NODES = 64
+
+
+def kv(heads: int, dim: int, vdim: int, encoding: Float | Int, slots: Slots | None = None, **more: Any) -> KV:
+    slots = slots or Dense()
+    segments = (Segment(slots, encoding, encoding), Segment(Scratch(NODES), encoding, encoding))
+    return KV(heads, dim, vdim, segments, **more)
+
+
+def fill(store: KVStore, lengths: list[int], starts: list[int] | None = None, seed: int = 0) -> Tokens:
+    """Append that many tokens to each sequence, a few at a time into a Ring."""
+    type, generator = store.type, torch.Generator().manual_seed(seed)
+    starts = starts or [0] * len(lengths)
+    slots = type.main[-1].slots
+    step = slots.chunk if isinstance(slots, Ring) else max(lengths, default=1)
+    for at in range(0, max(lengths, default=0), max(step, 1)):
+        tokens = Tokens.chunk([min(max(n - at, 0), step) for n in lengths], [s + at for s in starts])
+        store.append(tokens, *(torch.randn(len(tokens), type.heads, d, generator=generator) for d in (type.dim, type.vdim)))
+    return tokens
+
+
+def trees(seed: int, counts: list[int], positions: list[int]) -> Tokens:
+    """A random tree of so many nodes below each sequence."""
+    choice = torch.Generator().manual_seed(seed)
+    found = [Tree((-1, *(int(torch.randint(0, i, (1,), generator=choice)) for i in range(1, n)))) for n in counts]
+    row, pos, parent, anc = pack(found, positions)
+    return Tokens(row, pos, len(counts), parent, anc)
+
+
+def axis(tokens: Tokens) -> dict[str, torch.Tensor]:
+    """The arrays of a token axis that kernels read."""
+    counts = torch.bincount(tokens.row, minlength=tokens.rows)
+    found = {"row": tokens.row, "pos": tokens.pos, "start": torch.cat((counts.new_zeros(1), counts.cumsum(0)))}
+    ahead = (
+        tokens.ahead
+        if tokens.ahead is not None
+        else counts[tokens.row] - 1 - (torch.arange(len(tokens)) - found["start"][tokens.row])
+    )
+    found["ahead"] = ahead
+    if tokens.anc is not None:
+        assert tokens.parent is not None
+        found |= {"anc": tokens.anc, "node": nodes_of(tokens), "parent": tokens.parent}
+    return found
+
+
+def arrays(store: KVStore, segment: int) -> tuple[torch.Tensor | None, ...]:
+    """Keys, values and their scales of a segment."""
+    k, v = (store.segments[segment].planes[w].arrays for w in "kv")
+    return k["codes"], v["codes"], k.get("scale"), v.get("scale")
+
+
+def group(encoding: Any) -> int:
+    return encoding.group if isinstance(encoding, Int) else 0
+
+
+def blocks(store: KVStore, segment: int = 0) -> int:
+    return store.segments[segment].planes["k"].arrays["codes"].shape[2]
+
+
+def attention(
+    q: torch.Tensor, store: KVStore, tokens: Tokens, mask: Mask, scale: float, softcap: float = 0.0,
+    sinks: torch.Tensor | None = None, slopes: torch.Tensor | None = None, *,
+    splits: int = 1, pending: bool = False, kept: torch.Tensor | None = None, bm: int = 16,
+    ordered: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The output and the log-sum-exp by kernels."""
+    type, at = store.type, axis(tokens)
+    heads, group_ = q.shape[1], q.shape[1] // type.heads
+    gp = triton.next_power_of_2(group_)
+    slots = type.main[-1].slots
+    ring = isinstance(slots, Ring)
+    out = torch.full((len(tokens), heads, type.vdim), torch.nan, dtype=q.dtype)
+    lse = torch.full((len(tokens), heads), torch.nan)
+    dvp = max(16, triton.next_power_of_2(type.vdim))
+    part = torch.full((splits, len(tokens), heads, dvp + 2), torch.nan)
+    k, v, ks, vs = arrays(store, 0)
+    dk, dv, dks, dvs = arrays(store, len(store.segments) - 1)
+    index = store.index
+    most = int(torch.bincount(tokens.row, minlength=tokens.rows).max())
+    grid = (splits, -(-most // (bm // gp)), tokens.rows * type.heads)
+    attend[grid](
+        out, lse, part, kept, q, q.stride(0), at["pos"], at.get("anc"), at["start"], slopes, sinks,
+        k, v, ks, vs, store.pos, store.len["k"], blocks(store), store.pos.shape[2],
+        dk, dv, dks, dvs, index["node_pos"], index["node_live"], len(tokens),
+        scale, softcap, mask.size, mask.sinks, slots.window if ring else 0, slots.sinks if ring else 0,
+        H=type.heads, G=group_, GP=gp, D=type.dim, DV=type.vdim, DP=max(16, triton.next_power_of_2(type.dim)), DVP=dvp,
+        LISTS=store.pos.shape[1], GROUP_K=group(type.main[-1].k), GROUP_V=group(type.main[-1].v), MASK=mask.kind,
+        SOFTCAP=softcap > 0, SLOPES=slopes is not None, SINKS=sinks is not None, RING=ring, DRAFTED=tokens.drafted,
+        PENDING=pending, ORDERED=ordered, NODES=NODES, SPLITS=splits, LSE=True, KEPT=kept is not None, BM=bm, BN=16,
+    )  # fmt: skip
+    if splits > 1:
+        combine[(len(tokens), heads)](
+            out,
+            lse,
+            part,
+            sinks,
+            len(tokens),
+            HEADS=heads,
+            DV=type.vdim,
+            DVP=dvp,
+            SPLITS=splits,
+            SINKS=sinks is not None,
+            LSE=True,
+        )
+    return out, lse

@@ -1,0 +1,68 @@
+"""The runtime on CUDA with a driver that records what it is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from test_programs import PROMPTS, compiled
+
+from elision.codegen.triton.compile import plan_program
+from elision.errors import BadInput
+from elision.ir.launch import Binary, DeviceCode
+from elision.runtime.cuda.decode import Decoder
+from elision.runtime.cuda.driver import Cuda, open_driver
+from elision.runtime.cuda.engine import Engine
+
+
+def named(code: DeviceCode, *targets: str) -> DeviceCode:
+    """Machine code that says which kernel it is, for the fake driver."""
+    for target in targets or ("cuda:sm_90",):
+        code.binaries[target] = {n: Binary(f"symbol of {n}", n.encode(), 32 * k.warps, 64 << 10) for n, k in code.kernels.items()}
+    return code
+
+
+def test_prompts_and_graphs_of_steps() -> None:
+    """The tokens of the reference, by parameters as the driver gets them; all steps are one graph, and nothing is read
+    between."""
+    model = compiled("LlamaConfig")
+    code = named(plan_program(model.program))
+    fake = FakeCuda(code)
+    decoder = Decoder(Engine(model.program, code, model.weights, Cuda(code, fake)), 1, 40)
+    decoder.prefill(PROMPTS[:1])
+    before = fake.calls.copy()
+    found = decoder.decode(4)[0].tolist()
+    made = fake.calls - before
+    assert made["cuGraphLaunch"] == 3 and made["cuMemcpyDtoHAsync_v2"] == 1 and made["cuStreamBeginCapture_v2"] == 1
+    assert fake.calls["cuFuncSetAttribute"] == fake.calls["cuModuleLoadData"] == len(code.kernels)
+    expected = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=4, eos_token_id=[])[0, len(PROMPTS[0]) :]
+    assert found == expected.tolist()
+
+
+@pytest.fixture(scope="module")
+def code() -> DeviceCode:
+    return DeviceCode({}, {}, {})
+
+
+def test_the_newest_code_that_fits_is_taken(code: DeviceCode) -> None:
+    named(code, "cuda:sm_80", "cuda:sm_86", "cuda:sm_90", "hip:gfx942")
+    assert Cuda(code, FakeCuda(code, (8, 9))).target == "cuda:sm_86" and Cuda(code, FakeCuda(code, (8, 0))).target == "cuda:sm_80"
+    with pytest.raises(BadInput, match=r"sm_100.*only for: cuda:sm_80, cuda:sm_86, cuda:sm_90, hip:gfx942"):
+        Cuda(code, FakeCuda(code, (10, 0)))
+
+
+def test_no_gpu_and_no_driver_are_told(code: DeviceCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="no GPU"):
+        Cuda(code, FakeCuda(code, gpus=0))
+    monkeypatch.setattr("elision.runtime.cuda.driver.LIBRARY", "libcuda-that-is-not-there.so")
+    with pytest.raises(BadInput, match="no NVIDIA driver here"):
+        open_driver()
+
+
+def test_failures_have_the_words_of_the_driver(code: DeviceCode) -> None:
+    named(code)
+    fake = FakeCuda(code)
+    cuda = Cuda(code, fake)
+    fake.fails = "cuMemAlloc_v2"
+    with pytest.raises(RuntimeError, match="cuMemAlloc_v2: out of memory"):
+        cuda.allocate(1 << 40)
