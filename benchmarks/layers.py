@@ -29,8 +29,8 @@ from rich.console import Console
 
 import elision
 from elision.passes.calibration import Text, topics
+from elision.passes.layers.depth import evenly
 from elision.passes.layers.skip_layers import SkipLayers
-from elision.passes.layers.unified_skip import evenly
 from elision.runtime.report import weight_bytes
 
 LAYERS = 30
