@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Semaphore, Thread
 
@@ -23,8 +24,8 @@ import elision
 STRETCH = 8
 
 
-def in_turns(models: list[elision.Model], tokens: int) -> np.ndarray:
-    """Seconds of a token, by model and stretch: the median in the stretch."""
+def in_turns(models: Sequence[elision.Model], prompt: Sequence[int], tokens: int) -> np.ndarray:
+    """Seconds of a token after a prompt, by model and stretch: the median in the stretch."""
     batons = [Semaphore(0) for _ in models]
     seen: list[list[list[float]]] = [[] for _ in models]
 
@@ -40,7 +41,7 @@ def in_turns(models: list[elision.Model], tokens: int) -> np.ndarray:
                 batons[i].acquire()
 
         batons[i].acquire()
-        models[i].generate(torch.tensor([[1]]), max_new_tokens=tokens, temperature=0, eos_token_id=[], streamer=token)
+        models[i].generate(torch.tensor([list(prompt)]), max_new_tokens=tokens, temperature=0, eos_token_id=[], streamer=token)
         batons[(i + 1) % len(models)].release()
 
     threads = [Thread(target=work, args=(i,)) for i in range(len(models))]
@@ -71,7 +72,7 @@ def main() -> None:
         console.print(f"{text}: {models[text].program.applied}")
     turns = []
     for turn in range(args.turns):
-        turns.append(in_turns([*models.values()], args.tokens))
+        turns.append(in_turns([*models.values()], [1], args.tokens))
         console.print(f"turn {turn + 1} of {args.turns}: " + ", ".join(f"{1e3 * t:.2f}" for t in turns[-1].mean(1)))
     seconds = np.array(turns)  # turns, models, stretches
     whole = np.median(seconds[:, 0], axis=0)
