@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +18,7 @@ from elision.passes.calibration import Text
 from elision.passes.pipeline import run, transform
 from elision.passes.timing import Clock
 from elision.runtime.clock import decode_seconds, made_up
+from tests.passes.small import tiny
 
 LAYERS = 12
 
@@ -102,3 +104,12 @@ def test_a_step_of_this_machine() -> None:
         short, long = seconds if order[0] is few else seconds[::-1]
         assert max(short) < min(long)
     assert torch.isfinite(models[0](input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_compiling_times_native_code() -> None:
+    """`elision.compile` gives passes this machine's clock; without native code they count bytes."""
+    source = tiny(num_hidden_layers=4)
+    for target, says in (("cpu", r"unified-skip:speedup=1\.1,keep=[1-4]"), ("reference", r"unified-skip:speedup=1\.1")):
+        model = elision.compile(source, passes=["unified-skip:speedup=1.1"], target=target)
+        assert re.fullmatch(says, model.program.applied[-1])
+        assert len(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, eos_token_id=[])[0]) == 7
