@@ -7,9 +7,9 @@ Each row is SmolLM2-135M-Instruct with some of its 30 layers left out. Random la
 documentation; the others are read by the model's own forward (reference, float32): how surprised it is, and how often its
 likeliest token is that of the whole model. Decoding is native code with int8 weights, greedy after a prompt of 64 tokens, in
 turns with the whole model; for passes given by ``--pass`` that choose layers as they go, the agreement is that of decoded tokens,
-where the text before them is given. The ideal is the ratio of the bytes of weights that a step reads. ``--search``: the shares that
-evopress searches (``--settings`` of the search). ``--rows`` keeps what was measured, so that a run that is interrupted goes on
-where it was.
+where the text before them is given. The ideal is the ratio of the bytes of weights that a step reads. ``--search``: the shares
+that evopress searches (``--settings`` of the search). ``--rows`` keeps what was measured, so that a run that is interrupted goes
+on where it was.
 """
 
 from __future__ import annotations
