@@ -10,15 +10,17 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 70, 150, 20, 50
 COLOURS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 
 
-def chart(across: str, up: str, lines: Mapping[str, Mapping[float, float]]) -> str:
-    """The lines by name, each from x to y (y above 0)."""
+def chart(across: str, up: str, lines: Mapping[str, Mapping[float, float]], linear: bool = False) -> str:
+    """The lines by name, each from x to y (above 0, unless ``linear``)."""
     xs = [x for line in lines.values() for x in line]
-    ys = [math.log10(y) for line in lines.values() for y in line.values()]
-    low, high, most = math.floor(min(ys)), math.ceil(max(ys)), max(xs)
+    ys = [y if linear else math.log10(y) for line in lines.values() for y in line.values()]
+    step = 10.0 ** math.floor(math.log10(max(ys) - min(ys))) / 2 if linear else 1.0
+    low, high = step * math.floor(min(ys) / step), step * math.ceil(max(ys) / step)
+    least, most = (min(xs), max(xs)) if linear else (0.0, max(xs))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        share = (math.log10(y) - low) / max(high - low, 1)
-        return LEFT + x / most * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        share = ((y if linear else math.log10(y)) - low) / max(high - low, 1e-9)
+        return LEFT + (x - least) / (most - least) * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
@@ -27,14 +29,18 @@ def chart(across: str, up: str, lines: Mapping[str, Mapping[float, float]]) -> s
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
-    for power in range(low, high + 1):
-        for step in (1, 2, 5) if power < high else (1,):
-            (x, y), (end, _) = place(0, step * 10**power), place(most, 1)
-            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
-            parts.append(text(x - 6, y + 4, f"{step * 10**power:g}", "end"))
-    for tick in sorted({round(x) for x in xs}):
-        x, y = place(tick, 10**low)
-        parts.append(text(x, y + 16, f"{tick}"))
+    if linear:
+        levels = [low + step * i for i in range(round((high - low) / step) + 1)]
+        ticks = [least + (most - least) * i / 6 for i in range(7)]
+    else:
+        levels = [m * 10.0**power for power in range(round(low), round(high)) for m in (1, 2, 5)] + [10.0**high]
+        ticks = [float(x) for x in sorted({round(x) for x in xs})]
+    for y in levels:
+        (left, height), (right, _) = place(least, y), place(most, y)
+        parts.append(f'<line x1="{left:.1f}" y1="{height:.1f}" x2="{right:.1f}" y2="{height:.1f}" stroke="#dddddd"/>')
+        parts.append(text(left - 6, height + 4, f"{y:.4g}", "end"))
+    for x in ticks:
+        parts.append(text(place(x, levels[0])[0], HEIGHT - BOTTOM + 16, f"{x:.3g}"))
     for (name, line), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
         points = [place(x, y) for x, y in sorted(line.items())]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

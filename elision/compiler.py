@@ -54,6 +54,7 @@ def compile(
     from elision.frontend.raising import raise_model
     from elision.frontend.source import load_source
     from elision.frontend.stored import blocks_of
+    from elision.ir.coverage import opaque
     from elision.ir.weights import Blocks
     from elision.passes import InsertCache
     from elision.passes.calibration import Text
@@ -83,7 +84,9 @@ def compile(
     tokenizer = Tokenizer.from_json(*source.tokenizer) if source.tokenizer else None
     raised.program.models = cache(partial(_draft, tokenizer))
     text = Text(calibration, tokenizer.encode if tokenizer else None)
-    program, weights = transform(raised.program, raised.weights, chosen, text, stored)
+    able = host == "cpu" and not opaque(raised.program, "score")
+    clock = partial(_seconds, threads=threads) if able else None
+    program, weights = transform(raised.program, raised.weights, chosen, text, stored, clock)
     return finish(
         raised.program,
         program,
@@ -155,6 +158,21 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     from elision.runtime import artefact
 
     return CompiledModel.of(artefact.load(path, threads, verify, target, _rebuild))
+
+
+def _seconds(programs: Sequence[Program], contexts: Sequence[int], threads: int | None) -> list[list[float]]:
+    """What decode steps of programs take in native code, with weights that are made up (as much memory as the programs')."""
+    from elision.codegen.cpu.compile import compile_program
+    from elision.runtime.clock import decode_seconds, made_up
+    from elision.runtime.model import Model
+
+    models = [
+        Model(p, made_up(p), tokenizer=None, defaults={}, coverage={}, max_context=p.meta["positions"], threads=threads,
+              native=compile_program(p))
+        for p in programs
+    ]  # fmt: skip
+    with models[0]._threads(1):
+        return decode_seconds([m._interpreter for m in models], contexts)
 
 
 def _draft(tokenizer: Tokenizer | None, path: str) -> tuple[Program, Weights]:

@@ -73,6 +73,19 @@ def floor(total: Row, bandwidth: float, flops: float) -> float:
     return max((total.weight_bytes + total.state_bytes) / bandwidth, total.flops / flops)
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a decode step costs, in any unit, by how many layers it runs: ``rest`` in any case (embedding, head, what the host
+    does), and for each layer ``layer`` and, for every entry of the cache that it attends to, ``entry``."""
+
+    rest: float
+    layer: float
+    entry: float = 0.0
+
+    def __call__(self, layers: float, context: float = 0.0) -> float:
+        return self.rest + layers * (self.layer + self.entry * context)
+
+
 _SUMMED = ("flops", "weight_bytes", "state_bytes", "activation_bytes", "write_bytes")
 
 

@@ -15,6 +15,7 @@ from elision.ir.verifier import verify
 from elision.passes.base import CHANGES, REGISTRY, Pass, from_text
 from elision.passes.calibration import Calibrated, Choosing, Text
 from elision.passes.speculate.model import ModelPass
+from elision.passes.timing import LATER, Clock, Timed
 
 log = logging.getLogger("elision")
 
@@ -42,18 +43,26 @@ def transform(
     passes: Iterable[str | Pass],
     text: Text,
     stored: Mapping[str, Stored] | None = None,
+    clock: Clock | None = None,
 ) -> tuple[Program, dict[str, torch.Tensor]]:
     """As `run`, with the tensors of the program's weights. ``text``: for passes that calibrate; ``stored``: the blocks that the
-    weights have in the model's file. Raises BadInput for weights that cannot be stored as asked for, and for text given to
-    passes of which none calibrates."""
+    weights have in the model's file; ``clock``: times steps for passes that choose by them. Raises BadInput for weights that
+    cannot be stored as asked for, and for text given to passes of which none calibrates."""
     chosen = resolve(passes)
     if text.given is not None and not any(isinstance(step, Calibrated | Choosing) for step in chosen):
         able = ", ".join(sorted(name for name, cls in REGISTRY.items() if issubclass(cls, Calibrated | Choosing)))
         raise BadInput(f"calibration is given, but no pass calibrates; those that do are {able}")
     params, before = program.params, program  # the types of the tensors at hand, and the program before each step
 
+    def later(step: Pass) -> list[Pass]:
+        rest = chosen[chosen.index(step) + 1 :]
+        return [each for each in rest if each.changes in LATER and not isinstance(each, Choosing)]
+
     def settle(step: Pass, before: Program) -> Pass:
         nonlocal weights, params
+        if isinstance(step, Timed) and clock is not None and "step" in before.entries:
+            log.info("timing steps for %s", step.text())
+            return step.timed(before, lambda programs, contexts: clock([run(p, later(step)) for p in programs], contexts))
         if not isinstance(step, Choosing):
             return step
         weights, params = convert(weights, params, before.params, stored), before.params

@@ -1,34 +1,58 @@
-"""What passes that run fewer layers for some tokens share: the weights that a step reads, and steps without some layers."""
+"""What passes that run fewer layers for some tokens share: what a step costs, and steps without some layers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from elision.errors import BadInput, IllegalProgram
-from elision.ir.cost import cost
+from elision.ir.cost import StepCost, cost
 from elision.ir.op import Sizes
 from elision.ir.program import Program, bypassing, running, state_inputs, steps
 from elision.ir.states import KV, Present
 from elision.ir.value import Builder, Graph, Value, rewrite
+from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.timing import Clock
 
 
-def kept_for(program: Program, speedup: float, by: str) -> float:
-    """How many of the layers stay, on average over the tokens, if a decode step is to read ``speedup`` times fewer bytes of
-    weights: the rest of the model (the head above all) stays. Raises BadInput for what leaving out layers cannot give."""
+def step_bytes(program: Program) -> StepCost:
+    """The bytes of weights that a decode step reads."""
     entry = "step" if "step" in program.entries else "score"
-    layers, rest = dict.fromkeys(program.layers, 0.0), 0.0
-    for row in cost(program, entry, Sizes(tokens=1)):
-        number = row.label.partition(".")[0]
-        if number.isdigit() and int(number) in layers:
-            layers[int(number)] += row.weight_bytes
-        else:
-            rest += row.weight_bytes
-    whole = sum(layers.values())
-    most = (whole + rest) / (rest + min(layers.values(), default=0.0)) if layers else 1.0
-    if not 1 <= speedup <= most + 1e-9:
+    numbers = {str(i) for i in program.layers}
+    rows = [(row.label.partition(".")[0] in numbers, row.weight_bytes) for row in cost(program, entry, Sizes(tokens=1))]
+    whole, rest = (sum(moved for inside, moved in rows if inside is which) for which in (True, False))
+    return StepCost(rest, whole / max(len(numbers), 1))
+
+
+def gains(program: Program, speedup: float, by: str, step: StepCost, context: float = 0.0) -> None:
+    """Raises BadInput for a speed-up that leaving out layers cannot give."""
+    most = step(len(program.layers), context) / step(min(len(program.layers), 1), context)
+    if not 1 <= speedup <= most * (1 + 1e-9):
         raise BadInput(f"{by}: speedup={speedup}; expected 1 to {most:.2f}, which one layer and what is not in layers allow")
-    return len(layers) * ((whole + rest) / speedup - rest) / whole if layers else 0.0
+
+
+def evenly(layers: int, count: int) -> list[int]:
+    """Of so many layers the ``count`` (at least one) that stay if these are spread evenly, the first and the last among them
+    (one: the last)."""
+    if count >= layers:
+        return list(range(layers))
+    return [layers - 1] if count <= 1 else [round(i * (layers - 1) / (count - 1)) for i in range(count)]
+
+
+def step_seconds(program: Program, clock: Clock, contexts: Sequence[int]) -> StepCost:
+    """The seconds of a step with ``contexts`` tokens before it, one or more: the line through the times of the program and of one
+    with half of its layers, evenly spaced."""
+    there = list(program.layers)
+    half = {there[i] for i in evenly(len(there), len(there) // 2)}
+    part = program.copy()
+    SkipLayers(tuple(i for i in there if i not in half)).apply(part)
+    seconds = np.array(clock((program, part), contexts))
+    layers, before = (x.ravel() for x in np.meshgrid((len(there), len(half)), contexts, indexing="ij"))
+    terms = np.stack((np.ones(len(layers)), layers, *([layers * before] if len(set(contexts)) > 1 else [])), axis=1)
+    found = np.linalg.lstsq(terms, seconds.ravel(), rcond=None)[0]
+    return StepCost(*(max(0.0, float(x)) for x in found))  # noise may not make a term a gain
 
 
 def decodes(program: Program, by: str) -> None:

@@ -8,14 +8,14 @@ from typing import TypeVar
 
 Candidate = TypeVar("Candidate")
 
-#: The fitness of candidates (less is better) on a batch that is drawn anew for every call; the number says how large.
-Fitness = Callable[[Sequence[Candidate], int], list[float]]
+#: The mean loss of candidates (less is better) over some parts of a text, given by their numbers.
+Losses = Callable[[Sequence[Candidate], Sequence[int]], list[float]]
 
 
 def evolve(
     start: Sequence[Candidate],
     mutate: Callable[[Candidate, Random], Candidate],
-    fitness: Fitness[Candidate],
+    losses: Losses[Candidate],
     *,
     generations: int,
     offspring: int,
@@ -23,23 +23,26 @@ def evolve(
     random: Random,
     report: Callable[[int, Candidate, float], None] = lambda generation, best, loss: None,
 ) -> Candidate:
-    """The best candidate after ``generations``. ``stages``: (size of the batch, candidates that survive it), the last of which
-    keeps one; the parent joins before the last stage, and is measured on the same batch as its children."""
-    *early, (size, _) = stages
-    losses = fitness(start, size)
-    best, loss = min(zip(start, losses, strict=True), key=lambda found: found[1])
-    report(0, best, loss)
-    for generation in range(1, generations + 1):
-        children: list[Candidate] = []
-        for _ in range(8 * offspring):  # distinct ones, of which a small space may have fewer
-            child = mutate(best, random)
-            if len(children) < offspring and child != best and child not in children:
+    """The best candidate after ``generations``; the first of ``start`` is the first parent, the others its children.
+
+    ``stages``: (parts, survivors), ever more parts and fewer survivors; the last is the whole text and one. A stage looks at the
+    parts of the one before and at more of them, in an order drawn anew for every generation, and compares on these parts alone:
+    who is not better than the parent leaves. So the parent is replaced by who is better on the whole text, and by nobody else.
+    """
+    best, *children = start
+    whole = range(stages[-1][0])
+    for generation in range(generations + 1):
+        tried = 0
+        while generation and len(children) < offspring and tried < 8 * offspring:  # a small space may have fewer
+            child, tried = mutate(best, random), tried + 1
+            if child != best and child not in children:
                 children.append(child)
-        for small, count in early:
-            order = sorted(zip(fitness(children, small), range(len(children)), strict=True))
-            children = [children[i] for _, i in order[:count]]
-        final = [best, *children]
-        losses = fitness(final, size)
-        best, loss = min(zip(final, losses, strict=True), key=lambda found: found[1])
-        report(generation, best, loss)
+        order = random.sample(whole, len(whole))
+        for parts, survivors in stages:
+            mine, *theirs = losses([best, *children], order[:parts])
+            ranked = sorted((loss, i) for i, loss in enumerate(theirs) if loss < mine)
+            children = [children[i] for _, i in ranked[:survivors]]
+        if children:
+            best = children.pop()
+        report(generation, best, losses([best], whole)[0])
     return best

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar
@@ -25,6 +26,7 @@ log = logging.getLogger("elision")
 
 TOP = 512  # of the full model's probabilities of a token, those that are compared
 SHORT = 256  # tokens of a sequence that candidates are compared on
+TOGETHER = 4  # sequences of one forward: more take memory that is slower than what is saved
 HALVES = ("attn", "mlp")
 Halves = tuple[frozenset[int], frozenset[int]]  # what is left out: attention halves, MLP halves
 
@@ -39,11 +41,10 @@ class EvoPress(Choosing):
     least block influence, and of the halves (the paper: of random sets); swaps prefer what has little influence, and half of them
     swap whole layers.
 
-    ``share``: of the halves of each kind, rounded down. ``generations`` of ``offspring`` children, which swap up to three halves;
-    the best two on ``small`` tokens, in sequences of 256, meet their parent on ``large`` tokens. The paper: 32 children, 2048 and
-    32768 tokens; the defaults are meant for 135M parameters on two cores (about ten minutes by the time of a forward, not timed
-    on an idle machine). ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity
-    setting: share=0.
+    ``share``: of the halves of each kind, rounded down. ``generations`` of ``offspring`` children, which swap up to three
+    halves, compared in stages on ``small`` to ``large`` tokens, in sequences of 256, always with their parent on the same ones.
+    The paper: 32 children, 2048, 16384 and 65536 tokens, drawn anew; the defaults are for 135M parameters and 15 minutes of two
+    cores. ``seed``: of the search. ``attn``, ``mlp``: what was chosen; given, nothing is searched. Identity setting: share=0.
     """
 
     share: float = 0.0
@@ -51,8 +52,8 @@ class EvoPress(Choosing):
     mlp: tuple[int, ...] = ()
     generations: int = 40
     offspring: int = 8
-    small: int = 256
-    large: int = 1024
+    small: int = 512
+    large: int = 8192
     seed: int = 0
 
     name: ClassVar[str] = "evopress"
@@ -72,22 +73,28 @@ class EvoPress(Choosing):
             raise BadInput(f"{self.text()}: expected generations, small >= 1, offspring >= 2 and large >= small")
         layers, random = list(program.layers), Random(self.seed)
         began = time.monotonic()
-        sequences = [part for ids in text.sequences(program, 4 * self.large) for part in torch.split(ids, SHORT)]
-        measure = Divergence(program, weights, sequences, random)
+        sequences = [part for ids in text.sequences(program, self.large) for part in torch.split(ids, SHORT)]
 
         def told(generation: int, best: Halves, loss: float) -> None:
             took, now = time.monotonic() - began, self._chosen(best).text()
             log.info("generation %d of %d, KL %.4f, %.0f s: %s", generation, self.generations, loss, took, now)
 
-        order = [measure.ranked(half) for half in HALVES]
-        whole = frozenset(measure.ranked("")[:count])
-        start = [(whole, whole), (frozenset(order[0][:count]), frozenset(order[1][:count]))]
-        start += [_draw(layers, count, random) for _ in range(self.offspring - 2)]
-        best = evolve(
-            start, lambda parent, random: _mutated(parent, order, random), measure, generations=self.generations,
-            offspring=self.offspring, stages=((self.small, 2), (self.large, 1)), random=random, report=told,
-        )  # fmt: skip
+        with _quick_products():
+            measure = Divergence(program, weights, sequences)
+            order = [measure.ranked(half) for half in HALVES]
+            whole = frozenset(measure.ranked("")[:count])
+            start = [(whole, whole), (frozenset(order[0][:count]), frozenset(order[1][:count]))]
+            start += [_draw(layers, count, random) for _ in range(self.offspring - 2)]
+            best = evolve(
+                start, lambda parent, random: _mutated(parent, order, random), measure, generations=self.generations,
+                offspring=self.offspring, stages=self._stages(len(sequences)), random=random, report=told,
+            )  # fmt: skip
         return self._chosen(best)
+
+    def _stages(self, parts: int) -> list[tuple[int, int]]:
+        """Sequences and survivors: from ``small`` tokens to all by equal factors, and from a third of the children to one."""
+        first = max(1, min(parts, round(self.small / SHORT)))
+        return [(first, -(-self.offspring // 3)), (round((first * parts) ** 0.5), 1), (parts, 1)]
 
     def _chosen(self, halves: Halves) -> EvoPress:
         attn, mlp = (tuple(sorted(half)) for half in halves)
@@ -106,6 +113,17 @@ class EvoPress(Choosing):
         return count
 
 
+@contextmanager
+def _quick_products() -> Iterator[None]:
+    """Torch may multiply floats by its quickest kernels, whose rounding is below what candidates differ by."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def leave_out(program: Program, halves: Halves) -> None:
     """Leave halves out of every entry. Raises BadInput for one that is not there."""
     there = program.layers
@@ -117,14 +135,15 @@ def leave_out(program: Program, halves: Halves) -> None:
 
 
 class Divergence:
-    """KL(full, pruned) per token, on sequences drawn anew for every call; less is better. The full model runs once, and the `TOP`
-    largest probabilities of each token are kept. The forward runs half by half: candidates of a call that begin alike share the
-    stream up to where they differ. ``influence``: of each half, and of whole layers (half ""), 1 - the mean cosine of the stream
-    before and after it, on all sequences."""
+    """KL(full, pruned) per token, averaged over some of the sequences; less is better. The full model runs once, and the `TOP`
+    largest probabilities of each token are kept; what was found of a candidate is, too. The forward runs half by half: candidates
+    that begin alike share the stream up to where they differ. ``influence``: of each half, and of whole layers (half ""), 1 - the
+    mean cosine of the stream before and after it, on all sequences."""
 
-    def __init__(self, program: Program, weights: Weights, sequences: list[torch.Tensor], random: Random) -> None:
+    def __init__(self, program: Program, weights: Weights, sequences: list[torch.Tensor]) -> None:
         score = program.entries["score"]
-        self._sequences, self._random, self._interpreter = sequences, random, Interpreter(program, weights)
+        self._sequences, self._interpreter = sequences, Interpreter(program, weights)
+        self._known: dict[tuple[Halves, int], float] = {}
         calls = blocks(score)
         self._halves = [(layer, HALVES.index(v.attr("label").partition(".")[2])) for layer, v in calls]
         streams = [*(v.args[0] for _, v in calls), stream_after(score)]
@@ -140,20 +159,23 @@ class Divergence:
             top = logits.topk(min(TOP, logits.shape[-1]))
             self._full.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices))
 
-    def __call__(self, candidates: Sequence[Halves], size: int) -> list[float]:
-        count = min(len(self._sequences), max(1, round(size / max(map(len, self._sequences)))))
-        batch = self._random.sample(range(len(self._sequences)), count)
-        full, index = (torch.cat([self._full[i][part] for i in batch]) for part in (0, 1))
-        found = [0.0] * len(candidates)
+    def __call__(self, candidates: Sequence[Halves], parts: Sequence[int]) -> list[float]:
+        for begin in range(0, len(parts), TOGETHER):
+            batch = parts[begin : begin + TOGETHER]
+            self._measure([c for c in candidates if any((c, i) not in self._known for i in batch)], batch)
+        return [sum(self._known[c, i] for i in parts) / len(parts) for c in candidates]
+
+    def _measure(self, candidates: Sequence[Halves], batch: Sequence[int]) -> None:
         known: list[torch.Tensor] = []
         before: list[bool] = []
-        for i, kept in sorted(enumerate(map(self._kept, candidates)), key=lambda pair: pair[1]):
+        for kept, candidate in sorted(((self._kept(c), c) for c in candidates), key=lambda pair: pair[0]):
             alike = next((n for n, (a, b) in enumerate(zip(before, kept, strict=False)) if a != b), len(before))
-            before, known = kept, self._streams(candidates[i], batch, known[: alike + 1])
-            logits = self._logits(known[-1], batch)
-            got = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
-            found[i] = float((full.exp() * (full - got)).sum(-1).mean())
-        return found
+            before, known = kept, self._streams(candidate, batch, known[: alike + 1])
+            parts = torch.split(self._logits(known[-1], batch), [len(self._sequences[i]) for i in batch])
+            for i, logits in zip(batch, parts, strict=True):
+                full, index = self._full[i]
+                got = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
+                self._known[candidate, i] = float((full.exp() * (full - got)).sum(-1).mean())
 
     def ranked(self, half: str) -> list[int]:
         """The layers in order of the influence of that half."""

@@ -26,6 +26,7 @@ class Table:
     ) -> None:
         self.schedule, self.capacity, self.threads = schedule, tuple(capacity), threads
         self._memory: dict[int, tuple[torch.Tensor, int, int]] = {}  # slot: bytes, address, bytes per thread
+        self._wholes: dict[tuple[int, str], torch.Tensor] = {}  # the memory of a slot as numbers of a dtype
         for buffer in schedule.buffers:
             if buffer.slot >= 0 and buffer.slot not in self._memory:
                 self._memory[buffer.slot] = self._allocate(buffer)
@@ -68,9 +69,11 @@ class Table:
         """The tensor ``[count, ..]`` at ``("view", buffer, offset, strides, shape, dtype, axis)``."""
         _, buffer, offset, strides, shape, dtype, _ = place
         b, kind = self.schedule.buffers[buffer], DTYPES[dtype]
-        data, address, _ = self._memory[b.slot]
-        base = data[address - data.data_ptr() :]
-        whole = base[: (len(base) // 8) * 8].view(kind)
+        whole = self._wholes.get((b.slot, dtype))
+        if whole is None:
+            data, address, _ = self._memory[b.slot]
+            base = data[address - data.data_ptr() :]
+            whole = self._wholes[b.slot, dtype] = base[: (len(base) // 8) * 8].view(kind)
         return whole.as_strided((count, *shape), (b.width // kind.itemsize, *strides), offset)
 
     def nbytes(self) -> int:
