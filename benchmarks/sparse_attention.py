@@ -23,7 +23,7 @@ import torch
 
 import elision
 from elision.ir import schedule as abi
-from elision.ir.flatten import DECODE
+from elision.ir.flatten import decoding
 from elision.ir.requests import Requests
 from elision.ir.states import Budget
 from elision.ir.store import KVStore
@@ -90,7 +90,7 @@ def step_seconds(session: Session) -> list[float]:
 
 def attention_seconds(engine: Engine, session: Session) -> list[float]:
     """Of the rows of a step that read the cache, on what the last step left in its buffers."""
-    schedule = engine.schedules[DECODE]
+    schedule = engine.schedules[decoding("step")]
     table = engine.table(schedule, [1] * len(schedule.axes))
     rows = [i for i, row in enumerate(schedule.rows) if row.kernel.startswith(ATTENTION)]
     words = np.concatenate((table.words[rows], np.zeros((1, abi.WORDS), np.int64)))
