@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 import sys
 import time
 from typing import Any
@@ -33,20 +32,20 @@ PRESSES = {
 
 
 def measure(model: Any, press: Any, ids: torch.Tensor) -> tuple[float, float, int]:
-    """Seconds to the first token and for each one after it (median), and bytes of keys and values."""
-    cache, tokens = DynamicCache(), []
+    """Seconds to the first token and of a token among the fastest 16 in a row after it, and bytes of keys and values."""
+    cache = DynamicCache()
     start = time.perf_counter()
     with press(model) if press is not None else contextlib.nullcontext():
         found = model(ids, past_key_values=cache, logits_to_keep=1)
     last = found.logits[0, -1].argmax()
     first = time.perf_counter() - start
+    times = [time.perf_counter()]
     for i in range(NEW):
-        begun = time.perf_counter()
         at = torch.tensor([[ids.shape[1] + i]])
         last = model(last.view(1, 1), past_key_values=cache, position_ids=at).logits[0, -1].argmax()
-        tokens.append(time.perf_counter() - begun)
+        times.append(time.perf_counter())
     held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-    return first, statistics.median(tokens), held
+    return first, min(b - a for a, b in zip(times, times[16:], strict=False)) / 16, held
 
 
 def main() -> None:
