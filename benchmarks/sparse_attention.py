@@ -1,11 +1,11 @@
-"""What methods that read a part of the cache save of a decode step, and cost in quality:
-``python benchmarks/sparse_attention.py compile|time|quality DIRECTORY [--out FILE]``.
+"""What methods that read or hold a part of the cache save of a decode step, and cost in quality:
+``python benchmarks/sparse_attention.py time|quality [--weights bf16|int8] [--out FILE]``.
 
-compile: SmolLM2 with each method as an artefact, so that a measurement begins at once. time: milliseconds of a step at contexts
-of 2048 and 8000 tokens, of its attention alone (the rows of the schedule that attend, choose and join, run by themselves), and
-bytes of state. The caches are filled with random numbers: how much is read depends on the method's sizes, and for `tidal-decode`
-on how far apart the chosen tokens are, for which random keys are the worst case. quality: perplexity as `benchmarks/kv.py`
-measures it, decoding 256 tokens after prompts of 1792.
+time: milliseconds of a step of SmolLM2 at contexts of 2048 and 8000 tokens, of its attention alone (the rows of the schedule
+that attend, choose, join and count, run by themselves), and bytes of state. The caches are filled with random numbers: how much
+is read depends on the method's sizes, and for `tidal-decode` on how far apart the chosen tokens are, for which random keys are
+the worst case. The models take turns, and the best turn of each counts (its median of attention, its mean of tokens). quality:
+perplexity as `benchmarks/kv.py` measures it, decoding 256 tokens after prompts of 1792.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kv_speed import WEIGHTS
+from variants import variants
 
 import elision
 from elision.ir import schedule as abi
-from elision.ir.flatten import DECODE
+from elision.ir.flatten import decoding
 from elision.ir.requests import Requests
-from elision.ir.states import Budget
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.verify import Request
@@ -34,46 +34,49 @@ from elision.runtime.native.engine import Engine
 from elision.runtime.session import Session
 
 HALF = "+".join(map(str, range(0, 90, 2)))  # every second of SmolLM2's key heads: what is saved does not depend on which
-METHODS = {
-    "all of it": [],
-    "quest:budget=512": ["quest:budget=512"],
-    "quest:budget=1024": ["quest:budget=1024"],
-    "quest:budget=2048": ["quest:budget=2048"],
-    "tidal-decode:budget=256": ["tidal-decode:budget=256"],
-    "duo-attention:heads=HALF": [f"duo-attention:heads={HALF}"],
-}
-#: Whose quality is measured too.
-MORE = ("duo-attention:sparsity=0.5", "quest:budget=256", "tidal-decode:budget=64", "tidal-decode:budget=512")
+QUARTER = "+".join(map(str, range(0, 90, 4)))
+#: Whose quality is measured.
+QUALITY = (
+    "quest:budget=512", "quest:budget=512,page=32", "quest:budget=1024", "quest:budget=256", "tidal-decode:budget=256",
+    "tidal-decode:budget=64", "tidal-decode:budget=512", "duo-attention:sparsity=0.5",
+)  # fmt: skip
 CONTEXTS = (2048, 8000)
-ATTENTION = ("attend", "bounds", "best", "combine")  # how the names of these kernels begin
-STEPS, TIMES = 32, 25
+ATTENTION = ("attend", "bounds", "best", "combine", "credit")  # how the names of these kernels begin
+TURNS, TIMES = 6, 9  # runs of its attention in a turn
+STEPS = 17  # rounds of a turn: none ends with a tick of the clock, which leaves other tokens in the engine's context
 
 
-def path(directory: Path, name: str) -> Path:
-    return directory / (name.replace(":", "-").replace(" ", "-") + ".elision")
-
-
-def prepare(directory: Path) -> Iterator[str]:
-    for name, passes in {**METHODS, **{name: [name] for name in MORE}}.items():
-        if not path(directory, name).exists():
-            elision.compile("smollm2", passes=["bf16", *passes], kv_dtype="bf16").save(path(directory, name))
-        yield name
+def methods(context: int) -> dict[str, list[str]]:
+    """Passes by name: a quarter of the context, and other settings."""
+    n = context // 4
+    found = (
+        f"h2o:budget={n}", f"snapkv:budget={n}", f"streaming-llm:window={n - 4}", f"quest:budget={n}",
+        f"quest:budget={n},page=32", f"quest:budget={n},page=64", "quest:budget=512",
+        "quest:budget=1024", f"quest:budget={context}", "tidal-decode:budget=256",
+    )  # fmt: skip
+    heads = {"HALF": HALF, "QUARTER": QUARTER}
+    return {"all of it": []} | {
+        **{name: [name] for name in found},
+        **{f"duo-attention:heads={name}": [f"duo-attention:heads={which}"] for name, which in heads.items()},
+        f"h2o:budget={2 * context}": [f"h2o:budget={2 * context}"],
+    }
 
 
 def filled(model: elision.Model, context: int) -> Session:
     """A run over one sequence of ``context`` random entries."""
-    session = Session(model._interpreter, 1, context + STEPS + TIMES)
+    session = Session(model._interpreter, 1, context + TURNS * (STEPS + TIMES))
     generator = torch.Generator().manual_seed(0)
-    for name, store in session._stores.items():
+    for store in session._stores.values():
         assert isinstance(store, KVStore)
         type, pos = store.type, torch.arange(context)
-        if isinstance(type.main[0].slots, Budget):  # what its clock left of them
-            pos = pos[-type.main[0].slots.n // 2 :]
+        room = store.segments[0].slots
+        if room < context:  # what its clock left of them
+            pos = torch.cat((pos[: room // 4], pos[-(room - room // 4) :]))
         k, v = (torch.randn(len(pos), type.heads, n, generator=generator) for n in (type.dim, type.vdim))
         store.append(Tokens(torch.zeros_like(pos), pos, 1), k, v)
-        session._stores[name] = store.settled(context)
     session.committed = [context]
     session._tick([0], always=True)
+    session._stores = {name: store.settled(context) for name, store in session._stores.items()}
     return session
 
 
@@ -90,7 +93,7 @@ def step_seconds(session: Session) -> list[float]:
 
 def attention_seconds(engine: Engine, session: Session) -> list[float]:
     """Of the rows of a step that read the cache, on what the last step left in its buffers."""
-    schedule = engine.schedules[DECODE]
+    schedule = engine.schedules[decoding("step")]
     table = engine.table(schedule, [1] * len(schedule.axes))
     rows = [i for i, row in enumerate(schedule.rows) if row.kernel.startswith(ATTENTION)]
     words = np.concatenate((table.words[rows], np.zeros((1, abi.WORDS), np.int64)))
@@ -109,25 +112,32 @@ def engine_of(model: elision.Model) -> Engine:
     return native.func.__self__  # type: ignore[no-any-return]
 
 
-def timing(directory: Path, threads: int) -> Iterator[str]:
-    models = {name: elision.load(path(directory, name), threads=threads) for name in METHODS}
-    yield "| context | method | attention, ms | of all | a token, ms | state, MB |"
-    yield "|---:|---|---:|---:|---:|---:|"
-    for context in CONTEXTS:
-        runs = {name: filled(model, context) for name, model in models.items()}
-        whole: dict[str, list[float]] = {name: [] for name in runs}
-        part: dict[str, list[float]] = {name: [] for name in runs}
-        for name, session in runs.items():
-            whole[name] += step_seconds(session)
-            part[name] += attention_seconds(engine_of(models[name]), session)
-        full = statistics.median(part["all of it"])
-        for name, session in runs.items():
-            attention, token = statistics.median(part[name]), statistics.mean(whole[name][1:])
-            ratio, size = attention / full, session.bytes() / 1e6
-            yield f"| {context} | `{name}` | {1e3 * attention:.2f} | {ratio:.2f} | {1e3 * token:.2f} | {size:.1f} |"
+def timing(weights: str, threads: int, contexts: tuple[int, ...], ready: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """``ready`` is called before anything is measured."""
+    runs: dict[tuple[int, str], tuple[elision.Model, Session]] = {}
+    for context in contexts:
+        chosen = methods(context)
+        for name, model in zip(chosen, variants(WEIGHTS[weights], chosen.values(), threads), strict=True):
+            runs[context, name] = model, filled(model, context)
+            step_seconds(runs[context, name][1])
+    torch.set_num_threads(1)
+    ready()
+    whole: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
+    part: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
+    for _ in range(TURNS):
+        for key, (model, session) in runs.items():
+            whole[key].append(statistics.mean(step_seconds(session)))
+            part[key].append(statistics.median(attention_seconds(engine_of(model), session)))
+    yield "| context | method | attention, of all | a token, of all | attention, ms | a token, ms | state, MB |"
+    yield "|---:|---|---:|---:|---:|---:|---:|"
+    for (context, name), (_, session) in runs.items():
+        full, plain = min(part[context, "all of it"]), min(whole[context, "all of it"])
+        attention, token = min(part[context, name]), min(whole[context, name])
+        ratios, size = f"{attention / full:.2f} | {token / plain:.2f}", session.bytes() / 1e6
+        yield f"| {context} | `{name}` | {ratios} | {1e3 * attention:.2f} | {1e3 * token:.2f} | {size:.1f} |"
 
 
-def quality(directory: Path) -> Iterator[str]:
+def quality(threads: int) -> Iterator[str]:
     from kv import perplexity, sequences
 
     from elision.passes import from_text
@@ -135,28 +145,25 @@ def quality(directory: Path) -> Iterator[str]:
     yield "| method | perplexity |"
     yield "|---|---:|"
     text = None
-    for name in (*METHODS, *MORE):
-        model = elision.load(path(directory, name))
+    for name, model in zip(("", *QUALITY), variants(["bf16"], ([], *([name] for name in QUALITY)), threads), strict=True):
         text = sequences(model) if text is None else text
-        yield f"| `{name}` | {perplexity(model, text):.3f} |"
+        yield f"| `{name or 'all of it'}` | {perplexity(model, text):.3f} |"
         if name == "duo-attention:sparsity=0.5":
             chosen: Any = from_text(next(a for a in model.program.applied if a.startswith("duo-attention")))
             others = replace(chosen, heads=tuple({*range(2 * len(chosen.heads))} - {*chosen.heads}))
-            model = elision.compile("smollm2", passes=["bf16", others], kv_dtype="bf16")
-            yield f"| `duo-attention`, its other half of the heads whole | {perplexity(model, text):.3f} |"
+            (other,) = variants(["bf16"], [[others.text()]], threads)
+            yield f"| `duo-attention`, its other half of the heads whole | {perplexity(other, text):.3f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["compile", "time", "quality"])
-    parser.add_argument("directory", type=Path, help="of the artefacts")
+    parser.add_argument("what", choices=["time", "quality"])
     parser.add_argument("--out", help="file to append to")
+    parser.add_argument("--weights", choices=[*WEIGHTS], default="bf16", help="of time")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(1 if args.what == "time" else args.threads)
-    make = {"compile": prepare, "time": lambda directory: timing(directory, args.threads), "quality": quality}[args.what]
     with torch.inference_mode():
-        for line in make(args.directory):
+        for line in timing(args.weights, args.threads, CONTEXTS) if args.what == "time" else quality(args.threads):
             print(line, flush=True)
             if args.out:
                 with open(args.out, "a") as file:

@@ -18,14 +18,14 @@ def decoding(step: str) -> str:
 
 def flat_entries(program: Program) -> dict[str, Graph]:
     """What is compiled to native code, flat: the program's entries (but a ``step`` that the round runs in parts), and `committed`
-    beside steps unless they keep scores, which cost less when a commit adds what the step left (`elision.ir.scores`)."""
+    beside steps."""
     order = ("step", "prefill", "score")  # the first that needs a weight says how it is packed
     left = {"step"} - {*steps(program)} if "step" in program.entries else set()
     wanted = [name for name in program.entries if name not in left]
     names = sorted(wanted, key=lambda n: order.index(n) if n in order else len(order))
     found = {name: flatten(program, name) for name in names}
     for name in steps(program):
-        if name.startswith("step") and not any(v.op == "observe" for v in found[name].values):
+        if name.startswith("step"):
             found[decoding(name)] = committed(found[name])
     return found
 
@@ -35,6 +35,8 @@ def committed(step: Graph) -> Graph:
     whatever else is, that is `step` and then `commit` of the root."""
 
     def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | None:
+        if v.op == "observe":
+            return b.add_with("observe", args, {**dict(v.attrs), "decoding": True}, None, step.names.get(v))
         if v.op != "input" or not isinstance(v.type, Tensor):
             return None
         axes = [Axis(d.name) if isinstance(d, Axis) else d for d in v.type.axes]

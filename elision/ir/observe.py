@@ -25,9 +25,10 @@ def observe(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     last: int = 0,
+    decoding: bool = False,
 ) -> None:
     """Count what the queries ``q [n, Hq, D]`` give to every entry. ``last``: only queries among the last so many tokens of the
-    prompt count. Drafted ones wait for `commit`, by node."""
+    prompt count. ``decoding``: they come after it. Drafted ones wait for `commit`, by node."""
     found = weigh(q, store, tokens, mask, scale, softcap, sinks, slopes)
     scores = scores_of(store)
     if tokens.drafted:
@@ -38,7 +39,7 @@ def observe(
     later = counts[tokens.row] - 1 - rank
     share = found.weight / found.share
     if scores.gumbel is not None:
-        share = _noisy(store, scores.gumbel, tokens, found)
+        share = _noisy(store, scores.gumbel, tokens, found, decoding)
     for name, decay in scores.arrays.items():
         weight = torch.full_like(later, decay, dtype=found.weight.dtype) ** later
         if last:
@@ -52,14 +53,16 @@ def observe(
         score[..., :n] += received.sum((2, 3))
 
 
-def _noisy(store: KVStore, gumbel: Gumbel, tokens: Tokens, found: Weighed) -> torch.Tensor:
-    """What parts of a prompt give by the noisy softmax, as `Weighed.weight`."""
+def _noisy(store: KVStore, gumbel: Gumbel, tokens: Tokens, found: Weighed, decoding: bool) -> torch.Tensor:
+    """What parts of a prompt, or tokens after it, give by the noisy softmax, as `Weighed.weight`."""
     b, heads, group, width, _ = found.weight.shape
-    store.index["prompt"].scatter_reduce_(0, tokens.row, tokens.pos + 1, "amax")
+    if not decoding:
+        store.index["prompt"].scatter_reduce_(0, tokens.row, tokens.pos + 1, "amax")
     q_pos = torch.zeros(b * width, dtype=torch.int64).index_copy(0, found.place, tokens.pos).view(b, 1, 1, width, 1)
     head = torch.arange(heads * group).view(1, heads, group, 1, 1)
     k_pos = store.pos[:, :, None, None, : found.entries].long()
-    return noisy(found.weight.log(), gumbel, head, q_pos, k_pos, q_pos + 1)
+    prompt = store.index["prompt"].view(b, 1, 1, 1, 1) if decoding else q_pos + 1
+    return noisy(found.weight.log(), gumbel, head, q_pos, k_pos, prompt)
 
 
 def _wait(store: KVStore, scores: Scores, tokens: Tokens, found: Weighed) -> None:

@@ -14,7 +14,7 @@ from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
 from elision.codegen.regions import regions
-from elision.ir.flatten import flatten
+from elision.ir.flatten import committed, flatten
 from elision.ir.interp import Interpreter
 from elision.ir.program import Program
 from elision.ir.schedule import NativeCode
@@ -72,14 +72,17 @@ class Bench:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(1))
 
     def add(self, make: Callable[[Maker], tuple[Value, ...]]) -> None:
-        """A case, as an entry for few tokens and one for many; with states, the first one is on drafted tokens."""
-        index = len(self.program.entries) // 2
-        drafted = False
+        """A case, as an entry for few tokens and one for many; with states, the first one is on drafted tokens, and there is one
+        on committed tokens, one of a sequence."""
+        index, drafted = sum(name.startswith("step") for name in self.program.entries), False
         for mode in reversed(MODES):
             maker = Maker(self, f"{mode}.{index}", Axis("t", draft=mode == "step" and drafted))
             outputs = make(maker)
             drafted = f"kv_{index}" in self.program.states
             self.program.entries[f"{mode}.{index}"] = maker.builder.build(*outputs)
+        if drafted:
+            step = self.program.entries[f"step.{index}"]
+            self.program.entries[f"decode.{index}"] = committed(step)
 
     def compile(self, hosts: set[str] | None = None, level: str | None = None) -> None:
         """Native code for all cases, for this processor or one of ``level``; ``hosts``: the ops that are expected to run on the

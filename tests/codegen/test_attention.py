@@ -97,11 +97,12 @@ def chain(n: int) -> tree.Tree:
 def scenario(
     bench: Bench, lengths: list[list[int]], trees: list[dict[int, tree.Tree]], threads: int, capacity: int = CAPACITY
 ) -> None:
-    """Chunks of prefill, then rounds that draft, commit part of every tree, and go on."""
+    """Chunks of prefill, then rounds that draft, commit part of every tree, or take the root alone in one call, and go on."""
     fast, slow = bench.stores(ROWS, capacity)
     committed = [0] * ROWS
     prefill = [e for e in bench.program.entries if e.startswith("prefill")]
     step = [e for e in bench.program.entries if e.startswith("step")]
+    decode = [e for e in bench.program.entries if e.startswith("decode")]
 
     def each(entries: list[str], at: Tokens, what: str) -> None:
         for entry in entries:
@@ -125,6 +126,12 @@ def scenario(
         for store in (*fast.values(), *slow.values()):
             close_pages(store)
         committed = [a + len(p) for a, p in zip(committed, paths, strict=True)]
+        same(fast, slow)
+        rows = torch.tensor([r for r in range(ROWS) if r not in drafted or len(drafted) == ROWS], dtype=torch.int64)
+        each(decode, Tokens(rows, torch.tensor(committed)[rows], ROWS), f"roots of {rows.tolist()}")
+        for store in (*fast.values(), *slow.values()):
+            close_pages(store)
+        committed = [n + (r in rows) for r, n in enumerate(committed)]
         same(fast, slow)
 
 

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import row_bytes
+from elision.codegen.cpu.credit import waiting
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.flash import CHUNK, Site, both, flash, weigh
 from elision.codegen.cpu.grouped import Grouped
 from elision.codegen.cpu.kernel import Kernel, State
-from elision.codegen.cpu.observe import padded, waiting
+from elision.codegen.cpu.observe import padded
 from elision.codegen.cpu.rows import channels
 from elision.codegen.cpu.tile import (
     BITS,
@@ -104,8 +105,9 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     if slopes is not None:
                         items[SLOPE] = fn.cast(fn.load(slopes, "i32", query), "arith.extui", "i64")
                     if site.observed:
-                        place = waiting(axis, state, row, token) * site.queries + query
-                        for word, name, width in ((LEFT, "waiting", "entries"), (LEFT_NODES, "waiting_nodes", "nodes")):
+                        place = waiting(axis, state, row, token, site.drafted) * site.queries + query
+                        kinds = ((LEFT, "waiting", "entries"), (LEFT_NODES, "waiting_nodes", "nodes"))
+                        for word, name, width in kinds if site.drafted else kinds[:1]:
                             items[word] = fn.at(state.address(name), place * padded(state.number(width)), "f32")
                     put(fn, tile, loop.index, items)
                     if site.own:  # entries are told by their numbers, which are the tokens'
@@ -136,7 +138,9 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                         left = count - query0
                         begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
                         masked, nodes = begins, fn.const(int(drafted), "i1")
-                        if site.ordered and not (site.first or drafted):
+                        if site.behind and not drafted:
+                            masked = fn.minimum(fn.maximum(limit // LANES, begins), ends)
+                        elif site.ordered and not (site.first or drafted):
                             # blocks that no query sees, and those before ``masked`` that all see
                             sight = [fn.load(tile, "i64", SIGHT + i) - start for i in range(4)]
                             begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
@@ -227,7 +231,8 @@ def combine(name: str, site: Site) -> Kernel:
             loop.give(loop.carried[0] + scale * fn.load(p, "f32", site.vdim + 1))
         share = 1.0 / fn.maximum(loop.results[0], 1e-30)
         if state is not None:
-            place = waiting(axis, state, fn.load(axis.array("row"), "i64", t), t) * site.queries + heads.index
+            row = fn.load(axis.array("row"), "i64", t)
+            place = waiting(axis, state, row, t, site.drafted) * site.queries + heads.index
             for i, x in enumerate((top, share)):
                 fn.store(x, state.address("waiting_norm"), place * 2 + i)
         target = fn.at(out.token(t), heads.index * site.vdim, "f32")

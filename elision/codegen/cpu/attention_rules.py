@@ -6,6 +6,7 @@ from elision.codegen.cpu import attend as made
 from elision.codegen.cpu import cache, page_rules
 from elision.codegen.cpu import observe as light
 from elision.codegen.cpu.cache_rows import Form, form
+from elision.codegen.cpu.credit import credited
 from elision.codegen.cpu.flash import CHUNK, Site, together
 from elision.codegen.cpu.grouped import Grouped
 from elision.codegen.cpu.gumbel import Noise
@@ -135,8 +136,8 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     site = Site(
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, drafted,
         ordered, together(level), float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, own,
-        mask.sinks, lists_of(state) > 1, drafted and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
-        older(state),
+        mask.sinks, lists_of(state) > 1, not plan.many and any(v.op == "observe" and v.args[1] is q for v in plan.graph.values),
+        not plan.many and not own and mask == Mask(), older(state),
     )  # fmt: skip
     axis = plan.axis(value)
     part = plan.buffer(axis, outer * (state.vdim + PAD) * 4, private=not plan.many, across=True)
@@ -166,8 +167,8 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
 
 
 def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
-    """After the attention that it observes, which leaves what drafted tokens gave. Raises IllegalProgram for what has no kernel:
-    the host would find the cache without the tokens of the call, which native code counts last."""
+    """After the attention that it observes, which leaves the logits of tokens after the prompt. Raises IllegalProgram for what
+    has no kernel: the host would find the cache without the tokens of the call, which native code counts last."""
     cached, q, *extra = value.args
     state, mask = cached.type, value.attr("mask")
     assert isinstance(state, KV) and state.scores is not None
@@ -182,13 +183,19 @@ def observe(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
     plan.follow(value, cached)
     if q.tensor.tokens is not None and q.tensor.tokens.drafted:
         return
+    noise = Noise.operands(state.scores.gumbel)
+    if value.attr("decoding", False):
+        for array, each in state.scores.arrays.items():
+            name = credited(kernels, state, array, direct=True)
+            operands = [("axis", plan.axis(q)), ("state", plan.state(cached)), ("float", each), *noise]
+            plan.row(name, *operands, reads=[plan.state(cached)])
+        return
     named = dict(zip(value.attr("extras") or (), extra, strict=True))
     queries, outer, _ = plan.view(plan.ref(q))
     site = Site(
         state.heads, outer // state.heads, state.dim, state.vdim, kinds, False, False, together(level),
         float(value.attr("softcap") or 0.0), "slopes" in named, "sinks" in named, apart=lists_of(state) > 1,
     )  # fmt: skip
-    noise = Noise.operands(state.scores.gumbel)
     scores = plan.buffer(-1, TILE * CHUNK * LANES * 4, private=True)
     words = plan.buffer(-1, TILE * WORDS * 8, private=True)
     more = [plan.packing(named[n], "plain") for n in ("slopes", "sinks") if n in named]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from elision.codegen.cpu import cache, evict, observe
+from elision.codegen.cpu import cache, evict
 from elision.codegen.cpu.attention_rules import forms, lists_of, older
+from elision.codegen.cpu.credit import credited
 from elision.codegen.cpu.emitters import Emitter
 from elision.codegen.cpu.gumbel import Noise
-from elision.codegen.cpu.kernel import Kernel
 from elision.codegen.cpu.kernels import Kernels
 from elision.codegen.cpu.lower import to_object
 from elision.codegen.planner import Planner
@@ -109,8 +109,7 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         if isinstance(state, KV) and state.scores is not None and state.scores.depth:
             noise = Noise.operands(state.scores.gumbel)
             for array, decay in state.scores.arrays.items():
-                sizes = (state.heads, state.scores.group, lists_of(state), bool(noise), array)
-                kernel = kernels.add(("credit", *sizes), partial(_credit, sizes))
+                kernel = credited(kernels, state, array)
                 rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("float", decay), *noise)))
     rows[-1] = abi.Row(rows[-1].kernel, rows[-1].operands, True)
     for name in names:
@@ -118,7 +117,3 @@ def _commit(program: Program, kernels: Kernels) -> abi.Schedule:
         kernel = _advance(kernels, state, isinstance(state, KV) and state.present.partial)
         rows.append(abi.Row(kernel, (("axis", 0), ("state", name), ("int", abi.LAST))))
     return abi.Schedule("commit", ["accepted"], rows=rows, states=names)
-
-
-def _credit(sizes: tuple[int, int, int, bool, str], name: str) -> Kernel:
-    return observe.credit(name, *sizes)

@@ -291,7 +291,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     ),
     "observe": (
         lambda emitter, plan, value: attention_rules.observe(emitter.kernels, emitter.level, plan, value),
-        "mask", "scale", "softcap", "extras", "last",
+        "mask", "scale", "softcap", "extras", "last", "decoding",
     ),
     "route": (
         lambda emitter, plan, value: expert_rules.route(emitter.kernels, plan, value),

@@ -42,6 +42,7 @@ class Site:
     first: int = 0  # positions that a window shows besides
     apart: bool = False  # every head has a list of entries of its own
     observed: bool = False  # scores are left in the cache (`elision.ir.scores`)
+    behind: bool = False  # every query sees all committed entries
     older: tuple[Form, Form] | None = None  # of a segment before the one that is appended to
     listed: bool = False  # blocks are named by a list (`elision.codegen.cpu.listed_flash`)
     #: Words from the numbers of listed blocks to bits that say which of their entries are seen, and from these to where the
@@ -288,7 +289,9 @@ def weigh(name: str, site: Site) -> Fn:
                 share = p * fn.load(scales[0], VF, number * LANES, "f32")
             fn.store(share, row, at, "f32")
             if site.observed:
-                left = fn.select(nodes, fn.load(query, PTR, LEFT_NODES, "i64"), fn.load(query, PTR, LEFT, "i64"))
+                left = fn.load(query, PTR, LEFT, "i64")
+                if site.drafted:
+                    left = fn.select(nodes, fn.load(query, PTR, LEFT_NODES, "i64"), left)
                 fn.store(score, left, (first + loop.index) * LANES, "f32")
             loop.give(loop.carried[0] + p)
         total = fn.load(sums, "f32", site.vdim + 1) * scale + fn.sum(loop.results[0])

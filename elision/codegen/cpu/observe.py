@@ -1,5 +1,5 @@
-"""Scores of cache entries (`elision.ir.scores`): a second, light look at the keys for a prompt, and what a commit makes of what
-attention left of drafted tokens. A thread has part of the entries of every sequence."""
+"""Scores of cache entries (`elision.ir.scores`): a second, light look at the keys for a prompt. A thread has part of the entries
+of every sequence."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from elision.codegen.cpu.cache_rows import BYTES
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.flash import CHUNK, VF, VI, Site, both, scores_tile
 from elision.codegen.cpu.gumbel import Noise
-from elision.codegen.cpu.kernel import Axis, Kernel, State
-from elision.codegen.cpu.tile import HIDDEN, PAD, QUERY, TILE, WORDS
+from elision.codegen.cpu.kernel import Kernel
+from elision.codegen.cpu.tile import PAD, QUERY, TILE, WORDS
 from elision.ir.layout import LANES
 from elision.ir.schedule import SEQUENCES
 
@@ -79,7 +79,7 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
                 if totals is None:
                     with fn.loop(chunks.index, stop) as blocks:  # entries of this call begin at 0
                         old, place = fn.load(score, VF, blocks.index * LANES, "f32"), blocks.index * LANES
-                        fn.store(fn.select(_below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
+                        fn.store(fn.select(below(fn, blocks.index, length), old, fn.const(0.0, VF)), score, place, "f32")
                 unseen = (chunks.index * LANES - length) - (first - begin)  # queries that come before all of these entries
                 begins = fn.maximum(unseen, 0) * site.group // TILE * TILE
                 with fn.loop(begins, count, TILE) as tiles:
@@ -103,7 +103,7 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
                         at_pos = fn.load(axis.array("pos"), "i64", token)
                         where = fn.splat(fn.i32(at_pos), LANES)
                         top, share = (fn.splat(x, LANES) for x in norm(token, query))
-                        weight = _weight(noise, query, at_pos)
+                        weight = weighing(noise, query, at_pos)
                         kept = fn.splat(fn.select(fn.compare(i % site.group, "eq", 0), decay, fn.const(1.0, "f32")), LANES)
                         with fn.loop(chunks.index, stop, 1, [] if totals is None else [fn.const(0.0, VF)]) as blocks:
                             place = blocks.index * LANES
@@ -114,7 +114,7 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
                             if slopes is not None:
                                 slope = fn.splat(fn.load(slopes, "f32", query), LANES)
                                 x = fn.fma(fn.cast(pos - where, "arith.sitofp", VF), slope, x)
-                            seen = both(fn, _below(fn, blocks.index, limit), fn.compare(pos, "sle", where))
+                            seen = both(fn, below(fn, blocks.index, limit), fn.compare(pos, "sle", where))
                             x = x - top
                             p = weight(x, pos)
                             p = fn.select(seen, p if totals is not None else p * share, fn.const(0.0, VF))
@@ -130,97 +130,12 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
     return kernel, list(inner.values())
 
 
-def credit(name: str, heads: int, group: int, lists: int, noisy: bool = False, array: str = "score") -> Kernel:
-    """What accepted nodes gave counts, before they are counted into the length. The axis is that of the accepted tokens.
-    ``noisy``: by the softmax of `Gumbel`, whose sums every thread makes for itself."""
-    kernel = Kernel(name)
-    fn = kernel.fn
-    axis, state, decay = kernel.axis(), kernel.state("S"), kernel.real("decay")
-    starts = axis.array("start")
-    wide, nodes_wide = padded(state.number("entries")), padded(state.number("nodes"))
-    norms, kept = state.address("waiting_norm"), fn.splat(decay, LANES)
-    noise = Noise.of(kernel) if noisy else None
-
-    def position(row: Val, t: Val) -> Val:
-        """Of an accepted token."""
-        node = fn.load(axis.array("node"), "i64", t)
-        return fn.cast(fn.load(state.address("node_pos"), "i32", row * state.number("nodes") + node), "arith.extsi", "i64")
-
-    def place(row: Val, t: Val, head: Val, g: int) -> Val:
-        """Which logits are those of an accepted token."""
-        return waiting(axis, state, row, t) * (heads * group) + head * group + g
-
-    def weighed(row: Val, t: Val, query: Val) -> Weight:
-        """The weights of an accepted token's query."""
-        if noise is None:
-            return _weight(None, query, t)
-        return _weight(noise, query, position(row, t), fn.load(state.address("prompt"), "i64", row))
-
-    with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows, fn.loop(0, heads) as head_loop:
-        row, head = rows.index, head_loop.index
-        begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
-        length = fn.load(state.address("len_k"), "i64", row * heads + head if lists > 1 else row)
-        score = fn.at(state.address(array), (row * heads + head) * wide, "f32")
-        positions = fn.at(state.address("pos"), (row * heads + head if lists > 1 else row) * state.number("entries"), "i32")
-
-        def noisy_share(row: Val, begin: Val, t: Val, at: Val, weight: Weight, entries: Val = positions, n: Val = length) -> None:
-            """Put the share of the noisy softmax of a query in the place of that of the plain one."""
-            logits, top = fn.at(state.address("waiting"), at * wide, "f32"), fn.load(norms, "f32", at * 2)
-            with fn.loop(0, (n + (LANES - 1)) // LANES, 1, [fn.const(0.0, VF)]) as blocks:
-                x = fn.load(logits, VF, blocks.index * LANES, "f32") - fn.splat(top, LANES)
-                blocks.give(blocks.carried[0] + weight(x, fn.load(entries, VI, blocks.index * LANES, "i32")))
-            with fn.loop(begin, t + 1, 1, [fn.sum(blocks.results[0])]) as seen:
-                node = fn.load(axis.array("node"), "i64", seen.index)
-                x = fn.load(state.address("waiting_nodes"), "f32", at * nodes_wide + node) - top
-                seen.give(seen.carried[0] + weight(x, fn.i32(position(row, seen.index))))
-            fn.store(1.0 / fn.maximum(seen.results[0], 1e-30), norms, at * 2 + 1)
-
-        with fn.when(fn.compare(end, "sgt", begin)):
-            low, high = kernel.part((length + (LANES - 1)) // LANES)
-            with fn.loop(begin, end) as tokens:
-                given = []
-                for g in range(group):
-                    at, weight = place(row, tokens.index, head, g), weighed(row, tokens.index, head * group + g)
-                    if noise is not None:
-                        noisy_share(row, begin, tokens.index, at, weight)
-                    top, share = (fn.splat(fn.load(norms, "f32", at * 2 + i), LANES) for i in range(2))
-                    given.append((fn.at(state.address("waiting"), at * wide, "f32"), top, share, weight))
-                with fn.loop(low, high) as blocks:
-                    at = blocks.index * LANES
-                    found = fn.load(score, VF, at, "f32") * kept
-                    pos = fn.load(positions, VI, at, "i32")
-                    for logits, top, share, weight in given:
-                        found = fn.fma(weight(fn.load(logits, VF, at, "f32") - top, pos), share, found)
-                    fn.store(found, score, at, "f32")
-            low, high = begin, fn.select(fn.compare(kernel.tid, "eq", kernel.threads - 1), end, begin)
-            with fn.loop(low, high) as new:  # the accepted tokens themselves
-                node = fn.load(axis.array("node"), "i64", new.index)
-                with fn.loop(new.index, end, 1, [fn.const(0.0, "f32")]) as tokens:
-                    found = tokens.carried[0] * decay
-                    for g in range(group):
-                        at = place(row, tokens.index, head, g)
-                        top, share = (fn.load(norms, "f32", at * 2 + i) for i in range(2))
-                        x = fn.load(state.address("waiting_nodes"), "f32", at * nodes_wide + node)
-                        weight = weighed(row, tokens.index, head * group + g)
-                        p = weight(x - top, fn.i32(position(row, new.index))) * share
-                        found = found + fn.select(fn.compare(x, "ole", HIDDEN / 2), fn.const(0.0, "f32"), p)
-                    tokens.give(found)
-                fn.store(tokens.results[0], score, length + (new.index - begin))
-    return kernel
-
-
-def waiting(axis: Axis, state: State, row: Val, token: Val) -> Val:
-    """The place of a drafted token among those that wait for `commit`: of its node (rule retract: there are as many places)."""
-    fn, depth = token.fn, state.number("depth")
-    return row * depth + fn.minimum(fn.load(axis.array("node"), "i64", token), depth - 1)
-
-
 def padded(count: Val) -> Val:
     """Whole vectors."""
     return (count + (LANES - 1)) // LANES * LANES
 
 
-def _weight(noise: Noise | None, query: Val, where: Val, prompt: Val | None = None) -> Weight:
+def weighing(noise: Noise | None, query: Val, where: Val, prompt: Val | None = None) -> Weight:
     """The weights of a query at a position, after a prompt of so many tokens (None: in it)."""
     if noise is None:
         return lambda x, pos: vm.exp(x.fn, x)
@@ -228,7 +143,7 @@ def _weight(noise: Noise | None, query: Val, where: Val, prompt: Val | None = No
     return lambda x, pos: noise.weight(x, key, pos, cold)
 
 
-def _below(fn: Fn, block: Val, limit: Val) -> Val:
+def below(fn: Fn, block: Val, limit: Val) -> Val:
     """Which entries of a block there are."""
     iota = fn.const(list(range(LANES)), VI)
     return fn.compare(fn.splat(fn.i32(block * LANES), LANES) + iota, "slt", fn.splat(fn.i32(limit), LANES))

@@ -157,6 +157,7 @@ def _observe_type(
     softcap: Any = None,
     extras: tuple[str, ...] = (),
     last: int = 0,
+    decoding: bool = False,
 ) -> KV:
     _attend_type(q, S, *extra, mask=mask, scale=scale, softcap=softcap, extras=extras)
     need(S.scores is not None and S.scores.group * S.heads == q.axes[1], f"{S.scores} for {q.axes[1]} query heads")
@@ -185,11 +186,13 @@ def observe(
     softcap: float | None = None,
     extras: tuple[str, ...] = (),
     last: int = 0,
+    decoding: bool = False,
     at: Tokens,
 ) -> KVStore:
     """Count what every entry receives of the attention of queries ``[t, heads, dim]`` (as in `attend`) into its score
-    (`elision.ir.scores`). ``last``: only that of the last so many tokens of the prompt."""
-    observation.observe(q, S, at, mask, scale, softcap, last=last, **dict(zip(extras, extra, strict=True)))
+    (`elision.ir.scores`). ``last``: only that of the last so many tokens of the prompt. ``decoding``: the tokens, one of a
+    sequence, come after the prompt."""
+    observation.observe(q, S, at, mask, scale, softcap, last=last, decoding=decoding, **dict(zip(extras, extra, strict=True)))
     return S
 
 

@@ -47,12 +47,14 @@ class Cached:
                 raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
 
     def whole(self) -> None:
-        """Raises BadInput for caches that are not one growing segment of floats by position, as they are before any method."""
+        """Raises BadInput for caches that are not one growing segment of floats by position that is read as a whole, as they are
+        before any method."""
+        read = {site.state(site.value.args[1])[0] for site in self._attends("step") if partly(site)}
         for name, type in self.states.items():
             segment = type.main[0]
             floats = isinstance(segment.k, Float) and isinstance(segment.v, Float)
-            if len(type.main) != 1 or type.keyed_by != "position" or segment.slots != Dense() or not floats:
-                raise BadInput(f"{self.by}: {name} has been compressed by another pass; apply one of them")
+            if len(type.main) != 1 or type.keyed_by != "position" or segment.slots != Dense() or not floats or name in read:
+                raise BadInput(f"{self.by}: {name} has been compressed by another pass, or is read in part; apply one of them")
 
     @property
     def states(self) -> dict[str, KV]:

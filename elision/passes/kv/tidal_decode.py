@@ -13,6 +13,7 @@ from elision.ir.program import Program, Tick, state_inputs
 from elision.ir.states import KV
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Graph, Value, rewrite
+from elision.ir.walk import sites
 from elision.passes.base import Pass, register
 from elision.passes.kv.caches import Cached, sizes
 from elision.passes.kv.reading import readable
@@ -54,6 +55,10 @@ class TidalDecode(Pass):
             known = ", ".join(map(str, sorted(set(caches.values()))))
             what = f"layer {missing[0]} cannot choose" if missing else "no layers that choose"
             raise BadInput(f"{self.name}: {what}; give layers= some that attend to all tokens before: {known}")
+        for site in (s for s in sites(program, program.entries["step"]) if s.value.op == "attend"):
+            number, (name, _) = site.frame.label.partition(".")[0], site.state(site.value.args[1])
+            if name not in caches and number in map(str, caches.values()):
+                raise BadInput(f"{self.name}: layer {number} divides its heads among two caches; apply one of the two methods")
         if len({states[name].heads for name in caches}) > 1:
             raise BadInput(f"{self.name}: layers of {program.name} have different numbers of key heads")
         if max(caches.values()) <= min(self.layers):
