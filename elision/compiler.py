@@ -115,15 +115,15 @@ def finish(
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)
-    device = None
+    gpu = None
     if gpus:
         from elision.codegen.triton.ahead import build
         from elision.codegen.triton.compile import plan_program
 
-        device = plan_program(program)
-        build(device, gpus)
+        gpu = plan_program(program)
+        build(gpu, gpus)
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
-    return CompiledModel(program, weights, coverage=report, native=native, device=device, **facts)
+    return CompiledModel(program, weights, coverage=report, native=native, gpu=gpu, **facts)
 
 
 def _targets(target: str | Sequence[str]) -> tuple[str, list[str]]:

@@ -54,10 +54,10 @@ def compile_(
         f"{output}: {size:.1f} MB, {len(found.program.layers)} layers, quality {found.program.quality}, "
         f"passes {', '.join(found.program.applied)}"
     )
-    if found.device is not None:
+    if found.gpu is not None:
         from elision.cli.gpu import compiled
 
-        Console(soft_wrap=True, markup=False).print(*compiled(found.device), sep="\n")
+        Console(soft_wrap=True, markup=False).print(*compiled(found.gpu), sep="\n")
 
 
 @app.command()

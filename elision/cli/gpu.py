@@ -28,10 +28,10 @@ def compiled(code: DeviceCode) -> Iterator[str]:
 
 def kernels(model: Model) -> Iterator[Table]:
     """A table for each target. Raises BadInput for a model without code for GPUs."""
-    if model.device is None:
+    if model.gpu is None:
         raise BadInput(f"{model.program.name} has no code for GPUs: compile it with --target cuda:sm_90, for example")
-    schedules = model.device.schedules
-    for target, made in model.device.binaries.items():
+    schedules = model.gpu.schedules
+    for target, made in model.gpu.binaries.items():
         table = Table("kernel", "entries", "threads", "registers", "shared (B)", "spills (B)", "stack (B)", "bytes", title=target)
         for name, binary in made.items():
             used = [e for e, each in schedules.items() if any(r.kernel == name for s in each.values() for r in s.rows)]

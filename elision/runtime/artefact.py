@@ -62,15 +62,15 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     code = {"program.txt": print_program(program).encode()}
     if model.native is not None:
         code |= native_code.members(model.native, model.program)
-    kernels = device_code.members(model.device) if model.device is not None else {}
+    kernels = device_code.members(model.gpu) if model.gpu is not None else {}
     manifest = {
         "format": FORMAT,
         "name": program.name,
         "passes": list(program.applied),
         "quality": program.quality,
-        "targets": ["reference" if model.native is None else "cpu", *(model.device.binaries if model.device else ())],
+        "targets": ["reference" if model.native is None else "cpu", *(model.gpu.binaries if model.gpu else ())],
         "native": None if model.native is None else native_code.describe(model.native, code),
-        "device": None if model.device is None else device_code.describe(model.device, kernels),
+        "device": None if model.gpu is None else device_code.describe(model.gpu, kernels),
         "coverage": model.coverage,
         "state_bytes": {n: nbytes(t, 1, model.max_context) for n, t in program.states.items()},
         "tensors": table,
@@ -138,7 +138,7 @@ def load(
         max_batch=manifest["max_batch"],
         threads=threads,
         native=native,
-        device=device_code.read(archive, manifest["device"]) if manifest["device"] is not None else None,
+        gpu=device_code.read(archive, manifest["device"]) if manifest["device"] is not None else None,
     )
 
 

@@ -60,7 +60,7 @@ class Model:
         max_batch: int = 8,
         threads: int | None = None,
         native: NativeCode | None = None,
-        device: DeviceCode | None = None,
+        gpu: DeviceCode | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise BadInput(f"threads={threads}; expected at least 1")
@@ -68,7 +68,7 @@ class Model:
         self.defaults, self.coverage = dict(defaults), dict(coverage)
         self.max_context, self.max_batch, self.threads = max_context, max_batch, threads
         self.stats: loop.Stats | None = None
-        self.native, self.device = native, device
+        self.native, self.gpu = native, gpu
         if native is None:
             self._interpreter = Interpreter(program, weights)
             self.drafting = drafting_of(self._interpreter, repr((program.name, program.applied, threads)))
