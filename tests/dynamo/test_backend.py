@@ -162,16 +162,6 @@ def test_weights_that_change_are_seen() -> None:
     assert [g.runs for g in graphs()] == ["native"]
 
 
-def test_generation_on_the_callers_static_cache_gives_eager_tokens() -> None:
-    model, given = decoder(), ids(2, 9)
-    settings: Any = {"max_new_tokens": 6, "cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
-    want = model.generate(given, **settings)
-    model.forward = torch.compile(model.forward, backend=backend)
-    assert torch.equal(model.generate(given, **settings), want)
-    assert graphs() and all(g.runs == "eager" and "past_key_values" in g.reason for g in graphs())
-    assert sum(g.calls for g in graphs()) == 6
-
-
 def test_what_the_program_does_not_give_runs_as_captured() -> None:
     model, given = decoder(), ids(2, 9)
     compiled = torch.compile(model, backend=backend)
