@@ -98,10 +98,9 @@ def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options, 
         program, weights = transform(raised.program, raised.weights, [*cached, *options.passes], Text(options.calibration))
         if not steps and set(program.entries) != {"score"}:
             raise BadInput("they add entries to the program of a forward")
-        model = finish(raised.program, program, weights, options.target, **facts)
     except BadInput as err:
         raise BadOption(_refusal(raised, options, err)) from err
-    exact = model
+    model = exact = finish(raised.program, program, weights, options.target, **facts)
     if options.passes:
         plain_program, plain_weights = transform(raised.program, raised.weights, cached, Text())
         exact = finish(raised.program, plain_program, plain_weights, "reference", **facts)

@@ -16,6 +16,8 @@ from elision.errors import UnsupportedModel
 _STATE = re.compile(r"([LG])\['([^']+)'\](?=\._(?:modules|parameters|buffers)\[)")
 _NAMED = re.compile(r"L\['(?:[^']+'\]\[')?(\w+)'\]")
 _CACHED = re.compile(r"L\['(?:[^']+'\]\[')?past_key_values'\]\.layers\[(\d+)\]\.(\w+)")
+# Passed beside the tensors, where they vary.
+_SIZE = re.compile(r"\.(?:size\(\)\[\d+\]|stride\(\)\[\d+\]|storage_offset\(\))$")
 _PLACED = re.compile(r"L\['[^']+'\]\[(\d+)\]")
 
 
@@ -44,10 +46,11 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
     roots: set[tuple[str, str]] = set()
     nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for place, (node, value) in enumerate(zip(nodes, example, strict=True)):
-        if not isinstance(value, Tensor):
-            continue  # a size: Dynamo passes those that vary beside the tensors
         source = _source(node)
-        if found := _STATE.match(source):
+        if not isinstance(value, Tensor):
+            if not _SIZE.search(source):
+                raise UnsupportedModel(f"the graph computes with {source}, a number that varies from call to call")
+        elif found := _STATE.match(source):
             roots.add((found[1], found[2]))
             state.append(place)
         elif found := _CACHED.fullmatch(source):

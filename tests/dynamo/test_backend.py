@@ -172,6 +172,17 @@ def test_what_the_program_does_not_give_runs_as_captured() -> None:
     assert graphs()[0].runs == "eager" and "use_cache=False" in graphs()[0].reason
 
 
+def test_numbers_that_vary_are_not_taken_for_constants() -> None:
+    """Its first call keeps all logits, as the program does; the same graph keeps three of them later."""
+    model, given = decoder(), ids(2, 11)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for kept in (11, 3):
+            found = compiled(given, logits_to_keep=kept, use_cache=False).logits
+            assert close(found, model(given, logits_to_keep=kept, use_cache=False).logits)
+    assert "a number that varies" in graphs()[0].reason
+
+
 class Broken(nn.Module):
     """Its graph breaks behind the encoder, which Dynamo compiles on its own."""
 
