@@ -25,6 +25,7 @@ def elision(
     from elision.dynamo.frame import find_frame, ungraded
     from elision.dynamo.graph import CompiledGraph, otherwise
     from elision.dynamo.options import Options
+    from elision.dynamo.static_cache import StaticCacheGraph
 
     if mode is not None:
         raise BadInput(f"mode={mode!r} is one of Inductor's; with backend='elision' give options={{...}}")
@@ -41,7 +42,7 @@ def elision(
         record.runs, record.reason = "eager", reason
         warnings.warn(f"torch.compile with backend='elision' runs {record.module} eagerly: {reason}", stacklevel=2)
         return _counted(graph.forward, record)
-    return CompiledGraph(graph, frame, chosen, record)
+    return (StaticCacheGraph if frame.cache else CompiledGraph)(graph, frame, chosen, record)
 
 
 def _counted(run: Callable[..., Sequence[Any]], record: GraphReport) -> Callable[..., Sequence[Any]]:

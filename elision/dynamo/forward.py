@@ -30,27 +30,39 @@ log = logging.getLogger("elision")
 
 @dataclass(frozen=True)
 class Forward:
-    """``model`` with the passes, ``exact`` without (the same, if they change nothing); ``weights``: `versions` of what it has."""
+    """``model`` with the passes, ``exact`` without (the same, if there are none); ``kept``: the module's tensors, so that no
+    others get their addresses, by which they are known."""
 
     model: Model
     exact: Model
-    weights: tuple[tuple[int, int], ...]
+    kept: tuple[Tensor, ...]
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, Forward]] = WeakKeyDictionary()
 
 
-def compile_forward(module: nn.Module, inputs: Mapping[str, Tensor], options: Options) -> Forward:
-    """The forward of ``module``, kept for the next graph of it.
+def compile_forward(module: nn.Module, inputs: Mapping[str, Tensor], options: Options, steps: bool = False) -> Forward:
+    """The forward of ``module``, kept for the next graph of it; with ``steps`` its program of generation.
 
     Raises UnsupportedModel or BadInput for a module that cannot be raised, BadOption for passes that cannot be applied.
     """
     # Graphs of plain modules are made for the inputs that they are given; those of transformers have examples of their own.
-    key = (options.key, versions(module), () if huggingface.recognises(module) else tuple(inputs))
+    key = (steps, options.key, versions(module), () if huggingface.recognises(module) else tuple(inputs))
     known = _KNOWN.setdefault(module, {})
     if key not in known:
-        known[key] = _compile(module, inputs, options)
+        known[key] = _compile(module, inputs, options, steps)
     return known[key]
+
+
+def compile_steps(module: nn.Module, inputs: Mapping[str, Tensor], options: Options) -> Forward:
+    """The program of generation of ``module``. Raises BadOption for passes that change what a cache holds, or when."""
+    wrong = [p.text() for p in options.passes if p.family != "weights"]
+    if wrong:
+        raise BadOption(
+            f"{', '.join(wrong)}: on the caller's cache only weight formats apply; use elision.compile(model, "
+            f"passes={[p.text() for p in options.passes]}) and its generate"
+        )
+    return compile_forward(module, inputs, options, steps=True)
 
 
 class BadOption(ElisionError):
@@ -59,14 +71,18 @@ class BadOption(ElisionError):
 
 def versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes with every parameter or buffer that is replaced or written to."""
-    return tuple(version(t) for t in (*module.parameters(), *module.buffers()))
+    return tuple(map(version, tensors(module)))
+
+
+def tensors(module: nn.Module) -> tuple[Tensor, ...]:
+    return (*module.parameters(), *module.buffers())
 
 
 def version(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options) -> Forward:
+def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options, steps: bool) -> Forward:
     source = load_source(plain(module))
     ids = len(inputs) == 1 and not any(x.is_floating_point() for x in inputs.values())
     example = None if huggingface.recognises(module) or ids else {name: _rows(x) for name, x in inputs.items()}
@@ -77,15 +93,18 @@ def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options) 
         "max_context": raised.program.meta["positions"],
         "threads": options.threads or torch.get_num_threads(),
     }
+    cached: list[Any] = [InsertCache()] if steps else []
     try:
-        program, weights = transform(raised.program, raised.weights, options.passes, Text(options.calibration))
-        if set(program.entries) != {"score"}:
+        program, weights = transform(raised.program, raised.weights, [*cached, *options.passes], Text(options.calibration))
+        if not steps and set(program.entries) != {"score"}:
             raise BadInput("they add entries to the program of a forward")
-        model = finish(raised.program, program, weights, options.target, **facts)
     except BadInput as err:
         raise BadOption(_refusal(raised, options, err)) from err
-    exact = model if not options.passes else finish(raised.program, raised.program, raised.weights, "reference", **facts)
-    return Forward(model, exact, versions(module))
+    model = exact = finish(raised.program, program, weights, options.target, **facts)
+    if options.passes:
+        plain_program, plain_weights = transform(raised.program, raised.weights, cached, Text())
+        exact = finish(raised.program, plain_program, plain_weights, "reference", **facts)
+    return Forward(model, exact, tensors(module))
 
 
 def _rows(x: Tensor) -> Tensor:

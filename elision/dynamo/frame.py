@@ -15,16 +15,25 @@ from elision.errors import UnsupportedModel
 
 _STATE = re.compile(r"([LG])\['([^']+)'\](?=\._(?:modules|parameters|buffers)\[)")
 _NAMED = re.compile(r"L\['(?:[^']+'\]\[')?(\w+)'\]")
+_CACHED = re.compile(r"L\['(?:[^']+'\]\[')?past_key_values'\]\.layers\[(\d+)\]\.(\w+)")
+# Passed beside the tensors, where they vary.
+_SIZE = re.compile(r"\.(?:size\(\)\[\d+\]|stride\(\)\[\d+\]|storage_offset\(\))$")
 _PLACED = re.compile(r"L\['[^']+'\]\[(\d+)\]")
+
+
+#: What a layer of transformers' static cache has.
+CACHE = {"keys", "values", "cumulative_length"}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """``inputs``: names of the forward's arguments to places among the graph's; ``state``: places of parameters and buffers."""
+    """``inputs``: names of the forward's arguments to places among the graph's; ``state``: places of parameters and buffers;
+    ``cache``: places of the tensors of each layer of the caller's cache, by name."""
 
     module: nn.Module
     inputs: dict[str, int]
     state: tuple[int, ...]
+    cache: tuple[dict[str, int], ...]
 
 
 def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
@@ -33,15 +42,19 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
     inputs: list[str] = []
     places: list[int] = []
     state: list[int] = []
+    cache: dict[int, dict[str, int]] = {}
     roots: set[tuple[str, str]] = set()
     nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for place, (node, value) in enumerate(zip(nodes, example, strict=True)):
-        if not isinstance(value, Tensor):
-            continue  # a size: Dynamo passes those that vary beside the tensors
         source = _source(node)
-        if found := _STATE.match(source):
+        if not isinstance(value, Tensor):
+            if not _SIZE.search(source):
+                raise UnsupportedModel(f"the graph computes with {source}, a number that varies from call to call")
+        elif found := _STATE.match(source):
             roots.add((found[1], found[2]))
             state.append(place)
+        elif found := _CACHED.fullmatch(source):
+            cache.setdefault(int(found[1]), {})[found[2]] = place
         else:
             inputs.append(source)
             places.append(place)
@@ -50,7 +63,11 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
     module = _object(*roots.pop())
     if not isinstance(module, nn.Module):
         raise UnsupportedModel(f"its weights belong to a {type(module).__name__}; expected a torch.nn.Module")
-    return Frame(module, dict(zip((_argument(s, module) for s in inputs), places, strict=True)), tuple(state))
+    if any(set(layer) != CACHE for layer in cache.values()) or sorted(cache) != list(range(len(cache))):
+        expected = ", ".join(sorted(CACHE))
+        raise UnsupportedModel(f"past_key_values: the graph makes them, or reads something else than {expected} of every layer")
+    named = dict(zip((_argument(s, module) for s in inputs), places, strict=True))
+    return Frame(module, named, tuple(state), tuple(cache[i] for i in range(len(cache))))
 
 
 def _source(node: fx.Node) -> str:

@@ -35,6 +35,7 @@ class CompiledGraph:
         self._outputs: list[str] = []
         self._forward: Forward | None = None
         self._seen: tuple[tuple[int, int], ...] = ()
+        self._kept: list[Tensor] = []  # weights, so that no others get their addresses
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         self._record.calls += 1
@@ -45,14 +46,10 @@ class CompiledGraph:
         return self._run(*args)
 
     def _first(self, args: tuple[Any, ...]) -> Sequence[Any]:
-        inputs = {name: args[place] for name, place in self._frame.inputs.items()}
-        before = {name: x.clone() for name, x in inputs.items()}
+        before = self._before(args)
         want: Sequence[Any] = self._graph(*args)
         try:
-            if any(not torch.equal(x, inputs[name]) for name, x in before.items()):
-                raise UnsupportedModel("the graph writes to its inputs")
-            found = compile_forward(self._frame.module, inputs, self._options)
-            self._outputs = _match(want, found.exact(**inputs), inputs.get("attention_mask"))
+            found = self._bind(args, before, want)
         except BadOption as err:
             raise BadInput(str(err)) from err
         except ElisionError as err:
@@ -60,22 +57,43 @@ class CompiledGraph:
             log.warning("torch.compile: a graph of %s runs in %s: %s", self._record.module, self._record.runs, err)
             self._run = self._otherwise
             return want
-        self._forward, self._seen = found, tuple(version(args[place]) for place in self._frame.state)
+        self._forward, self._kept = found, [args[place] for place in self._frame.state]
+        self._seen = tuple(map(version, self._kept))
         self._record.runs = "native" if found.model.native is not None else "interpreter"
         self._record.coverage = dict(found.model.coverage)
-        if "attention_mask" in inputs:
-            self._record.notes.append("results at padding are zeros")
         self._run = self._native
         return want
+
+    def _inputs(self, args: Sequence[Any]) -> dict[str, Tensor]:
+        return {name: args[place] for name, place in self._frame.inputs.items()}
+
+    def _before(self, args: Sequence[Any]) -> Any:
+        """What the graph may write to, as it is before."""
+        return {name: x.clone() for name, x in self._inputs(args).items()}
+
+    def _bind(self, args: Sequence[Any], before: Any, want: Sequence[Any]) -> Forward:
+        """The program that the graph's results ``want`` are those of. Raises UnsupportedModel if there is none."""
+        inputs = self._inputs(args)
+        if any(not torch.equal(x, inputs[name]) for name, x in before.items()):
+            raise UnsupportedModel("the graph writes to its inputs")
+        found = compile_forward(self._frame.module, inputs, self._options)
+        self._outputs = _match(want, found.exact(**inputs), inputs.get("attention_mask"))
+        if "attention_mask" in inputs:
+            self._record.notes.append("results at padding are zeros")
+        return found
 
     def _native(self, *args: Any) -> Sequence[Any]:
         assert self._forward is not None
         if tuple(version(args[place]) for place in self._frame.state) != self._seen:
             return self._fall(_CHANGED, args)
         try:
-            found = self._forward.model(**{name: args[place] for name, place in self._frame.inputs.items()})
+            return self._replaced(self._forward, args)
         except BadInput as err:
             return self._fall(str(err), args)
+
+    def _replaced(self, forward: Forward, args: Sequence[Any]) -> Sequence[Any]:
+        """The graph's results by the program. Raises BadInput for inputs that it does not take, before it writes anything."""
+        found = forward.model(**self._inputs(args))
         return [found[name] for name in self._outputs]
 
     def _fall(self, reason: str, args: tuple[Any, ...]) -> Sequence[Any]:
@@ -95,7 +113,7 @@ def _match(want: Sequence[Any], found: dict[str, Tensor], mask: Tensor | None) -
     """The program's output that each of the graph's results is, by its values where tokens are valid."""
     names: list[str] = []
     for value in want:
-        same = [n for n, x in found.items() if isinstance(value, Tensor) and _close(x, value, mask)]
+        same = [n for n, x in found.items() if isinstance(value, Tensor) and close(x, value, mask)]
         if not same:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UnsupportedModel(
@@ -106,10 +124,13 @@ def _match(want: Sequence[Any], found: dict[str, Tensor], mask: Tensor | None) -
     return names
 
 
-def _close(x: Tensor, want: Tensor, mask: Tensor | None) -> bool:
+def close(x: Tensor, want: Tensor, mask: Tensor | None) -> bool:
+    """Equal up to rounding, where ``mask [B, T]`` says that tokens are valid."""
     if x.shape != want.shape or x.dtype != want.dtype:
         return False
     if mask is not None and x.shape[:2] == mask.shape:
         x, want = x[mask.bool()], want[mask.bool()]
+    if not x.is_floating_point():
+        return torch.equal(x, want)
     error, most = (x.double() - want.double()).abs().max(), want.double().abs().max()
     return bool(error <= _TOLERANCE[x.dtype] * most)

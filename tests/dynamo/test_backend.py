@@ -162,16 +162,6 @@ def test_weights_that_change_are_seen() -> None:
     assert [g.runs for g in graphs()] == ["native"]
 
 
-def test_generation_on_the_callers_static_cache_gives_eager_tokens() -> None:
-    model, given = decoder(), ids(2, 9)
-    settings: Any = {"max_new_tokens": 6, "cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
-    want = model.generate(given, **settings)
-    model.forward = torch.compile(model.forward, backend=backend)
-    assert torch.equal(model.generate(given, **settings), want)
-    assert graphs() and all(g.runs == "eager" and "past_key_values" in g.reason for g in graphs())
-    assert sum(g.calls for g in graphs()) == 6
-
-
 def test_what_the_program_does_not_give_runs_as_captured() -> None:
     model, given = decoder(), ids(2, 9)
     compiled = torch.compile(model, backend=backend)
@@ -180,6 +170,17 @@ def test_what_the_program_does_not_give_runs_as_captured() -> None:
         want = model(given)
     assert torch.equal(found.logits, want.logits) and found.past_key_values.get_seq_length() == 9
     assert graphs()[0].runs == "eager" and "use_cache=False" in graphs()[0].reason
+
+
+def test_numbers_that_vary_are_not_taken_for_constants() -> None:
+    """Its first call keeps all logits, as the program does; the same graph keeps three of them later."""
+    model, given = decoder(), ids(2, 11)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for kept in (11, 3):
+            found = compiled(given, logits_to_keep=kept, use_cache=False).logits
+            assert close(found, model(given, logits_to_keep=kept, use_cache=False).logits)
+    assert "a number that varies" in graphs()[0].reason
 
 
 class Broken(nn.Module):
