@@ -32,7 +32,8 @@ SCORES = {
         {
             "score": "*fp32:16", "q": "*bf16:16", "q_stride": "i32:16", "pos": "*i64", "start": "*i64", "ahead": "*i64",
             "lse": "*fp32:16", "k": "*i8:16", "k_scale": "*fp32:16", "entry_pos": "*i32:16", "length": "*i64", "blocks": "i32",
-            "entries": "i32", "wide": "i32", "scale": "fp32", "softcap": "fp32", "size": "i32", "first_seen": "i32", "decay": "fp32", "last": "i32",
+            "entries": "i32", "wide": "i32", "scale": "fp32", "softcap": "fp32", "size": "i32", "first_seen": "i32",
+            "decay": "fp32", "last": "i32",
         },
         {
             "slopes": None, "H": 8, "G": 4, "GP": 4, "D": 128, "DP": 128, "LISTS": 1, "GROUP_K": 128, "MASK": "causal",
