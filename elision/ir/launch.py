@@ -28,7 +28,7 @@ from elision.ir.schedule import Schedule
 @dataclass(frozen=True)
 class Kernel:
     """A template with its constants. ``types``: of its parameters in order, as Triton writes them (``*bf16``, ``i32``,
-    ``fp32``), with ``:16`` where a multiple of 16 is promised. A constant is a number, text, None, a list, or ``{"expression":
+    ``fp32``), with ``:16`` where a multiple of 16 is promised. A constant is a number, text, None or ``{"expression":
     text, "operands": n}``."""
 
     template: str

@@ -65,7 +65,7 @@ def test_map_broadcasts(text: str) -> None:
     x, per_head, per_channel = randn(3, 2, 40), randn(3, 2, 1, seed=1), randn(40, seed=2)
     y = torch.full_like(x, torch.nan)
     pointwise[(3, 2, 2)](
-        y, x, per_head, per_channel, None, 80, 2, 0, 0, OUTER=2, D=40, BD=32, KINDS=("full", "one", "last", ""),
+        y, x, per_head, per_channel, None, 80, 2, 0, 0, OUTER=2, D=40, BD=32, KIND0="full", KIND1="one", KIND2="last", KIND3="",
         EXPR=expression(text),
     )  # fmt: skip
     assert torch.allclose(y, dense.map_(x, per_head, per_channel, expr=text), rtol=1e-5, atol=1e-6)

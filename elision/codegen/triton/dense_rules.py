@@ -174,7 +174,13 @@ def pointwise(to: Launches, value: Value, expr: str) -> None:
     out = to.new(value)
     args["y"] = to.tensor(value)[0]
     block = min(1024, power(width))
-    fixed = dict(OUTER=outer, D=width, BD=block, KINDS=kinds, EXPR={"expression": expr, "operands": OPERANDS})
+    fixed = dict(
+        OUTER=outer,
+        D=width,
+        BD=block,
+        **{f"KIND{i}": kind for i, kind in enumerate(kinds)},
+        EXPR={"expression": expr, "operands": OPERANDS},
+    )
     grid = (("tokens", to.plan.axis(value), 1), outer, -(-width // block))
     to.launch("pointwise", grid, args, fixed, writes=[out.buffer])
 

@@ -56,17 +56,18 @@ def restrict(y, x, index, K: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def pointwise(
     y, x0, x1, x2, x3, s0, s1, s2, s3,
-    OUTER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, KINDS: tl.constexpr, EXPR: tl.constexpr,
+    OUTER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr,
+    KIND2: tl.constexpr, KIND3: tl.constexpr, EXPR: tl.constexpr,
 ):  # fmt: skip
     """``y [tokens, OUTER, D] = EXPR(x0 .. x3)``; program (token, outer, run of channels). ``s``: elements from token to token,
-    0 of a weight. ``KINDS``: of every operand "full", "last" (the same for all outer), "one" (a number for each outer),
+    0 of a weight. ``KIND``: of every operand "full", "last" (the same for all outer), "one" (a number for each outer),
     "single" (a number) or ""."""
     token, outer = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.program_id(2) * BD + tl.arange(0, BD)
-    a = _operand(x0, token * s0, outer, channel, D, KINDS[0])
-    b = _operand(x1, token * s1, outer, channel, D, KINDS[1])
-    c = _operand(x2, token * s2, outer, channel, D, KINDS[2])
-    d = _operand(x3, token * s3, outer, channel, D, KINDS[3])
+    a = _operand(x0, token * s0, outer, channel, D, KIND0)
+    b = _operand(x1, token * s1, outer, channel, D, KIND1)
+    c = _operand(x2, token * s2, outer, channel, D, KIND2)
+    d = _operand(x3, token * s3, outer, channel, D, KIND3)
     value = EXPR(a, b, c, d) + tl.zeros([BD], tl.float32)
     tl.store(y + (token * OUTER + outer) * D + channel, value.to(y.dtype.element_ty), mask=channel < D)
 

@@ -41,4 +41,4 @@ def constants(kernel: Kernel) -> dict[str, Any]:
 def _constant(value: Any) -> Any:
     if isinstance(value, dict):
         return expression(value["expression"], value["operands"])
-    return tuple(value) if isinstance(value, list) else value
+    return value

@@ -33,6 +33,10 @@ class Device(Protocol):
         """Start the kernel's programs; addresses and numbers are its parameters in order."""
         ...
 
+    def wait(self) -> None:
+        """Until everything that was asked for is done."""
+        ...
+
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
         """Launches as one graph, which the result starts again: the same kernels with the same arguments."""
         ...

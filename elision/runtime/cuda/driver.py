@@ -37,15 +37,12 @@ class Cuda:
     def __init__(self, code: DeviceCode, library: Any = None) -> None:
         self._library = open_driver() if library is None else library
         self._do("cuInit", 0)
-        count, device, context, stream = c_int(), c_int(), c_void_p(), c_void_p()
-        self._do("cuDeviceGetCount", byref(count))
-        if count.value < 1:
+        device, context, stream = c_int(), c_void_p(), c_void_p()
+        self._do("cuDeviceGetCount", byref(device))
+        if device.value < 1:
             raise BadInput("there is an NVIDIA driver here but no GPU; use target='cpu'")
         self._do("cuDeviceGet", byref(device), 0)
-        major, minor = c_int(), c_int()
-        self._do("cuDeviceGetAttribute", byref(major), _MAJOR, device)
-        self._do("cuDeviceGetAttribute", byref(minor), _MINOR, device)
-        self.target, binaries = _fitting(code.binaries, major.value, minor.value)
+        self.target, binaries = _fitting(code.binaries, *capability(self._library))
         self._do("cuDevicePrimaryCtxRetain", byref(context), device)
         self._do("cuCtxSetCurrent", context)
         self._do("cuStreamCreate", byref(stream), 1)  # waits for no other stream
@@ -122,6 +119,18 @@ class Cuda:
         self._do("cuGraphInstantiateWithFlags", byref(ready), graph, ctypes.c_ulonglong(0))
         self._do("cuGraphDestroy", graph)
         return lambda: self._do("cuGraphLaunch", ready, self._stream)
+
+
+def capability(library: Any = None) -> tuple[int, int]:
+    """The generation of the first GPU and its revision: (9, 0) is sm_90. Raises BadInput without a driver."""
+    found, device, value = [], c_int(), c_int()
+    library = open_driver() if library is None else library
+    library.cuInit(0)
+    library.cuDeviceGet(byref(device), 0)
+    for attribute in (_MAJOR, _MINOR):
+        library.cuDeviceGetAttribute(byref(value), attribute, device)
+        found.append(value.value)
+    return found[0], found[1]
 
 
 def _word(type: str, value: Number) -> Any:

@@ -207,6 +207,13 @@ class Engine:
             call.free()
         self._round, self._calls, self._most = {}, {}, most
 
+    def free(self) -> None:
+        """Give back all memory, that of the weights too."""
+        self.begin(0, 0)
+        for address in self._addresses.values():
+            self.device.free(address)
+        self._addresses = {}
+
     def output(self, call: Call, index: int) -> torch.Tensor:
         """An output of a call, copied to the host, ``[tokens, ...]``."""
         _, buffer, offset, _, shape, dtype, axis = call.schedule.outputs[index]

@@ -1,0 +1,124 @@
+"""Machine code ahead of time, without a GPU: what it takes of a processor, and how it lies in an artefact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_programs import compiled
+
+import elision
+from benchmarks.gpu_shapes import SHAPES, shaped
+from elision.codegen.triton.ahead import build, totals
+from elision.codegen.triton.compile import plan_program
+from elision.codegen.triton.targets import TARGETS
+from elision.codegen.triton.templates import TEMPLATES
+from elision.errors import ArtefactError, BadInput
+from elision.ir.launch import DeviceCode, Kernel
+from elision.runtime.cuda.artefact import LAUNCHES, member, members
+
+#: What this program does not launch: the kernels of passes that keep scores.
+SCORES = {
+    "mass": Kernel(
+        "mass", {"score": "*fp32:16", "kept": "*fp32:16", "lse": "*fp32:16", "start": "*i64", "length": "*i64", "entries": "i32"},
+        {"H": 8, "G": 4, "LISTS": 1, "PENDING": True, "BN": 128},
+    ),
+    "key_scores": Kernel(
+        "key_scores",
+        {
+            "score": "*fp32:16", "q": "*bf16:16", "q_stride": "i32:16", "pos": "*i64", "start": "*i64", "ahead": "*i64",
+            "lse": "*fp32:16", "k": "*i8:16", "k_scale": "*fp32:16", "entry_pos": "*i32:16", "length": "*i64", "blocks": "i32",
+            "entries": "i32", "wide": "i32", "scale": "fp32", "softcap": "fp32", "size": "i32", "first_seen": "i32",
+            "decay": "fp32", "last": "i32",
+        },
+        {
+            "slopes": None, "H": 8, "G": 4, "GP": 4, "D": 128, "DP": 128, "LISTS": 1, "GROUP_K": 128, "MASK": "causal",
+            "SOFTCAP": False, "SLOPES": False, "PENDING": True, "ADD": True, "BM": 32, "BN": 64,
+        },
+    ),
+}  # fmt: skip
+
+
+def one_of_each(code: DeviceCode) -> DeviceCode:
+    """The first kernel of every template, and the ones of attention over drafts."""
+    first = {k.template: n for n, k in reversed(code.kernels.items())}
+    drafts = [n for n, k in code.kernels.items() if k.template == "attend" and k.constants["DRAFTED"]]
+    kept = {*first.values(), *drafts[:1]}
+    return DeviceCode({n: k for n, k in code.kernels.items() if n in kept}, {}, {})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
+    """Of the shapes of Mixtral, with weights of four bits and a cache of bytes."""
+    code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"))))
+    code = DeviceCode({**code.kernels, **SCORES}, {}, {})
+    assert {k.template for k in code.kernels.values()} == set(TEMPLATES)
+    build(code, [target])
+    found = totals(code, target)
+    assert found["spills"] == 0 and 16 <= found["registers"] <= 512 and found["shared"] <= 64 << 10, found
+    for binary in code.binaries[target].values():
+        assert binary.code[:4] == b"\x7fELF" and binary.registers > 0 and binary.threads % 32 == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [n for n in SHAPES if n != "tiny"])
+def test_every_kernel_of_a_model_compiles(name: str, target: str) -> None:
+    code = plan_program(shaped(name))
+    assert not any(code.hosts.values())
+    build(code, [target])
+    spilling = {n: b.spills for n, b in code.binaries[target].items() if b.spills}
+    assert not spilling and totals(code, target)["kernels"] == len(code.kernels)
+
+
+def test_an_artefact_has_what_was_compiled(tmp_path: Path) -> None:
+    model = compiled("LlamaConfig")
+    code = plan_program(model.program)
+    kept = one_of_each(code)
+    build(kept, ["cuda:sm_80", "hip:gfx942"])
+    for target, made in kept.binaries.items():  # the others take the code of the one of their template
+        of = {kept.kernels[n].template: b for n, b in made.items()}
+        code.binaries[target] = {n: of[k.template] for n, k in code.kernels.items()}
+    model.gpu = code
+    path = tmp_path / "model.elision"
+    model.save(path)
+    found = elision.load(path).device
+    assert found is not None and found.kernels == code.kernels and found.binaries == code.binaries
+    assert members(found) == members(code)
+    with zipfile.ZipFile(path) as archive:
+        names, manifest = archive.namelist(), json.loads(archive.read("manifest.json"))
+        cubin = archive.read(member("cuda:sm_80", "embed_0"))
+    assert member("hip:gfx942", "embed_0") == "kernels/hip-gfx942/embed_0.hsaco" and member("hip:gfx942", "embed_0") in names
+    assert manifest["targets"] == ["reference", "cuda:sm_80", "hip:gfx942"] and not any("pickle" in n for n in names)
+    assert manifest["device"]["sha256"][member("cuda:sm_80", "embed_0")] == hashlib.sha256(cubin).hexdigest()
+
+
+def test_code_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled("LlamaConfig")
+    model.gpu = DeviceCode({}, {}, {}, {"cuda:sm_80": {}})
+    described = "elision.runtime.artefact.device_code.describe"
+    for digest, text in (("0" * 64, "does not match"), (hashlib.sha256(b"{}").hexdigest(), "not what the compiler writes")):
+        monkeypatch.setattr(described, lambda *_, d=digest: {"targets": ["cuda:sm_80"], "sha256": {LAUNCHES: d}})
+        monkeypatch.setattr("elision.runtime.artefact.device_code.members", lambda *_: {LAUNCHES: b"{}"})
+        model.save(tmp_path / "model.elision")
+        with pytest.raises(ArtefactError, match=text):
+            elision.load(tmp_path / "model.elision")
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:sm_9x", "hip:90", ["cpu", "reference"], "tpu", []])
+def test_unknown_targets(target: str | list[str]) -> None:
+    with pytest.raises(BadInput, match="target"):
+        elision.compile("smollm2", target=target)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named() -> None:
+    code = one_of_each(plan_program(compiled("LlamaConfig").program))
+    name = next(n for n, k in code.kernels.items() if k.template == "restrict")
+    broken = DeviceCode({name: code.kernels[name]}, {}, {})
+    broken.kernels[name].constants["BK"] = 3  # type: ignore[index]
+    with pytest.raises(BadInput, match=rf"{re.escape(name)} for cuda:sm_90 was not compiled"):
+        build(broken, ["cuda:sm_90"])
