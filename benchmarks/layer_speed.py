@@ -5,6 +5,7 @@ python benchmarks/layer_speed.py [--target 1.1 1.25 1.5] [--weights int8] [--thr
 Each model generates ``--tokens`` after a prompt of one, greedily, through `Model.generate`; every few tokens it is the next one's
 turn. Seconds are of the processor, of the thread that generates, so that other load counts little. How much faster a model is
 than the whole one in such a stretch of the text is the median over ``--turns`` texts; its speed-up is that of all stretches.
+Models read the weights that they share from the same memory: where these lie changes times more than a layer does.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ def main() -> None:
     asked = {"": 1.0} | {method.format(target): target for method in methods for target in args.target}
     models = {}
     for text in asked:
-        models[text] = elision.compile("smollm2", passes=[*filter(None, [text]), *args.weights.split()], threads=args.threads)
+        made = elision.compile("smollm2", passes=[*filter(None, [text]), *args.weights.split()], threads=args.threads)
+        models[text] = elision.Model(
+            made.program, models[""].weights.of(made.program) if models else made.weights, tokenizer=None, defaults={},
+            coverage={}, max_context=made.max_context, threads=args.threads, native=made.native,
+        )  # fmt: skip
         console.print(f"{text}: {models[text].program.applied}")
     turns = []
     for turn in range(args.turns):
