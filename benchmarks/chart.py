@@ -1,4 +1,4 @@
-"""A line chart as SVG, with a logarithmic vertical axis."""
+"""A line chart as SVG, with a logarithmic or a linear vertical axis."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def chart(across: str, up: str, lines: Mapping[str, Mapping[float, float]], line
     ]
     if linear:
         levels = [low + step * i for i in range(round((high - low) / step) + 1)]
-        ticks = [least + (most - least) * i / 6 for i in range(7)]
+        wide = 10.0 ** math.floor(math.log10(most - least))
+        wide = wide if most - least > 4 * wide else wide / 5
+        ticks = [wide * i for i in range(math.ceil(least / wide), math.floor(most / wide) + 1)]
     else:
         levels = [m * 10.0**power for power in range(round(low), round(high)) for m in (1, 2, 5)] + [10.0**high]
         ticks = [float(x) for x in sorted({round(x) for x in xs})]

@@ -3,8 +3,9 @@
 python benchmarks/layer_speed.py [--target 1.1 1.25 1.5] [--weights int8] [--threads 1] [--turns 5] [--output FILE.md]
 
 Each model generates ``--tokens`` after a prompt of one, greedily, through `Model.generate`; every few tokens it is the next one's
-turn. How much faster a model is than the whole one in such a stretch of the text is the median over ``--turns`` texts; its
-speed-up is that of all stretches together.
+turn. Seconds are of the processor, of the thread that generates, so that other load counts little. How much faster a model is
+than the whole one in such a stretch of the text is the median over ``--turns`` texts; its speed-up is that of all stretches.
+Models read the weights that they share from the same memory: where these lie changes times more than a layer does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STRETCH = 8
 
 
 def in_turns(models: Sequence[elision.Model], prompt: Sequence[int], tokens: int) -> np.ndarray:
-    """Seconds of a token after a prompt, by model and stretch: the median in the stretch."""
+    """Seconds of a token after a prompt, of the thread that asks for it, by model and stretch: the median in the stretch."""
     batons = [Semaphore(0) for _ in models]
     seen: list[list[list[float]]] = [[] for _ in models]
 
@@ -33,7 +34,7 @@ def in_turns(models: Sequence[elision.Model], prompt: Sequence[int], tokens: int
         times: list[float] = []
 
         def token(*told: object) -> None:
-            times.append(time.perf_counter())
+            times.append(time.thread_time())
             if len(times) == STRETCH + 1:
                 seen[i].append(np.diff(times).tolist())
                 times.clear()
@@ -68,7 +69,11 @@ def main() -> None:
     asked = {"": 1.0} | {method.format(target): target for method in methods for target in args.target}
     models = {}
     for text in asked:
-        models[text] = elision.compile("smollm2", passes=[*filter(None, [text]), *args.weights.split()], threads=args.threads)
+        made = elision.compile("smollm2", passes=[*filter(None, [text]), *args.weights.split()], threads=args.threads)
+        models[text] = elision.Model(
+            made.program, models[""].weights.of(made.program) if models else made.weights, tokenizer=None, defaults={},
+            coverage={}, max_context=made.max_context, threads=args.threads, native=made.native,
+        )  # fmt: skip
         console.print(f"{text}: {models[text].program.applied}")
     turns = []
     for turn in range(args.turns):

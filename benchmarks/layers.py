@@ -181,6 +181,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("medium")  # its quickest products of floats
     console = Console(stderr=True, soft_wrap=True)
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("elision").setLevel(logging.INFO)

@@ -161,16 +161,17 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
 
 
 def _seconds(programs: Sequence[Program], contexts: Sequence[int], threads: int | None) -> list[list[float]]:
-    """What decode steps of programs take in native code, with weights that are made up (as much memory as the programs')."""
+    """What decode steps take in native code, of a program and of others with some of its layers, on weights that are made up (as
+    much memory as the program's). They share that memory: where weights lie changes times more than a layer does."""
     from elision.codegen.cpu.compile import compile_program
     from elision.runtime.clock import decode_seconds, made_up
     from elision.runtime.model import Model
+    from elision.runtime.native.weights import PackedWeights
 
-    models = [
-        Model(p, made_up(p), tokenizer=None, defaults={}, coverage={}, max_context=p.meta["positions"], threads=threads,
-              native=compile_program(p))
-        for p in programs
-    ]  # fmt: skip
+    codes = [compile_program(p) for p in programs]
+    whole = PackedWeights.pack(programs[0], made_up(programs[0]), codes[0].packings)
+    rest: dict[str, Any] = {"tokenizer": None, "defaults": {}, "coverage": {}, "max_context": programs[0].meta["positions"]}
+    models = [Model(p, whole.of(p), threads=threads, native=code, **rest) for p, code in zip(programs, codes, strict=True)]
     with models[0]._threads(1):
         return decode_seconds([m._interpreter for m in models], contexts)
 

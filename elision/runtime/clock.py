@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -14,17 +15,17 @@ from elision.ir.requests import Requests
 from elision.ir.verify import Request
 from elision.runtime.session import Session
 
-_TURNS, _ROUNDS = 24, 4  # the first round of a turn is not counted: others had the caches before
+_TURNS, _ROUNDS = 16, 4  # the first round of a turn is not counted: others had the caches before
 
 
 def decode_seconds(interpreters: Sequence[Interpreter], contexts: Sequence[int]) -> list[list[float]]:
     """Seconds of a round of one sequence, by interpreter and by how many tokens came before it (all of it: what the host does,
-    too). They take turns, and how long one takes next to the first is the median over the turns, so that what else the machine
-    does falls on all alike."""
+    too). They are those of the thread that calls, which waits for no other program, and all take turns, so that what else the
+    machine does counts little; how long one takes next to the first is the median over the turns."""
     runs = [_Run(each, context) for each in interpreters for context in contexts]
     with torch.inference_mode():
         seen = np.array([[run.turn() for run in runs] for _ in range(_TURNS)])
-    found = np.quantile(seen[:, 0], 0.25) * np.median(seen / seen[:, :1], axis=0)
+    found = np.median(seen[:, 0]) * np.median(seen / seen[:, :1], axis=0)
     return found.reshape(len(interpreters), len(contexts)).tolist()  # type: ignore[no-any-return]
 
 
@@ -45,12 +46,12 @@ class _Run:
         self._session.prefill([[0] * self._context])
 
     def turn(self) -> float:
-        """Seconds of the fastest of a few rounds."""
+        """Seconds of a round, the median of a few."""
         seen = []
         for _ in range(_ROUNDS):
             tokens = torch.zeros(self._session.committed[0] + 1, dtype=torch.int64)
             requests = Requests([Request()], [tokens], [self._context])
-            start = time.perf_counter()
+            start = time.thread_time()
             self._last = self._session.round({0: self._last}, requests)[0][0]
-            seen.append(time.perf_counter() - start)
-        return min(seen[1:])
+            seen.append(time.thread_time() - start)
+        return statistics.median(seen[1:])

@@ -30,6 +30,10 @@ class PackedWeights(Mapping[str, torch.Tensor]):
             stored[name] = known[key]
         return cls(program, stored, packings)
 
+    def of(self, program: Program) -> PackedWeights:
+        """The same memory, for a program that reads some of it by kernels of the same packings."""
+        return PackedWeights(program, {name: self.stored[name] for name in program.params}, self.packings)
+
     def address(self, name: str) -> int:
         return self.stored[name].data_ptr()
 
