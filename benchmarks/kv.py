@@ -1,9 +1,9 @@
-"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|rounding|speed|steps [--out FILE]``.
+"""What compressed caches cost in quality, time and memory: ``python benchmarks/kv.py quality|rounding|steps [--out FILE]``.
 
 quality: perplexity of the last 256 tokens of sequences of 2048 (every second topic of Python's documentation, which no pass is
 calibrated on) after a prompt of the first 1792, for caches of a share of the prompt, beside random eviction, recent tokens only,
-and the whole cache. rounding: the same for caches that hold everything, in fewer bits. speed: time to the first token, tokens per
-second and bytes of state after prompts of 2048 and 8000 tokens. steps: processor time of a decode step and of an eviction.
+and the whole cache. rounding: the same for caches that hold everything, in fewer bits. steps: processor time of a decode step and
+of an eviction. Speed is measured by `kv_speed.py` and `sparse_attention.py`.
 """
 
 from __future__ import annotations
@@ -149,26 +149,6 @@ def rounding(rows: int, chosen: list[str]) -> Iterator[str]:
         yield f"| {f'`{name}`' if name else 'all of it, float32'} | {bits:.2f} | {found:.3f} | {found / full - 1:+.2%} |"
 
 
-def speed(threads: int) -> Iterator[str]:
-    yield "| prompt | weights | cache | first token, s | ms per token | tokens/s | state, MB | while the prompt came in, MB |"
-    yield "|---:|---|---|---:|---:|---:|---:|---:|"
-    for weights in (["bf16"], ["int8:group=32", "a8"]):
-        for prompt in (2048, 8000):
-            budget = prompt // 4
-            chosen = {"all of it": [], **methods(budget), "h2o, nothing evicted": ["h2o:budget=8192"], "kv-quant": ["kv-quant"]}
-            for name in ("random", "recent only"):
-                del chosen[name]
-            for name, passes in chosen.items():
-                model = elision.compile("smollm2", passes=[*weights, *passes], kv_dtype="bf16", threads=threads)
-                ids = torch.randint(100, 40000, (1, prompt), generator=torch.Generator().manual_seed(0))
-                model.generate(ids, max_new_tokens=96, eos_token_id=[], do_sample=False)
-                s = model.stats
-                assert s is not None
-                numbers = f"{s.time_to_first_token:.2f} | {1e3 / s.tokens_per_second:.2f} | {s.tokens_per_second:.1f}"
-                sizes = f"{s.state_bytes / 1e6:.1f} | {s.prompt_state_bytes / 1e6:.1f}"
-                yield f"| {prompt} | {weights[0]} | {name} | {numbers} | {sizes} |"
-
-
 def rounds(model: elision.Model, context: int, count: int = 64) -> tuple[float, float]:
     """Milliseconds of processor time of a round after a prompt of ``context`` tokens, without its tick, and of a tick."""
     ids = torch.randint(100, 40000, (context,), generator=torch.Generator().manual_seed(0))
@@ -213,17 +193,15 @@ def steps(context: int = 2048) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["quality", "rounding", "speed", "steps"])
+    parser.add_argument("what", choices=["quality", "rounding", "steps"])
     parser.add_argument("--out", help="file to append to")
     parser.add_argument("--only", nargs="*", default=[], help="methods; the whole cache is then not a share")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=ROWS, help="sequences, of rounding")
     parser.add_argument("--methods", nargs="*", default=[], help="passes, of rounding")
     args = parser.parse_args()
     chosen = {
         "quality": lambda: quality(args.only),
         "rounding": lambda: rounding(args.rows, args.methods),
-        "speed": lambda: speed(args.threads),
         "steps": steps,
     }
     lines = chosen[args.what]()

@@ -51,7 +51,7 @@ def methods(context: int) -> dict[str, list[str]]:
     n = context // 4
     found = (
         f"h2o:budget={n}", f"snapkv:budget={n}", f"streaming-llm:window={n - 4}", f"quest:budget={n}",
-        f"quest:budget={n},page=32", f"quest:budget={n},page=64", "quest:budget=512",
+        f"quest:budget={n},page=32", f"quest:budget={n},page=64", f"quest:budget={n},page=64,dense=0", "quest:budget=512",
         "quest:budget=1024", f"quest:budget={context}", "tidal-decode:budget=256",
     )  # fmt: skip
     heads = {"HALF": HALF, "QUARTER": QUARTER}

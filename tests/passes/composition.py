@@ -47,6 +47,7 @@ OTHERS: dict[str, tuple[str, ...]] = {name: (text,) for name, text in DRAFTS.ite
     "smoothquant-plus": ("smoothquant-plus:group=16",),
     "stored": ("stored",),
 }
+NEW = 30  # tokens after prompts of 50: every clock ticks
 ALONE, ALSO = "same tokens", "yes"
 
 
@@ -78,7 +79,7 @@ def compiled(passes: tuple[str, ...], target: str) -> elision.Model:
 
 @functools.cache
 def plain(passes: tuple[str, ...], target: str) -> torch.Tensor:
-    return tokens(compiled(passes, target))
+    return tokens(compiled(passes, target), NEW)
 
 
 def cell(row: str, other: str) -> str:
@@ -90,10 +91,10 @@ def cell(row: str, other: str) -> str:
     except (BadInput, IllegalProgram) as error:
         return refused(error, passes)
     if other in DRAFTS:
-        assert torch.equal(drafted(model), plain((ROWS[row],), "cpu")), f"{row} changes with {other}"
-        assert model.stats is not None and model.stats.accepted > 20, f"{other} drafts nothing with {row}"
+        assert torch.equal(drafted(model, NEW), plain((ROWS[row],), "cpu")), f"{row} changes with {other}"
+        assert model.stats is not None and model.stats.accepted > 4, f"{other} drafts nothing with {row}"
         return ALONE
-    assert torch.equal(tokens(model), plain((*OTHERS[other], ROWS[row]), "reference")), f"{row} is not itself with {other}"
+    assert torch.equal(tokens(model, NEW), plain((*OTHERS[other], ROWS[row]), "reference")), f"{row} is not itself with {other}"
     return ALSO
 
 
@@ -112,7 +113,7 @@ def pair(first: str, second: str) -> str:
         model = compiled(passes, "reference")
     except (BadInput, IllegalProgram) as error:
         return refused(error, passes)
-    assert torch.equal(tokens(compiled(passes, "cpu")), tokens(model)), passes
+    assert torch.equal(tokens(compiled(passes, "cpu"), NEW), tokens(model, NEW)), passes
     return ALSO
 
 

@@ -45,15 +45,15 @@ def prompts(rows: int = 2) -> torch.Tensor:
     return torch.randint(1, 9, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
 
 
-def tokens(model: elision.Model) -> torch.Tensor:
-    found = model.generate(prompts(), max_new_tokens=NEW)
+def tokens(model: elision.Model, new: int = NEW) -> torch.Tensor:
+    found = model.generate(prompts(), max_new_tokens=new)
     assert isinstance(found, torch.Tensor)
     return found
 
 
-def drafted(model: elision.Model) -> torch.Tensor:
+def drafted(model: elision.Model, new: int = NEW) -> torch.Tensor:
     """Tokens with 12 nodes drafted in every round."""
     fresh = drafting_of(model._interpreter, "")
     assert fresh is not None
     model.drafting = Drafting(list(fresh.drafters), Always(12))
-    return tokens(model)
+    return tokens(model, new)

@@ -77,6 +77,7 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
 
         past = closed(fn, axis, state, token, open, room, site.drafted)
         mine = fn.at(pages.token(token, "i64"), head * n, "i64")
+        later = fn.at(pages.token(token, "i64"), fn.minimum(head + 1, site.heads - 1) * n, "i64")  # of the head after this one
         chosen = fn.minimum(past // page, n) * per if per else _blocks(fn, mine, fn.minimum(past, n), numbers, listed.partly)
         after = past // LANES
         blocks = chosen + ((length + (LANES - 1)) // LANES - after)
@@ -90,9 +91,12 @@ def attend(name: str, site: Site, page: int, open: int, room: int, n: int) -> tu
         with fn.loop(fn.minimum(first, chosen), stop, CHUNK) as chunks:
             here = fn.minimum(stop - chunks.index, CHUNK)
             if per:
-                with fn.loop(0, LIST) as loop:  # beyond the last one it once more
-                    i = fn.minimum(chunks.index + loop.index, chosen - 1)
-                    fn.store(fn.load(mine, "i64", i // per) * per + i % per, numbers, loop.index)
+                with fn.loop(0, LIST) as loop:  # what comes after the last one is where the next head begins
+                    i = chunks.index + loop.index
+                    over = fn.compare(i, "sge", stop)
+                    i = fn.minimum(fn.select(over, i - stop + first, i), chosen - 1)
+                    number = fn.load(fn.select(over, later, mine), "i64", i // per) * per + i % per
+                    fn.store(fn.select(over, number + state.number("blocks"), number), numbers, loop.index)
                 visit(True, k, v, pos, zero, here, length, scales, no, numbers)
             else:
                 visit(True, k, v, pos, zero, here, length, scales, no, fn.at(numbers, chunks.index, "i64"), mine)
