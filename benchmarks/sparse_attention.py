@@ -5,7 +5,7 @@ time: milliseconds of a step of SmolLM2 at contexts of 2048 and 8000 tokens, of 
 that attend, choose, join and count, run by themselves), and bytes of state. The caches are filled with random numbers: how much
 is read depends on the method's sizes, and for `tidal-decode` on how far apart the chosen tokens are, for which random keys are
 the worst case. The models take turns, and the best turn of each counts (its median of attention, its mean of tokens). quality:
-perplexity as `benchmarks/kv.py` measures it, decoding 256 tokens after prompts of 1792.
+perplexity as `benchmarks/kv_quality.py` measures it, decoding 256 tokens after prompts of 1792.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def timing(weights: str, threads: int, contexts: tuple[int, ...], ready: Callabl
 
 
 def quality(threads: int) -> Iterator[str]:
-    from kv import perplexity, sequences
+    from kv_quality import perplexity, predictions, sequences
 
     from elision.passes import from_text
 
@@ -146,13 +146,13 @@ def quality(threads: int) -> Iterator[str]:
     yield "|---|---:|"
     text = None
     for name, model in zip(("", *QUALITY), variants(["bf16"], ([], *([name] for name in QUALITY)), threads), strict=True):
-        text = sequences(model) if text is None else text
-        yield f"| `{name or 'all of it'}` | {perplexity(model, text):.3f} |"
+        text = sequences(model, 4) if text is None else text
+        yield f"| `{name or 'all of it'}` | {perplexity(predictions(model, text), text):.3f} |"
         if name == "duo-attention:sparsity=0.5":
             chosen: Any = from_text(next(a for a in model.program.applied if a.startswith("duo-attention")))
             others = replace(chosen, heads=tuple({*range(2 * len(chosen.heads))} - {*chosen.heads}))
             (other,) = variants(["bf16"], [[others.text()]], threads)
-            yield f"| `duo-attention`, its other half of the heads whole | {perplexity(other, text):.3f} |"
+            yield f"| `duo-attention`, its other half of the heads whole | {perplexity(predictions(other, text), text):.3f} |"
 
 
 def main() -> None:
