@@ -1,4 +1,4 @@
-"""What eviction costs: ``python benchmarks/kv_steps.py``. Processor time of a decode step and of an eviction by `h2o`; one thread."""
+"""What eviction costs: ``python benchmarks/kv_steps.py``. Processor time of a decode step and of a tick of `h2o`, on one thread."""
 
 from __future__ import annotations
 

@@ -113,3 +113,8 @@ def test_every_example_is_run_here() -> None:
         "compile_and_run.py", "compose.py", "demo.py", "encoder_pruning.py", "skip_layers.py", "torch_compile_backend.py",
         "write_a_pass.py",
     }  # fmt: skip
+
+
+def test_aot_for_gpu(tiny: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    out = run("aot_for_gpu.py", tiny, "--target", "cuda:sm_90", "--output", tmp_path / "gpu.elision")
+    assert re.search(r"cuda:sm_90: \d+ kernels, [\d.]+ MB, at most \d+ registers", out)
