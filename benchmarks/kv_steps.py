@@ -1,4 +1,4 @@
-"""What eviction costs: ``python benchmarks/kv_steps.py``. Processor time of a decode step and of a tick of `h2o`, on one thread."""
+"""What eviction costs, ``python benchmarks/kv_steps.py``: processor time of a decode step and of a tick of `h2o`, one thread."""
 
 from __future__ import annotations
 
