@@ -41,13 +41,15 @@ def minilm() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 
 def digits() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """The model of tests/passes/test_vit_digits.py, untrained: weights do not change how long it takes."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96)
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10)
-    model = transformers.ViTForImageClassification(config).eval()
-    for rows in (1, 8):
-        yield f"ViT on digits, {rows}", model, {"pixel_values": torch.randn(rows, 3, 32, 32)}
+    """The model of tests/passes/test_vit_digits.py, untrained (weights do not change how long it takes), whose heads of 12
+    channels have no native attention, and the same with heads of 16 channels."""
+    for heads in (3, 4):
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=heads, intermediate_size=96)
+        config = transformers.ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10)
+        model = transformers.ViTForImageClassification(config).eval()
+        for rows in (1, 8):
+            yield f"ViT on digits, heads of {48 // heads} channels, {rows}", model, {"pixel_values": torch.randn(rows, 3, 32, 32)}
 
 
 def smollm2() -> Iterator[tuple[str, Any, dict[str, Any]]]:
