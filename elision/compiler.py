@@ -132,8 +132,11 @@ def _targets(target: str | Sequence[str]) -> tuple[str, list[str]]:
     given = list(dict.fromkeys([target] if isinstance(target, str) else target))
     gpus = [t for t in given if t.startswith(("cuda:", "hip:"))]
     hosts = [t for t in given if t not in gpus]
-    if len(hosts) > 1 or not given or any(t not in TARGETS for t in hosts):
-        raise BadInput(f"unknown target {target!r}; the targets are {', '.join(TARGETS)} (one of them), and GPUs as cuda:sm_90")
+    for each in hosts:
+        if each not in TARGETS:
+            raise BadInput(f"unknown target {each!r}; the targets are {', '.join(TARGETS)}, and GPUs as cuda:sm_90")
+    if len(hosts) > 1 or not given:
+        raise BadInput(f"target={target!r}; expected GPUs, one of {', '.join(TARGETS)}, or both")
     if gpus:
         from elision.codegen.triton.ahead import available
         from elision.codegen.triton.targets import checked

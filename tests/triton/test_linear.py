@@ -79,7 +79,7 @@ def products(x: torch.Tensor, formats: list[str], n: int, expr: str, extras: dic
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("format", [*FORMATS, "f32", "bf16", "f16"])
 def test_every_format(format: str, many: bool) -> None:
-    for t, n in ((1, 16), (3, 37), (17, 16)):
+    for t, n in ((1, 16), (17, 37)) if many else ((2, 37),):
         x = torch.randn(t, K, generator=torch.Generator().manual_seed(t))
         found, expected = products(x, [format], n, "x0", {}, None, many)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -1,0 +1,41 @@
+"""Kernels for GPUs compiled ahead of time, for the shapes of large models: how long it takes, and what they take of a processor.
+
+    TRITON_CACHE_DIR=$(mktemp -d) python benchmarks/gpu_kernels.py [--models llama-3-8b+qwen3-8b] [--targets cuda:sm_90+hip:gfx942]
+
+Needs no GPU. One layer is as good as all: layers that are alike ask for the same kernels. Two processes compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from gpu_shapes import SHAPES, shaped
+
+from elision.codegen.triton.ahead import build, totals
+from elision.codegen.triton.compile import plan_program
+from elision.codegen.triton.targets import TARGETS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="+".join(SHAPES))
+    parser.add_argument("--targets", default="+".join(TARGETS))
+    options = parser.parse_args()
+    print("| model | target | kernels | seconds | MB | most registers | most shared (KB) | spilling |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.models.split("+"):
+        code = plan_program(shaped(name))
+        for target in options.targets.split("+"):
+            start = time.perf_counter()
+            build(code, [target])
+            spent, found = time.perf_counter() - start, totals(code, target)
+            print(
+                f"| {name} | {target} | {found['kernels']} | {spent:.0f} | {found['bytes'] / 1e6:.1f} | {found['registers']} | "
+                f"{found['shared'] / 1024:.0f} | {found['spilling']} ({found['spills']} bytes) |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
