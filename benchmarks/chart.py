@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 70, 150, 20, 50
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 680, 400, 70, 190, 20, 50
+DASHES = ("", 'stroke-dasharray="6 3"', 'stroke-dasharray="2 3"')
 COLOURS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 
 
@@ -43,14 +44,16 @@ def chart(across: str, up: str, lines: Mapping[str, Mapping[float, float]], line
         parts.append(text(left - 6, height + 4, f"{y:.4g}", "end"))
     for x in ticks:
         parts.append(text(place(x, levels[0])[0], HEIGHT - BOTTOM + 16, f"{x:.3g}"))
-    for (name, line), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+    for number, (name, line) in enumerate(lines.items()):
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
         points = [place(x, y) for x, y in sorted(line.items())]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" {dash}/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        at = TOP + 18 * (1 + list(lines).index(name))
+        at = TOP + 18 * (1 + number)
         start = WIDTH - RIGHT + 12
-        parts.append(f'<line x1="{start}" y1="{at - 4}" x2="{start + 24}" y2="{at - 4}" stroke="{colour}" stroke-width="2"/>')
+        stroke = f'stroke="{colour}" stroke-width="2" {dash}'
+        parts.append(f'<line x1="{start}" y1="{at - 4}" x2="{start + 24}" y2="{at - 4}" {stroke}/>')
         parts.append(text(WIDTH - RIGHT + 42, at, name, "start"))
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
     parts.append(text(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 12, across))

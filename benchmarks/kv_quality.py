@@ -142,10 +142,10 @@ def budgets(rows: int, only: list[str], save: Path | None) -> Iterator[str]:
     for name in only or methods(0.5):
         made = [predictions(compiled(rows, methods(share)[name]), text) for share in SHARES]
         scores, apart = [perplexity(m, text) for m in made], [divergence(m, full) for m in made]
-        lines[name] = {100.0: perplexity(full, text)} | {100 * s: x for s, x in zip(SHARES, scores, strict=True)}
+        lines[name] = {100 * s: x for s, x in zip(SHARES, apart, strict=True)}
         yield f"| `{name}` | " + " | ".join(f"{x:.3f}" for x in (*scores, *apart)) + " |"
         if save:
-            save.write_text(chart("share of the prompt's entries, %", "perplexity", lines))
+            save.write_text(chart("share of the prompt's entries, %", "divergence from the whole cache, nats", lines))
 
 
 ROUNDED = (
