@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from torch_compile_backend import packaged  # noqa: E402
 
 console = Console(stderr=True, soft_wrap=True)
-MOST = 3.0  # seconds of a case, after which there are no more rounds
+MOST = 6.0  # seconds of a case, after which there are no more rounds
 
 
 def minilm() -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -69,7 +69,8 @@ class Prepared:
             "elision": torch.compile(model, backend=backend, dynamic=False),
         }
         with torch.inference_mode():
-            results = {engine: [call(**given)[0] for _ in range(3)][-1] for engine, call in self.engines.items()}
+            for _ in range(3):  # in turns: what compiling one engine pushed out of memory is back before the clock runs
+                results = {engine: call(**given)[0] for engine, call in self.engines.items()}
         last = report()["graphs"][-1]
         assert last.runs == "native" and not last.fallen, (last.reason, last.fallen)
         most = float(results["eager"].abs().max())
