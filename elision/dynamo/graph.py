@@ -59,7 +59,10 @@ class CompiledGraph:
             return want
         self._forward, self._kept = found, [args[place] for place in self._frame.state]
         self._seen = tuple(map(version, self._kept))
-        self._record.runs = "native" if found.model.native is not None else "interpreter"
+        native = found.model.native
+        self._record.runs = "native" if native is not None else "interpreter"
+        hosts = native.hosts.get("prefill" if self._frame.cache else "score", []) if native is not None else []
+        self._record.notes += [f"{op} on the interpreter: {why}" for op, why in dict.fromkeys(hosts)]
         self._record.coverage = dict(found.model.coverage)
         self._run = self._native
         return want

@@ -84,6 +84,15 @@ def test_an_image_model_runs_whole() -> None:
     assert {g.runs for g in graphs()} == {"native"}
 
 
+def test_what_a_native_program_leaves_to_the_interpreter_is_told() -> None:
+    """Heads of 12 channels have no native attention."""
+    model = encoder("ViTModel", hidden_size=48)
+    with torch.no_grad():
+        want = model(images(2)).last_hidden_state
+    assert close(twice(torch.compile(model, backend=backend), images(2)).last_hidden_state, want)
+    assert graphs()[0].runs == "native" and "attend on the interpreter: values of 12 channels" in graphs()[0].notes
+
+
 def test_a_decoder_gives_its_logits_with_padding_on_the_left_too() -> None:
     model = decoder()
     compiled = torch.compile(model, backend=backend)
