@@ -1,6 +1,6 @@
-"""Kernels for GPUs compiled ahead of time, for the shapes of large models: how long it takes, and what they take of a processor.
+"""Kernels for GPUs compiled ahead of time, for the shapes of large models: how long it takes, what they ask of a GPU.
 
-  TRITON_CACHE_DIR=$(mktemp -d) python benchmarks/gpu_kernels.py [--models llama-3-8b+qwen3-8b] [--targets cuda:sm_90+hip:gfx942]
+    TRITON_CACHE_DIR=$(mktemp -d) python benchmarks/gpu_kernels.py [--models smollm2+mixtral] [--targets cuda:sm_90+hip:gfx942]
 
 Needs no GPU. One layer is as good as all: layers that are alike ask for the same kernels. Two processes compile.
 """

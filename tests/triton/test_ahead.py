@@ -13,6 +13,8 @@ from test_programs import compiled
 
 import elision
 from benchmarks.gpu_shapes import SHAPES, shaped
+from elision.cli.gpu import compiled as compiled_lines
+from elision.cli.gpu import kernels as tables_of
 from elision.codegen.triton.ahead import build, totals
 from elision.codegen.triton.compile import plan_program
 from elision.codegen.triton.targets import TARGETS
@@ -89,6 +91,10 @@ def test_an_artefact_has_what_was_compiled(tmp_path: Path) -> None:
     found = elision.load(path).device
     assert found is not None and found.kernels == code.kernels and found.binaries == code.binaries
     assert members(found) == members(code)
+    line = next(iter(compiled_lines(found)))
+    assert re.match(rf"cuda:sm_80: {len(code.kernels)} kernels, [\d.]+ MB, at most \d+ registers and \d+ KB shared memory", line)
+    tables = list(tables_of(model))
+    assert [t.title for t in tables] == ["cuda:sm_80", "hip:gfx942"] and tables[0].row_count == len(code.kernels)
     with zipfile.ZipFile(path) as archive:
         names, manifest = archive.namelist(), json.loads(archive.read("manifest.json"))
         cubin = archive.read(member("cuda:sm_80", "embed_0"))

@@ -47,6 +47,10 @@ def build(code: DeviceCode, targets: Sequence[str], workers: int | None = None) 
     for _ in range(len(code.kernels) * len(targets)):
         answer = answers.get()
         if "error" in answer:
+            while not jobs.empty():  # the others stop too
+                jobs.get()
+            for _ in threads:
+                jobs.put(None)
             raise BadInput(f"{answer['name']} for {answer['target']} was not compiled: {answer['error']}")
         made = {k: v for k, v in answer.items() if k not in ("name", "target", "code")}
         code.binaries[answer["target"]][answer["name"]] = Binary(code=base64.b64decode(answer["code"]), **made)

@@ -49,7 +49,8 @@ def product(shape: str, codes: int, itemsize: int) -> Tile:
 def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> tuple[Tile, int]:
     """The tile of queries and entries, and how many programs share the entries of a sequence. ``group``: query heads of a cache
     head, padded; ``single``: a sequence has one token."""
-    rows = max(16, group if single else min(power(SHAPES[shape] or 64) * group, 64))
+    most = 64 if dim <= 64 else 32  # sums stay in registers
+    rows = max(16, group, 0 if single else min(power(SHAPES[shape] or 64) * group, most))
     entries = 64 if dim <= 128 else 32
     if itemsize > 2:
         rows, entries = max(group, min(rows, 32)), 32
