@@ -1,9 +1,10 @@
-"""What compressed caches cost in quality: ``python benchmarks/kv_quality.py budgets|bits [--only NAME ..] [--rows N]``.
+"""What compressed caches cost in quality: ``python benchmarks/kv_quality.py budgets|bits|facts [--only NAME ..] [--rows N]``.
 
 Perplexity of the last 256 tokens of sequences of 2048 (every second topic of Python's documentation, which no pass is calibrated
 on), read one by one after a prompt of the first 1792, and the mean Kullback-Leibler divergence of their distributions from the
 whole cache's, in nats. budgets: caches that hold, or steps that read, a share of the prompt, beside random eviction and recent
-tokens only. bits: caches that hold everything, in fewer bits.
+tokens only. bits: caches that hold everything, in fewer bits. facts: how many of four codes the model still says that were planted
+into the middle of 1200 tokens of other text.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from elision.runtime.session import Session
 CONTEXT, NEW = 2048, 256
 PROMPT = CONTEXT - NEW
 SHARES = (0.5, 0.25, 0.125)
+FACTS = (("green", "7319"), ("red", "2846"), ("yellow", "5072"), ("white", "9164"))
 
 
 @register
@@ -63,11 +65,11 @@ class RandomEviction(Pass):
         cached.on_tick(16, evict)
 
 
-def methods(share: float) -> dict[str, str]:
-    """Passes by name that hold, or read in a step, this share of the prompt's entries."""
-    n = int(PROMPT * share)
+def methods(share: float, prompt: int = PROMPT) -> dict[str, str]:
+    """Passes by name that hold, or read in a step, this share of the entries of a prompt."""
+    n = int(prompt * share)
     sinks, window = (64, 256) if share > 0.2 else (16, 128)
-    streaming = (1 - share) / (1 - (sinks + window) / PROMPT)  # the share of heads whose caches are short
+    streaming = min((1 - share) / (1 - (sinks + window) / prompt), 1)  # the share of heads whose caches are short
     return {
         "random": f"random:budget={n}",
         "recent only": f"streaming-llm:window={n},sinks=0",
@@ -78,6 +80,7 @@ def methods(share: float) -> dict[str, str]:
         "a2sf per layer": f"a2sf:budget={n},recent=32,alpha=0.95,per_head=false",
         "keyformer": f"keyformer:budget={n},recent={n // 2}",
         "snapkv": f"snapkv:budget={n}",
+        "snapkv, pool of 13": f"snapkv:budget={n},pool=13",
         "ems": f"ems:budget={n}",
         "ems, nothing merged": f"ems:budget={n},rho=0",
         "duo-attention": f"duo-attention:sparsity={streaming:.3f},sinks={sinks},window={window}",
@@ -173,16 +176,41 @@ def bits(rows: int, only: list[str]) -> Iterator[str]:
         yield f"| `{name}` | {size:.2f} | {perplexity(found, text):.3f} | {change:+.2%} | {divergence(found, full):.4f} |"
 
 
+def planted(model: elision.Model, colour: str, code: str) -> str:
+    """A fact in the middle of other text, and the beginning of a sentence that asks for it."""
+    assert model.tokenizer is not None
+    words = model.tokenizer.encode(topics(1))
+    half = [model.tokenizer.decode(words[i : i + 600]) for i in (0, 600)]
+    return f"{half[0]}\nRemember this: the code of the {colour} door is {code}.\n{half[1]}\nThe code of the {colour} door is"
+
+
+def facts(only: list[str]) -> Iterator[str]:
+    whole = compiled(1)
+    prompts = [(planted(whole, *fact), fact[1]) for fact in FACTS]
+
+    def found(model: elision.Model) -> int:
+        return sum(code in str(model.generate(text, max_new_tokens=6, do_sample=False)) for text, code in prompts)
+
+    yield f"The whole cache: {found(whole)} of {len(FACTS)}."
+    yield ""
+    yield "| cache | " + " | ".join(f"{s:.1%}" for s in SHARES) + " |"
+    yield "|---|" + "---:|" * len(SHARES)
+    for name in only or methods(0.5):
+        counts = [found(compiled(1, methods(share, 1226)[name])) for share in SHARES]
+        yield f"| `{name}` | " + " | ".join(map(str, counts)) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["budgets", "bits"])
+    parser.add_argument("what", choices=["budgets", "bits", "facts"])
     parser.add_argument("--only", nargs="*", default=[], help="names of methods, or of bits passes")
     parser.add_argument("--rows", type=int, default=4, help="sequences")
     parser.add_argument("--save", type=Path, help="a file for the picture of budgets (SVG)")
     args = parser.parse_args()
     begun = time.perf_counter()
     with torch.inference_mode():
-        for line in budgets(args.rows, args.only, args.save) if args.what == "budgets" else bits(args.rows, args.only):
+        made = {"budgets": lambda: budgets(args.rows, args.only, args.save), "bits": lambda: bits(args.rows, args.only)}
+        for line in made.get(args.what, lambda: facts(args.only))():
             print(line, flush=True)
     print(f"{time.perf_counter() - begun:.0f} s on {platform.machine()}, torch {torch.__version__}")
 
