@@ -14,7 +14,7 @@ from elision.runtime.model import Model
 
 def compiled(code: DeviceCode) -> Iterator[str]:
     """A line for each target, and one for each op that keeps its entry from running on a GPU."""
-    for target, made in code.binaries.items():
+    for target in code.binaries:
         t = totals(code, target)
         yield (
             f"{target}: {t['kernels']} kernels, {t['bytes'] / 1e6:.1f} MB, at most {t['registers']} registers and "
