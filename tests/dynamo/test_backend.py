@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 def fresh() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     backend.reset()  # type: ignore[attr-defined]  # torch resets only what was compiled since its last reset
 
 
@@ -179,6 +180,64 @@ def test_what_the_program_does_not_give_runs_as_captured() -> None:
         want = model(given)
     assert torch.equal(found.logits, want.logits) and found.past_key_values.get_seq_length() == 9
     assert graphs()[0].runs == "eager" and "use_cache=False" in graphs()[0].reason
+
+
+def test_a_function_around_a_model_is_not_taken_for_the_model() -> None:
+    """On their first call both give what the model gives."""
+    model, given = decoder(), ids(2, 9).clamp(8, 50)
+    other = given.clone()
+    other[0, 3], other[1, 4] = 7, 90
+
+    def masked(input_ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids, use_cache=False).logits.masked_fill((input_ids == 7)[..., None], -1e9)
+
+    def clamped(input_ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids.clamp(max=50), use_cache=False).logits
+
+    for function in (masked, clamped):
+        compiled = torch.compile(function, backend=backend)
+        with torch.no_grad():
+            assert close(compiled(given), function(given)) and close(compiled(other), function(other))
+    assert all("which is not the forward" in g.reason for g in graphs()) and len(graphs()) == 2
+
+
+def test_the_beginning_of_a_forward_is_not_taken_for_all_of_it() -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((8,), 2.0))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = x * self.weight
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break()
+            return x, x.clamp(max=9)
+
+    model = Ends().eval()
+    with torch.no_grad():
+        found, want = twice(torch.compile(model, backend=backend), torch.full((2, 8), 3.0)), model(torch.full((2, 8), 3.0))
+    assert torch.equal(found[1], want[1]) and "breaks before the forward" in graphs()[0].reason
+
+
+def test_arguments_that_are_no_tensors_are_not_taken_for_their_defaults() -> None:
+    class Banning(transformers.LlamaForCausalLM):
+        def forward(
+            self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, ban: int | None = None, **rest: Any
+        ) -> Any:
+            found = super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **rest)
+            if ban is not None:
+                found.logits = found.logits.masked_fill((input_ids == ban)[..., None], -1e9)
+            return found
+
+    model, given = Banning(decoder().config).eval(), ids(2, 9).clamp(min=8)
+    other = given.clone()
+    other[0, 3] = 7
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for ban in (7, None):
+            compiled(given, ban=ban, use_cache=False)
+            assert close(compiled(other, ban=ban, use_cache=False).logits, model(other, ban=ban, use_cache=False).logits)
+    assert [g.runs for g in graphs()] == ["eager", "native"] and "ban=7 is no tensor" in graphs()[0].reason
 
 
 def test_numbers_that_vary_are_not_taken_for_constants() -> None:
