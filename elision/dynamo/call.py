@@ -48,7 +48,7 @@ class Call:
     def check(self, module: nn.Module, step: bool) -> None:
         """Raises UnsupportedModel unless this is the forward of ``module``, asked for nothing but its defaults."""
         name = self.code.co_qualname
-        own = [f for f in _decorated(type(module).forward) if f.__code__ is self.code and self._closes_over(f)]
+        own = [f for f in _decorated(type(module).forward) if getattr(f, "__code__", None) is self.code and self._closes_over(f)]
         if not own or not self._own or self.locals.get(self._own[0]) is not module:
             raise UnsupportedModel(
                 f"the graph is of {name}, which is not the forward of the {type(module).__name__} whose weights it reads; "
@@ -111,6 +111,7 @@ def _decorated(forward: Any) -> Iterator[Any]:
     """The functions that may be the frame of ``forward``: itself, and behind torch's own decorators, which Dynamo leaves out."""
     while True:
         yield forward
-        if not (forward.__globals__.get("__name__", "").startswith("torch.") and hasattr(forward, "__wrapped__")):
+        place = getattr(forward, "__globals__", {}).get("__name__", "")
+        if not (place.startswith("torch.") and hasattr(forward, "__wrapped__")):
             return
         forward = forward.__wrapped__

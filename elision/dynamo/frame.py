@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elision.dynamo.call import Call
+from elision.dynamo.weights import tensors
 from elision.errors import UnsupportedModel
 
 _STATE = re.compile(r"([LG])\['([^']+)'\](?=\._(?:modules|parameters|buffers)\[)")
@@ -63,6 +64,8 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
     module = call.variable(*roots.pop())
     if not isinstance(module, nn.Module):
         raise UnsupportedModel(f"its weights belong to a {type(module).__name__}; expected a torch.nn.Module")
+    if any(w.is_inference() for w in tensors(module)):
+        raise UnsupportedModel("weights made in inference_mode do not say when they are written to; expected torch.no_grad()")
     if any(set(layer) != CACHE for layer in cache.values()) or sorted(cache) != list(range(len(cache))):
         expected = ", ".join(sorted(CACHE))
         raise UnsupportedModel(f"past_key_values: the graph makes them, or reads something else than {expected} of every layer")

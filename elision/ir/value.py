@@ -243,4 +243,3 @@ def live(graph: Graph) -> set[Value]:
             found.add(value)
             stack.extend(value.args)
     return found
-

@@ -172,6 +172,99 @@ def test_weights_that_change_are_seen() -> None:
     assert [g.runs for g in graphs()] == ["native"]
 
 
+@pytest.mark.parametrize("how", ["add", "copy"])
+def test_weights_that_are_written_behind_torchs_back_are_seen(how: str) -> None:
+    model, given = decoder(), ids(2, 9)
+    compiled = torch.compile(model, backend=backend)
+    before = twice(compiled, given, use_cache=False).logits
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    version = weight._version
+    if how == "add":
+        weight.data += 1
+    else:
+        weight.data.copy_(weight.data * 3)
+    assert weight._version == version
+    with torch.no_grad():
+        after, want = compiled(given, use_cache=False).logits, model(given).logits
+        assert close(after, want) and not close(after, before)
+        twice(compiled, ids(3, 7), use_cache=False)  # another graph does not get the program of the weights before
+    assert "weights have changed" in next(iter(graphs()[0].fallen)) and graphs()[1].runs == "native"
+
+
+def test_weights_of_inference_mode_are_not_compiled() -> None:
+    with torch.inference_mode():
+        model, given = decoder(), ids(2, 9)
+        compiled = torch.compile(model, backend=backend)
+        for _ in range(2):
+            assert close(compiled(given, use_cache=False).logits, model(given).logits)
+            model.lm_head.weight.mul_(3)
+    assert "inference_mode" in graphs()[0].reason
+
+
+def test_settings_that_change_are_seen() -> None:
+    config: Any = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**config, num_key_value_heads=1, sliding_window=None)
+    ).eval()
+    for p in model.parameters():
+        p.data *= 3
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for window, lengths in ((None, (9, 10)), (4, (3, 4, 12))):
+            model.config.sliding_window = window
+            for length in lengths:  # those within the window are the same with and without it
+                found = compiled(ids(2, length), use_cache=False).logits
+            assert close(found, model(ids(2, length), use_cache=False).logits)
+    assert {g.runs for g in graphs()} == {"native"}
+
+
+class Odd(nn.Module):
+    """Its forward takes a tensor without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, scale: Any) -> torch.Tensor:
+        return self.linear(x) * scale
+
+
+class Bare(transformers.LlamaForCausalLM):
+    """Its forward names nothing that it returns."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("model", "args"),
+    [
+        (lambda: Odd(), (torch.ones(2, 4, 8), torch.tensor(2.0))),
+        (lambda: Odd(), (torch.ones(2, 4, 8), 2.5)),
+        (lambda: Bare(decoder().config), (ids(2, 9),)),
+    ],
+)
+def test_what_fails_on_the_way_runs_as_captured(model: Any, args: Any) -> None:
+    model = model().eval()
+    with torch.no_grad():
+        want = model(*args)
+    assert close(twice(torch.compile(model, backend=backend), *args), want)
+    assert graphs()[0].runs == "eager" and graphs()[0].reason
+
+
+def test_any_error_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("of the frontend")
+
+    monkeypatch.setattr("elision.dynamo.forward.capture", fails)
+    model = decoder()
+    with torch.no_grad():
+        want = model(ids(2, 9)).logits
+    assert close(twice(torch.compile(model, backend=backend), ids(2, 9), use_cache=False).logits, want)
+    assert graphs()[0].runs == "eager" and graphs()[0].reason.endswith("of the frontend")
+
+
 def test_what_the_program_does_not_give_runs_as_captured() -> None:
     model, given = decoder(), ids(2, 9)
     compiled = torch.compile(model, backend=backend)
