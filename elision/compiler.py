@@ -101,7 +101,9 @@ def compile(
     )
 
 
-def finish(raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), **facts: Any) -> Model:
+def finish(
+    raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), **facts: Any
+) -> Model:
     """The model of a program that passes made of ``raised``, with native code for ``host="cpu"`` where it has a native form, and
     with code for these GPUs. ``facts``: what `Model` is told besides."""
     from elision.hf import CompiledModel

@@ -32,4 +32,6 @@ class IllegalProgram(ElisionError):
 
     def __init__(self, rule: str, what: str, *, sides: str, because: str, help: str) -> None:
         self.rule, self.what, self.sides, self.because, self.help = rule, what, sides, because, help
-        super().__init__(f"error[{rule}]: {what}\n  written by  {sides}\n  because     {because}\n  help        {help}")
+        super().__init__(
+            f"error[{rule}]: {what}\n  written by  {sides}\n  because     {because}\n  help        {help}"
+        )

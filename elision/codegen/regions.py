@@ -105,7 +105,11 @@ def _epilogue(value: Value, users: dict[Value, list[Value]], outputs: set[Value]
     """The linears that a `map` alone reads, of one x, with the map's expression over their products."""
     if value.attr("dtype") is not None or len(value.tensor.axes) != 2:
         return None
-    candidates = [a for a in value.args if a.op == "linear" and users[a] == [value] and a.type == value.type and a not in outputs]
+    candidates = [
+        a
+        for a in value.args
+        if a.op == "linear" and users[a] == [value] and a.type == value.type and a not in outputs
+    ]
     if not candidates:
         return None
     x, a8 = candidates[-1].args[0], candidates[-1].attr("a8", 0)

@@ -46,7 +46,7 @@ def tensors(module: nn.Module) -> tuple[Tensor, ...]:
 
 
 def version(tensor: Tensor) -> tuple[int, int]:
-    """Changes with every write to the tensor that is not through its ``.data`` (tensors of inference mode do not count theirs)."""
+    """Changes with every write to the tensor but those through its ``.data`` (tensors of inference mode do not count theirs)."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

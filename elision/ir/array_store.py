@@ -36,7 +36,9 @@ class ArrayStore:
         elif isinstance(self.type.undo, Journal):
             node = nodes_of(tokens)
             if len(tokens) and int(node.max()) >= self.type.undo.depth:
-                raise BadInput(f"drafted node {int(node.max())}, but {self.type.undo} keeps nodes below its depth")
+                raise BadInput(
+                    f"drafted node {int(node.max())}, but {self.type.undo} keeps nodes below its depth"
+                )
             self.arrays["pending"][tokens.row, node] = values
             self.arrays["live"][tokens.row, node] = True
         elif isinstance(self.type.undo, Snapshot):

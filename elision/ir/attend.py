@@ -100,7 +100,9 @@ def weigh(
     """The softmax of `attend` before its division."""
     heads, group = store.type.heads, q.shape[1] // store.type.heads
     if q.shape[1] % heads or q.shape[2] != store.type.dim:
-        raise BadInput(f"attend: queries {list(q.shape)} do not fit a cache of {heads} heads of {store.type.dim}")
+        raise BadInput(
+            f"attend: queries {list(q.shape)} do not fit a cache of {heads} heads of {store.type.dim}"
+        )
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows, n = store.rows, int(store.totals().max())
     rank, counts = counts_of(tokens)
@@ -128,7 +130,9 @@ def weigh(
         _check_written(store, seen[..., :n])
 
     x = grid(q.to(wide).contiguous() * scale).view(rows, width, heads, group, -1).permute(0, 2, 3, 1, 4)
-    s = (x.flatten(2, 3) @ keys.transpose(2, 3)).view(rows, heads, group, width, -1)  # [B, H, group, T, entries]
+    s = (x.flatten(2, 3) @ keys.transpose(2, 3)).view(
+        rows, heads, group, width, -1
+    )  # [B, H, group, T, entries]
     if softcap is not None:
         s = torch.tanh(s / softcap) * softcap
     if slopes is not None:
@@ -157,7 +161,9 @@ def _main_visible(store: KVStore, mask: Mask, q_pos: torch.Tensor, n: int) -> to
     return seen
 
 
-def _draft_visible(store: KVStore, mask: Mask, q_pos: torch.Tensor, anc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _draft_visible(
+    store: KVStore, mask: Mask, q_pos: torch.Tensor, anc: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which nodes each query sees, ``[B, 1, T, nodes]``, and the nodes' positions ``[B, 1, 1, nodes]``."""
     k_pos = store.index["node_pos"][:, None, None]
     seen = mask.visible(q_pos, k_pos) & ((anc[:, None, :, None] >> torch.arange(k_pos.shape[-1])) & 1).bool()

@@ -69,3 +69,4 @@ def _arrays(store: KVStore) -> Contents:
             raise BadInput(f"{segment}: pages and shared segments cannot begin other sequences")
         found |= {f"{i}.{what}.{name}": a for what, plane in rows.planes.items() for name, a in plane.arrays.items()}
     return found
+

@@ -78,7 +78,9 @@ def check(enc: Encoding, dim: int) -> None:
             )
         return
     if enc.axis == "channel" and dim % enc.group:
-        raise BadInput(f"{enc}: {dim} channels are not a multiple of the group {enc.group}; choose a divisor of {dim}")
+        raise BadInput(
+            f"{enc}: {dim} channels are not a multiple of the group {enc.group}; choose a divisor of {dim}"
+        )
     if dim % (8 // enc.bits):
         raise BadInput(f"{enc}: {dim} channels do not fill bytes of {8 // enc.bits} codes; choose 8 bits")
 
@@ -103,7 +105,9 @@ def encode(rows: torch.Tensor, enc: Encoding) -> Packed:
         return Packed(rows.to(DTYPES[enc.dtype]))
     check(enc, rows.shape[-1])
     if rows.shape[-2] % enc.token_group:
-        raise BadInput(f"{enc}: {rows.shape[-2]} rows are not a multiple of the group {enc.token_group}; give whole groups")
+        raise BadInput(
+            f"{enc}: {rows.shape[-2]} rows are not a multiple of the group {enc.token_group}; give whole groups"
+        )
     if isinstance(enc, Repaired):
         return _repaired(rows, enc)
     axis = -1 if enc.axis == "channel" else -2

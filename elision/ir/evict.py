@@ -22,18 +22,26 @@ _HELP = {
 def flush(store: KVStore, rows: torch.Tensor, frm: int, to: int, n: int, what: str) -> None:
     """`KVStore.flush`."""
     if not 0 <= to < frm <= store.tail or what not in ("k", "v", "kv") or n < 0:
-        raise BadInput(f"flush({frm} -> {to}, n={n}, {what!r}): expected main segments, {frm} after {to}, and k, v or kv")
+        raise BadInput(
+            f"flush({frm} -> {to}, n={n}, {what!r}): expected main segments, {frm} after {to}, and k, v or kv"
+        )
     source, target = store.segments[frm], store.segments[to]
     if source.segment.shared or target.segment.shared or isinstance(source.segment.slots, Ring):
-        raise _illegal("address", f"flush from {source.segment} to {target.segment}", "one is shared or a Ring")
+        raise _illegal(
+            "address", f"flush from {source.segment} to {target.segment}", "one is shared or a Ring"
+        )
     for name in what:
         length, a, z = store.len[name], source.planes[name].enc, target.planes[name].enc
         if n % a.token_group or n % z.token_group:
             raise _illegal("encoding", f"flush of {n} rows from {a} to {z}", "it cuts a token group")
         if bool(length[to + 1 : frm, rows].any()) or bool((length[frm, rows] < n).any()):
-            raise BadInput(f"flush of {n} rows from {frm} to {to}: fewer rows there, or rows in a segment between them")
+            raise BadInput(
+                f"flush of {n} rows from {frm} to {to}: fewer rows there, or rows in a segment between them"
+            )
         if bool((length[to, rows] + n > target.slots).any()):
-            raise BadInput(f"flush of {n} rows: {target.segment.slots} of {target.slots} rows has no room for them")
+            raise BadInput(
+                f"flush of {n} rows: {target.segment.slots} of {target.slots} rows has no room for them"
+            )
     b, oldest = rows[:, None, None], torch.arange(n).expand(len(rows), len(store.groups), n)
     for name in what:
         length = store.len[name]
@@ -73,7 +81,9 @@ def select(store: KVStore, keep: torch.Tensor, rows: torch.Tensor) -> None:
         return
     plans = [(what, s, *_kept(store, what, s, rows, keep)) for what in "kv" for s in range(store.tail + 1)]
     pos = store.pos[rows]
-    pos[..., : keep.shape[2]] = torch.where(keep >= 0, pos.gather(2, keep.clamp(min=0)), pos[..., : keep.shape[2]])
+    pos[..., : keep.shape[2]] = torch.where(
+        keep >= 0, pos.gather(2, keep.clamp(min=0)), pos[..., : keep.shape[2]]
+    )
     store.pos[rows] = pos
     for name in store.type.scores.arrays if store.type.scores is not None else ():
         score = store.index[name]
@@ -128,7 +138,9 @@ def recode(store: KVStore, segment: int, k: Encoding, v: Encoding) -> None:
         raise _illegal("address", f"recode of {rows.segment}", "a shared segment is read-only")
     for name, enc in (("k", k), ("v", v)):
         if bool((store.len[name][segment] % enc.token_group).any()):
-            raise _illegal("encoding", f"recode of a segment to {enc}", "its length is not a multiple of the group")
+            raise _illegal(
+                "encoding", f"recode of a segment to {enc}", "its length is not a multiple of the group"
+            )
     changed = store.type.with_segment(segment, type(rows.segment)(rows.segment.slots, k, v))
     if segment == store.tail and store.type.scratch is not None:  # drafted rows must look as committed ones
         index = len(store.type.segments) - 1
@@ -138,7 +150,9 @@ def recode(store: KVStore, segment: int, k: Encoding, v: Encoding) -> None:
     store.type, store.moved = changed, store.moved + 1
 
 
-def _kept(store: KVStore, what: str, s: int, rows: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _kept(
+    store: KVStore, what: str, s: int, rows: torch.Tensor, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The slots of segment s that ``keep [R, G, N]`` keeps, ``[R, G, m]``, and which of these are not
     padding."""
     segment, length = store.segments[s], store.len[what][s, rows][..., None]
@@ -150,16 +164,22 @@ def _kept(store: KVStore, what: str, s: int, rows: torch.Tensor, keep: torch.Ten
     slot = keep.gather(2, (first + i).clamp(max=max(keep.shape[2] - 1, 0))) - start
     valid = i < count
     if (segment.segment.shared or isinstance(segment.segment.slots, Ring)) and bool((count != length).any()):
-        raise _illegal("address", f"select drops rows of {segment.segment}", "a shared or Ring segment is kept whole")
+        raise _illegal(
+            "address", f"select drops rows of {segment.segment}", "a shared or Ring segment is kept whole"
+        )
     group = segment.planes[what].enc.token_group
     head = slot - i % group  # where the group of this row must begin: at a multiple, and all its rows agree
     cut = valid & ((head % group != 0) | (head != head.gather(2, (i - i % group).expand_as(head))))
     if bool((count % group).any()) or bool(cut.any()):
-        raise _illegal("encoding", f"select from rows in token groups of {group}", "it keeps a part of a group")
+        raise _illegal(
+            "encoding", f"select from rows in token groups of {group}", "it keeps a part of a group"
+        )
     return slot, valid
 
 
-def _compact(store: KVStore, what: str, s: int, rows: torch.Tensor, src: torch.Tensor, valid: torch.Tensor) -> None:
+def _compact(
+    store: KVStore, what: str, s: int, rows: torch.Tensor, src: torch.Tensor, valid: torch.Tensor
+) -> None:
     """Move slot ``src[r, g, i]`` to slot i, in whole token groups, where ``valid [R, G, m]``."""
     segment = store.segments[s]
     group = segment.planes[what].enc.token_group

@@ -29,7 +29,9 @@ def nodes_of(tokens: Tokens) -> torch.Tensor:
     return torch.tensor([(bits & _ALL).bit_length() - 1 for bits in tokens.anc.tolist()], dtype=torch.int64)
 
 
-def path_tokens(paths: Sequence[Sequence[int]], pos: torch.Tensor, live: torch.Tensor) -> tuple[Tokens, torch.Tensor]:
+def path_tokens(
+    paths: Sequence[Sequence[int]], pos: torch.Tensor, live: torch.Tensor
+) -> tuple[Tokens, torch.Tensor]:
     """The committed tokens of the accepted nodes ``paths[b]``, and the node ``[n]`` of each; ``pos`` and
     ``live [B, N]`` say what was drafted. Raises BadInput for a node that was not."""
     if len(paths) != len(live):

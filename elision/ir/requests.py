@@ -30,7 +30,10 @@ class Requests:
 
     def first(self, logits: torch.Tensor) -> list[int]:
         """The first token of every sequence after its prompt, from ``logits [rows, V]``."""
-        return [rules.draw(row, history, item) for item, history, row in zip(self.items, self.histories, logits, strict=True)]
+        return [
+            rules.draw(row, history, item)
+            for item, history, row in zip(self.items, self.histories, logits, strict=True)
+        ]
 
     def verify(
         self, ids: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, at: Tokens, drafted: Drafted | None = None,

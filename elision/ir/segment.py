@@ -29,7 +29,9 @@ class SegmentRows:
             if page % enc.token_group:
                 raise BadInput(f"{segment}: pages of {page} rows cut token groups of {enc.token_group}")
             plane_rows = spec["codes"][0][0]
-            self.planes[name] = Plane(enc, plane_rows, type.heads, page or self.slots, dim, keys=name == "k", poison=poison)
+            self.planes[name] = Plane(
+                enc, plane_rows, type.heads, page or self.slots, dim, keys=name == "k", poison=poison
+            )
         self.page = page
         self.table = allocate(specs[2])["table"].fill_(-1) if page else None
         self.held = [0] * rows
@@ -42,12 +44,16 @@ class SegmentRows:
             return self.table[b, slots // self.page], slots % self.page
         return b, slots
 
-    def write(self, what: str, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    def write(
+        self, what: str, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
+    ) -> None:
         """Encode ``rows [..., m, D]`` into these slots (`Plane.write`)."""
         at, slots = self.at(b, slots)
         self.planes[what].write(at, h, slots, rows)
 
-    def read(self, what: str, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def read(
+        self, what: str, b: torch.Tensor, h: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
         at, slots = self.at(b, slots)
         return self.planes[what].read(at, h, slots, dtype)
 

@@ -49,7 +49,9 @@ class KVStore:
             raise BadInput(f"KVStore owns its memory; a cache with storage={type.storage!r} is the caller's")
         tail, scratch = type.main[-1], type.scratch
         if scratch is not None and (scratch.k, scratch.v) != (tail.k, tail.v):
-            raise BadInput(f"Scratch is encoded as {scratch.k}/{scratch.v}; expected as the tail, {tail.k}/{tail.v}")
+            raise BadInput(
+                f"Scratch is encoded as {scratch.k}/{scratch.v}; expected as the tail, {tail.k}/{tail.v}"
+            )
         self.type, self.rows, self.capacity, self.dtype, self.poison = type, rows, capacity, dtype, poison
         self.segments = [SegmentRows(type, s, rows, capacity, poison, prompt) for s in type.segments]
         self.index = allocate(index_spec(type, rows, capacity, prompt))
@@ -153,7 +155,9 @@ class KVStore:
         rank, counts = counts_of(tokens)
         slots = self.type.main[-1].slots
         if isinstance(slots, Ring) and int(counts.max()) > slots.chunk:
-            raise BadInput(f"append of {int(counts.max())} tokens to {slots}; append at most {slots.chunk} at a time")
+            raise BadInput(
+                f"append of {int(counts.max())} tokens to {slots}; append at most {slots.chunk} at a time"
+            )
         _, places = self._advance(tokens, rank, counts)
         b, tail = tokens.row[:, None, None], self.segments[self.tail]
         for what, x in (("k", k), ("v", v)):
@@ -184,13 +188,17 @@ class KVStore:
 
     def _node_pos(self) -> torch.Tensor:
         if self.type.scratch is None:
-            raise BadInput("this cache has no Scratch segment, so nothing can be drafted; add Segment(Scratch(n)) last")
+            raise BadInput(
+                "this cache has no Scratch segment, so nothing can be drafted; add Segment(Scratch(n)) last"
+            )
         return self.index["node_pos"]
 
     def _append_draft(self, tokens: Tokens, k: torch.Tensor, v: torch.Tensor) -> None:
         node_pos, node = self._node_pos(), nodes_of(tokens)
         if len(tokens) and int(node.max()) >= node_pos.shape[1]:
-            raise BadInput(f"drafted node {int(node.max())}, but Scratch holds {node_pos.shape[1]}; draft fewer tokens")
+            raise BadInput(
+                f"drafted node {int(node.max())}, but Scratch holds {node_pos.shape[1]}; draft fewer tokens"
+            )
         node_pos[tokens.row, node] = tokens.pos.to(node_pos.dtype)
         self.index["node_live"][tokens.row, node] = True
         b, scratch = tokens.row[:, None, None], self.segments[-1]
@@ -218,7 +226,9 @@ class KVStore:
         else:
             places = {what: (self.len[what][t][row] + rank)[..., None] for what in "kv"}
             if len(row) and max(int(places["k"].max()), int(places["v"].max())) >= tail.slots:
-                raise BadInput(f"append: {slots} has {tail.slots} rows and they are full; evict, flush or ask for more")
+                raise BadInput(
+                    f"append: {slots} has {tail.slots} rows and they are full; evict, flush or ask for more"
+                )
             entry = self.totals()[row] + rank
             for length in self.len.values():
                 length[t] += counts[:, None]
@@ -245,7 +255,9 @@ class KVStore:
         Dv]``, ``pos [m]``."""
         n, s = len(pos), self.segments[segment]
         if not s.segment.shared or bool(self.len["k"][segment:].any()) or n > s.slots:
-            raise BadInput(f"fill({segment}): expected an empty shared segment for {n} rows, with nothing after it")
+            raise BadInput(
+                f"fill({segment}): expected an empty shared segment for {n} rows, with nothing after it"
+            )
         self.segments[segment] = s = SegmentRows(self.type, s.segment, self.rows, self.capacity, self.poison)
         self.pos[:, :, (start := int(self.totals().max())) : start + n] = pos.to(self.pos.dtype)
         for lengths in self.len.values():

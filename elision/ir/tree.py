@@ -58,7 +58,9 @@ def signed(bits: int) -> int:
     return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
-def pack(trees: Sequence[Tree], positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def pack(
+    trees: Sequence[Tree], positions: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One tree per row, roots at ``positions``, concatenated: ``(row, pos, parent, anc)``, int64 ``[N]``.
 
     ``row`` is the index of the tree; ``parent`` counts within it; bit j of ``anc`` is node j of it.

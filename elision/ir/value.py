@@ -243,3 +243,4 @@ def live(graph: Graph) -> set[Value]:
             found.add(value)
             stack.extend(value.args)
     return found
+

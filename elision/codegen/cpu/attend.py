@@ -157,6 +157,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                                 fn.call(inner.name, *args)
                             less = many
 
+
                 def share(high: Val, start: Val | int = 0) -> tuple[Val, Val]:
                     """This thread's part of so many blocks."""
                     low = zero

@@ -1,7 +1,7 @@
 """Weights in panels as vectors of float32, format by format (`elision.ir.packing` has the places of their bits).
 
 A weight is ``(code - offset) * scale + minimum``: a product sums ``code * x`` and applies the rest once for the weights of a
-step. ``lane`` takes one output of the panel instead of all sixteen."""
+step. ``lane`` takes one output of the panel instead of all sixteen. """
 
 from __future__ import annotations
 

@@ -51,12 +51,7 @@ def tick(kernels: Kernels, of: Tick) -> abi.Schedule | None:
         assert isinstance(type, KV)
         try:
             site = Lists(
-                type.heads,
-                type.dim,
-                type.vdim,
-                plain_forms(type),
-                lists_of(type),
-                keep.args[0].op == "scored",
+                type.heads, type.dim, type.vdim, plain_forms(type), lists_of(type), keep.args[0].op == "scored",
                 type.scores is not None,
             )
         except NotNative:
@@ -209,3 +204,4 @@ def _move(fn: Fn, site: Lists, state: State, head: Val, source: Val, to: Val) ->
         if scaled(form):
             base = state.address(f"{what}_scale")
             fn.store(fn.load(base, "f32", a * LANES + i), base, b * LANES + j)
+

@@ -69,3 +69,4 @@ def _mixed(x: Val) -> Val:
 
 def _signed(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
+

@@ -43,7 +43,10 @@ class Way:
         return vector("f32", self.lanes)
 
 
-WAYS = {way.name: way for way in (Way("vnni512", 16, (8, 4, 2, 1), 128), Way("avx2", 8, (4, 2, 1)), Way("portable", 8, (2, 1)))}
+WAYS = {
+    way.name: way
+    for way in (Way("vnni512", 16, (8, 4, 2, 1), 128), Way("avx2", 8, (4, 2, 1)), Way("portable", 8, (2, 1)))
+}
 
 
 def best_way(level: str) -> Way:

@@ -188,7 +188,9 @@ def linear(name: str, formats: Sequence[str], k: int, expr: str, extras: Sequenc
     return kernel
 
 
-def _totals(fn: Fn, decoders: Sequence[Decoder | None], x: Rows, n: Val, few: Val, k: int, tiles: Tiles) -> dict[int, Val]:
+def _totals(
+    fn: Fn, decoders: Sequence[Decoder | None], x: Rows, n: Val, few: Val, k: int, tiles: Tiles
+) -> dict[int, Val]:
     """The sums of few tokens' inputs, by the size of the steps of weights that are shifted."""
     found: dict[int, Val] = {}
     for size in {d.size for d in decoders if d is not None and d.shifted}:

@@ -1,7 +1,7 @@
 """Linear layers of int8 activations and integer weights: ``y = f(x W1, x W2, .., extra)`` with sums of integers per group.
 
 As in `elision.codegen.cpu.linear`, a thread reads its panels of 16 outputs as one stream; each vector of weights is used for
-all tokens of a tile."""
+all tokens of a tile. """
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rounding activations to int8, as `elision.ir.integers.rounded` says: each token becomes one block of bytes.
 
 A block over k channels, with g = k / 32 groups: codes ``i8[k]``, scales ``f32[g]``, the sum of each group's codes times its scale
-``f32[g]`` (for weights with a minimum), the sum itself ``i32[g]`` (for codes with an offset)."""
+``f32[g]`` (for weights with a minimum), the sum itself ``i32[g]`` (for codes with an offset). """
 
 from __future__ import annotations
 

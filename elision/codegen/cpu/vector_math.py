@@ -43,7 +43,9 @@ def exp(fn: Fn, x: Val) -> Val:
     n = fn.math("roundeven", x * 1.44269504088896341)
     r = fn.fma(n, fn.const(-0.693359375, x.type), x)
     r = fn.fma(n, fn.const(2.12194440e-4, x.type), r)
-    p = polynomial(fn, r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
+    p = polynomial(
+        fn, r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    )
     y = fn.fma(p * r, r, r + 1.0)
     exponent = (fn.cast(n, "arith.fptosi", like(x.type, "i32")) + 127) << 23
     return y * fn.cast(exponent, "arith.bitcast", x.type)

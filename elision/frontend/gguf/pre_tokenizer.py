@@ -50,7 +50,9 @@ _SPLITS: dict[tuple[str, ...], Split] = {
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"): Split((_THREE_DIGITS,), whole_words=True),
     ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): Split((_THREE_DIGITS,)),
     ("tekken",): Split((rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASHED}",), whole_words=True),
-    ("gpt-4o", "llama4"): Split((rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASHED}",)),
+    ("gpt-4o", "llama4"): Split(
+        (rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASHED}",)
+    ),
     ("deepseek-v3",): Split((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK)),
     ("falcon",): Split((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
     ("bloom", "poro-chat", "gpt3-finnish"): Split((" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",)),

@@ -32,7 +32,9 @@ def _undecided_type(h: Tensor, *more: Tensor, rule: str, threshold: float, lengt
 
 
 @op(_undecided_type)
-def undecided(h: torch.Tensor, *more: torch.Tensor, rule: str, threshold: float, length: int = 0, at: Tokens) -> torch.Tensor:
+def undecided(
+    h: torch.Tensor, *more: torch.Tensor, rule: str, threshold: float, length: int = 0, at: Tokens
+) -> torch.Tensor:
     """Which tokens ``[t]`` go on: those less sure than the threshold (CALM, Schuster et al. 2022, section 3).
 
     ``similarity``: the cosine of the stream ``h`` and what it was before the last layer; ``softmax``: the difference of the two

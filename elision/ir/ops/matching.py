@@ -25,7 +25,9 @@ def _match_cost(sizes: Sizes, types: list[Tensor], result: Tensor, attrs: dict[s
 
 
 @op(_match_type, cost=_match_cost)
-def match(k: torch.Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1, heads: bool = False, at: Tokens) -> torch.Tensor:
+def match(
+    k: torch.Tensor, *, n: int = 0, share: float = 0.0, protect: int = 1, heads: bool = False, at: Tokens
+) -> torch.Tensor:
     """Bipartite soft matching (ToMe, Bolya et al. 2022): the token that each token joins, itself for most.
 
     Of every sequence, tokens of even rank (A) look for the most similar one of odd rank (B), by the cosine of the keys

@@ -56,7 +56,9 @@ def _pick_cost(sizes: Sizes, types: list[Any], result: Any, attrs: dict[str, Any
 
 
 @op(_pick_type, cost=_pick_cost)
-def pick(q: torch.Tensor, S: KVStore, *, n: int, page: int, open: int, room: int, first: int = 0, at: Tokens) -> torch.Tensor:
+def pick(
+    q: torch.Tensor, S: KVStore, *, n: int, page: int, open: int, room: int, first: int = 0, at: Tokens
+) -> torch.Tensor:
     """The ``n`` pages ``[t, kv heads, n]`` of ``page`` entries that may hold the keys with the largest products with the queries
     ``[t, heads, dim]``, ascending, then -1: of those before the last multiple of ``open``, the ``first`` ones in any case (see
     `elision.ir.pages`). ``room``: entries that a sequence has at most."""

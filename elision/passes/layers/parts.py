@@ -44,7 +44,9 @@ def layer_streams(program: Program, weights: Weights, sequences: list[torch.Tens
     return torch.stack([*before.values(), last])
 
 
-def cut(program: Program, step: Graph, name: str, x: Value, results: Sequence[Value], written: Iterable[str], by: str) -> Graph:
+def cut(
+    program: Program, step: Graph, name: str, x: Value, results: Sequence[Value], written: Iterable[str], by: str
+) -> Graph:
     """An entry that computes some values of ``step`` from one that takes the place of its operand (``x``: a value of the step, or
     that operand itself) and its states, of which it gives back those ``written`` as the step leaves them."""
     states = state_inputs(step)

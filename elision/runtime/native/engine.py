@@ -320,3 +320,4 @@ def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None
                 line[at[name]] = store.index[name].data_ptr()
     if store.type.summary is not None:
         line[at["summary"]], line[at["pages"]] = store.index["summary"].data_ptr(), store.index["summary"].shape[2]
+
