@@ -53,7 +53,7 @@ def version(tensor: Tensor) -> tuple[int, int]:
 def settings(module: nn.Module) -> tuple[Any, ...]:
     """What the code of a module reads beside tensors: plain attributes of all its modules, and their configurations."""
     modules = list(module.modules())
-    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "to_json_string")}
+    configs: dict[int, Any] = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "to_json_string")}
     plain = [(n, repr(v)) for m in modules for n, v in (("", type(m)), *sorted(vars(m).items())) if _is_plain(v)]
     return tuple(c.to_json_string() for c in configs.values()), tuple(plain)
 
