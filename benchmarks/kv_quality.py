@@ -3,8 +3,8 @@
 Perplexity of the last 256 tokens of sequences of 2048 (every second topic of Python's documentation, which no pass is calibrated
 on), read one by one after a prompt of the first 1792, and the mean Kullback-Leibler divergence of their distributions from the
 whole cache's, in nats. budgets: caches that hold, or steps that read, a share of the prompt, beside random eviction and recent
-tokens only. bits: caches that hold everything, in fewer bits. facts: how many of four codes the model still says that were planted
-into the middle of 1200 tokens of other text.
+tokens only. bits: caches that hold everything, in fewer bits. facts: how many of four codes the model still says that were
+planted into the middle of 1200 tokens of other text.
 """
 
 from __future__ import annotations

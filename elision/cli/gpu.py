@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from elision.codegen.triton.ahead import totals
 from elision.errors import BadInput
 from elision.ir.launch import Binary, DeviceCode
 from elision.runtime.model import Model
@@ -13,13 +14,11 @@ from elision.runtime.model import Model
 
 def compiled(code: DeviceCode) -> Iterator[str]:
     """A line for each target, and one for each op that keeps its entry from running on a GPU."""
-    for target, made in code.binaries.items():
-        found = list(made.values())
-        spilling = [b for b in found if b.spills > 0]
+    for target in code.binaries:
+        t = totals(code, target)
         yield (
-            f"{target}: {len(found)} kernels, {sum(len(b.code) for b in found) / 1e6:.1f} MB, at most "
-            f"{max(b.registers for b in found)} registers and {max(b.shared for b in found) / 1024:.0f} KB shared memory, "
-            f"{len(spilling)} spill ({sum(b.spills for b in spilling)} bytes)"
+            f"{target}: {t['kernels']} kernels, {t['bytes'] / 1e6:.1f} MB, at most {t['registers']} registers and "
+            f"{t['shared'] / 1024:.0f} KB shared memory, {t['spilling']} spill ({t['spills']} bytes)"
         )
     for entry, ops in code.hosts.items():
         for op, why in dict.fromkeys(ops):

@@ -108,13 +108,13 @@ def test_encoder_pruning(run: Callable[..., str], monkeypatch: pytest.MonkeyPatc
     assert len(moved) == 2 and moved[0] == 0 < moved[1] < 0.3
 
 
-def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "compile_and_run.py", "compose.py", "demo.py", "encoder_pruning.py", "skip_layers.py", "torch_compile_backend.py",
-        "write_a_pass.py",
-    }  # fmt: skip
-
-
 def test_aot_for_gpu(tiny: Path, run: Callable[..., str], tmp_path: Path) -> None:
     out = run("aot_for_gpu.py", tiny, "--target", "cuda:sm_90", "--output", tmp_path / "gpu.elision")
     assert re.search(r"cuda:sm_90: \d+ kernels, [\d.]+ MB, at most \d+ registers", out)
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "aot_for_gpu.py", "compile_and_run.py", "compose.py", "demo.py", "encoder_pruning.py", "skip_layers.py",
+        "torch_compile_backend.py", "write_a_pass.py",
+    }  # fmt: skip

@@ -79,8 +79,8 @@ def found_by(model: elision.Model) -> list[bool]:
 
 
 def test_a_planted_fact_is_found_again() -> None:
-    """By what looks at the prompt's end before it evicts, wherever the whole cache finds it; a window has lost it. Only the fact's
-    beginning is looked at: what follows stays by the pooling."""
+    """By what looks at the prompt's end before it evicts, wherever the whole cache finds it; a window has lost it. Only the
+    beginning of the fact is looked at: what follows stays by the pooling."""
     whole = found_by(compiled())
     assert sum(whole) >= 3
     kept = found_by(compiled("snapkv:budget=400,pool=13"))

@@ -91,6 +91,14 @@ def test_generation_is_its_own_forward(target: str) -> None:
     assert not torch.equal(said, compiled().generate(torch.tensor([[5], [9]]), max_new_tokens=60))
 
 
+def test_its_forward_in_and_out_of_inference_mode() -> None:
+    """Rows of the host write to memory that calls of both kinds share."""
+    model, ids = compiled(METHOD, target="cpu"), torch.arange(20)[None]
+    with torch.inference_mode():
+        first = model(ids).logits
+    assert torch.equal(model(ids).logits, first)
+
+
 def test_native_rows_of_different_depths() -> None:
     """Rows of different lengths are at different depths in one round; a row's tokens do not depend on the others."""
     model = compiled(METHOD, target="cpu")

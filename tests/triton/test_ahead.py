@@ -88,7 +88,7 @@ def test_an_artefact_has_what_was_compiled(tmp_path: Path) -> None:
     model.gpu = code
     path = tmp_path / "model.elision"
     model.save(path)
-    found = elision.load(path).device
+    found = elision.load(path).gpu
     assert found is not None and found.kernels == code.kernels and found.binaries == code.binaries
     assert members(found) == members(code)
     line = next(iter(compiled_lines(found)))

@@ -12,11 +12,6 @@ TARGETS = ("cuda:sm_80", "cuda:sm_90", "hip:gfx942")
 _FORM = re.compile(r"cuda:sm_(\d{2,3})|hip:(gfx\d{3,4}[a-z]?)")
 
 
-def is_gpu(target: str) -> bool:
-    """Whether a target names a GPU."""
-    return target.startswith(("cuda:", "hip:"))
-
-
 def checked(target: str) -> str:
     """The target. Raises BadInput unless it has the form of one."""
     if not _FORM.fullmatch(target):

@@ -73,7 +73,8 @@ class Table:
         if whole is None:
             data, address, _ = self._memory[b.slot]
             base = data[address - data.data_ptr() :]
-            whole = self._wholes[b.slot, dtype] = base[: (len(base) // 8) * 8].view(kind)
+            with torch.inference_mode(False):  # it is kept for calls outside of that mode, too
+                whole = self._wholes[b.slot, dtype] = base[: (len(base) // 8) * 8].view(kind)
         return whole.as_strided((count, *shape), (b.width // kind.itemsize, *strides), offset)
 
     def nbytes(self) -> int:
