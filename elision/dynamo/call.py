@@ -47,9 +47,8 @@ class Call:
 
     def check(self, module: nn.Module, step: bool) -> None:
         """Raises UnsupportedModel unless this is the forward of ``module``, asked for nothing but its defaults."""
-        name = self.code.co_qualname
-        own = [f for f in _decorated(type(module).forward) if getattr(f, "__code__", None) is self.code and self._closes_over(f)]
-        if not own or not self._own or self.locals.get(self._own[0]) is not module:
+        if not (self._is_forward(module) or self._calls(module)):
+            name = self.code.co_qualname
             raise UnsupportedModel(
                 f"the graph is of {name}, which is not the forward of the {type(module).__name__} whose weights it reads; "
                 "compile the model itself, and call it from there"
@@ -69,12 +68,22 @@ class Call:
         names = list(signature(module).parameters)
         if found := _LOCAL.fullmatch(source):
             local, place, key = found.groups()
-            if local == self._more and place is not None and (at := int(place) + len(self._own) - 1) < len(names):
+            if local == self._more and place is not None and (at := int(place) + len(self._own[1:])) < len(names):
                 return names[at]
             name = key if local == self._named else local if place is None and key is None else None
             if name in names:
                 return str(name)
         raise UnsupportedModel(f"the graph reads {source}, which is no argument of {type(module).__name__}'s forward")
+
+    def _is_forward(self, module: nn.Module) -> bool:
+        own = [f for f in _decorated(type(module).forward) if getattr(f, "__code__", None) is self.code and self._closes_over(f)]
+        return bool(own and self._own) and self.locals.get(self._own[0]) is module
+
+    def _calls(self, module: nn.Module) -> bool:
+        """This is the frame that Dynamo puts around a module whose forward it would leave out: one that torch decorates. Hooks
+        run inside of it."""
+        inner = self.globals.get("__name__") == "torch._dynamo.external_utils" and self.locals.get("fn") is module
+        return inner and not (module._forward_hooks or module._forward_pre_hooks)
 
     def _closes_over(self, function: Callable[..., Any]) -> bool:
         """The frame has this function's variables from outside, too: decorators share their code."""
@@ -108,7 +117,7 @@ def signature(module: nn.Module) -> inspect.Signature:
 
 
 def _decorated(forward: Any) -> Iterator[Any]:
-    """The functions that may be the frame of ``forward``: itself, and behind torch's own decorators, which Dynamo leaves out."""
+    """The functions whose frame may be that of ``forward``: itself, and what torch's own decorators, left out by Dynamo, call."""
     while True:
         yield forward
         place = getattr(forward, "__globals__", {}).get("__name__", "")

@@ -294,6 +294,22 @@ def test_a_function_around_a_model_is_not_taken_for_the_model() -> None:
     assert all("which is not the forward" in g.reason for g in graphs()) and len(graphs()) == 2
 
 
+def test_a_forward_that_torch_decorates_is_a_forward() -> None:
+    class Ungraded(transformers.LlamaForCausalLM):
+        @torch.no_grad()
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **rest: Any) -> Any:
+            scale = rest.pop("scale", 1)
+            found = super().forward(input_ids, attention_mask, position_ids, **rest)
+            found.logits = found.logits * scale
+            return found
+
+    model, given = Ungraded(decoder().config).eval(), ids(2, 9)
+    compiled = torch.compile(model, backend=backend)
+    for more in ({}, {"scale": 2}):
+        assert close(twice(compiled, given, use_cache=False, **more).logits, model(given, use_cache=False, **more).logits)
+    assert [g.runs for g in graphs()] == ["native", "eager"] and "scale=2 is no tensor" in graphs()[1].reason
+
+
 def test_the_beginning_of_a_forward_is_not_taken_for_all_of_it() -> None:
     class Ends(nn.Module):
         def __init__(self) -> None:
