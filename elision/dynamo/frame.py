@@ -16,6 +16,7 @@ from elision.dynamo.weights import tensors
 from elision.errors import UnsupportedModel
 
 _STATE = re.compile(r"([LG])\['([^']+)'\](?=\._(?:modules|parameters|buffers)\[)")
+_STORED = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
 _CACHED = re.compile(r"L\['(?:[^']+'\]\[')?past_key_values'\]\.layers\[(\d+)\]\.(\w+)")
 # Passed beside the tensors, where they vary.
 _SIZE = re.compile(r"\.(?:size\(\)\[\d+\]|stride\(\)\[\d+\]|storage_offset\(\))$")
@@ -51,6 +52,8 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
             if not _SIZE.search(source):
                 raise UnsupportedModel(f"the graph computes with {source}, a number that varies from call to call")
         elif found := _STATE.match(source):
+            if not value.dim() and not _STORED.search(source):  # as which Dynamo passes floats
+                raise UnsupportedModel(f"the graph computes with {source}, a number that varies from call to call")
             roots.add((found[1], found[2]))
             state.append(place)
         elif found := _CACHED.fullmatch(source):

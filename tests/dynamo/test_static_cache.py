@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,6 @@ from elision.backend import report
 from elision.errors import BadInput
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 10, "cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-    backend.reset()  # type: ignore[attr-defined]
 
 
 @pytest.fixture
