@@ -131,14 +131,15 @@ class ElisionLM(TemplateLM):
         """Continuations up to a stop string; contexts that are too long lose their beginning."""
         found: list[str] = []
         for some in _parts(requests, self.rows):
-            for settings, prompts in _alike(some):
+            for asked, prompts in _alike(some):
+                settings = dict(asked)
                 stop = settings.pop("until", None)
-                new = settings.pop("max_gen_toks", NEW_TOKENS)
-                texts = [self._cut(p, self.model.max_context - new) for p in prompts]
+                new = min(settings.pop("max_gen_toks", NEW_TOKENS), max(self.model.max_context // 2, 1))
+                texts = [self._cut(p, max(self.model.max_context - new, 1)) for p in prompts]
                 out = self.model.generate(texts, stop=stop, max_new_tokens=new, **{"do_sample": False, **settings})
                 found += out
                 for prompt, text in zip(prompts, out, strict=True):
-                    self.cache_hook.add_partial("generate_until", (prompt, settings), text)
+                    self.cache_hook.add_partial("generate_until", (prompt, asked), text)
         return found
 
     def _cut(self, text: str, most: int) -> str:

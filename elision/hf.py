@@ -81,7 +81,7 @@ class CompiledModel(Model):
 
     @cached_property
     def generation_config(self) -> Any:
-        """transformers' `GenerationConfig` of the model's defaults."""
+        """transformers' `GenerationConfig` of the model's defaults. What is written to it counts from then on."""
         import transformers
 
         return transformers.GenerationConfig(**self.defaults)
@@ -98,10 +98,21 @@ class CompiledModel(Model):
 
     @wraps(Model.generate)
     def generate(self, *args: Any, generation_config: Any = None, **given: Any) -> Any:  # type: ignore[override]
-        settings = {**_read(generation_config), **{n: v for n, v in given.items() if v is not None}}
+        own = self._written()
+        settings = {**(own if generation_config is None else _read(generation_config))}
+        settings |= {n: v for n, v in given.items() if v is not None}
         if generation_config is not None and settings.get("do_sample") is None:
             settings["do_sample"] = bool(self.defaults.get("do_sample", False))  # a temperature alone does not ask for it
         return super().generate(*args, **_arguments(settings, args))
+
+    def _written(self) -> dict[str, Any]:
+        """Takes over what was written to the model's generation config, and gives what is none of the defaults."""
+        if (own := self.__dict__.get("generation_config")) is None:
+            return {}
+        from elision.frontend.source import GENERATION
+
+        self.defaults = {n: v for n in GENERATION if (v := getattr(own, n, None)) is not None}
+        return {n: v for n, v in _read(own).items() if n not in GENERATION}
 
 
 def _read(config: Any) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elision.compiler import finish
 from elision.dynamo.frame import plain
 from elision.dynamo.options import Options
+from elision.dynamo.weights import Weights, settings, tensors
 from elision.errors import BadInput, ElisionError
 from elision.frontend import huggingface
 from elision.frontend.capture import capture
@@ -30,12 +31,11 @@ log = logging.getLogger("elision")
 
 @dataclass(frozen=True)
 class Forward:
-    """``model`` with the passes, ``exact`` without (the same, if there are none); ``kept``: the module's tensors, so that no
-    others get their addresses, by which they are known."""
+    """``model`` with the passes, ``exact`` without (the same, if there are none), of a module that had these ``weights``."""
 
     model: Model
     exact: Model
-    kept: tuple[Tensor, ...]
+    weights: Weights
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, Forward]] = WeakKeyDictionary()
@@ -47,9 +47,9 @@ def compile_forward(module: nn.Module, inputs: Mapping[str, Tensor], options: Op
     Raises UnsupportedModel or BadInput for a module that cannot be raised, BadOption for passes that cannot be applied.
     """
     # Graphs of plain modules are made for the inputs that they are given; those of transformers have examples of their own.
-    key = (steps, options.key, versions(module), () if huggingface.recognises(module) else tuple(inputs))
+    key = (steps, options.key, settings(module), () if huggingface.recognises(module) else tuple(inputs))
     known = _KNOWN.setdefault(module, {})
-    if key not in known:
+    if key not in known or not known[key].weights.same(tensors(module)):
         known[key] = _compile(module, inputs, options, steps)
     return known[key]
 
@@ -67,19 +67,6 @@ def compile_steps(module: nn.Module, inputs: Mapping[str, Tensor], options: Opti
 
 class BadOption(ElisionError):
     """The options do not fit the model: said to the caller, where a model that cannot be raised just runs as it is."""
-
-
-def versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes with every parameter or buffer that is replaced or written to."""
-    return tuple(map(version, tensors(module)))
-
-
-def tensors(module: nn.Module) -> tuple[Tensor, ...]:
-    return (*module.parameters(), *module.buffers())
-
-
-def version(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options, steps: bool) -> Forward:
@@ -104,12 +91,12 @@ def _compile(module: nn.Module, inputs: Mapping[str, Tensor], options: Options, 
     if options.passes:
         plain_program, plain_weights = transform(raised.program, raised.weights, cached, Text())
         exact = finish(raised.program, plain_program, plain_weights, "reference", **facts)
-    return Forward(model, exact, tensors(module))
+    return Forward(model, exact, Weights(tensors(module)))
 
 
 def _rows(x: Tensor) -> Tensor:
     """The input with as many rows as examples have: torch.export takes a single row for the only number that there may be."""
-    return x[:1].repeat(ROWS, *[1] * (x.dim() - 1)) if len(x) == 1 else x
+    return x[:1].repeat(ROWS, *[1] * (x.dim() - 1)) if x.dim() and len(x) == 1 else x
 
 
 def _refusal(raised: Raised, options: Options, err: BadInput) -> str:

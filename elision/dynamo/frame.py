@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from elision.dynamo.call import Call
+from elision.dynamo.weights import tensors
 from elision.errors import UnsupportedModel
 
 _STATE = re.compile(r"([LG])\['([^']+)'\](?=\._(?:modules|parameters|buffers)\[)")
-_NAMED = re.compile(r"L\['(?:[^']+'\]\[')?(\w+)'\]")
+_STORED = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
 _CACHED = re.compile(r"L\['(?:[^']+'\]\[')?past_key_values'\]\.layers\[(\d+)\]\.(\w+)")
 # Passed beside the tensors, where they vary.
 _SIZE = re.compile(r"\.(?:size\(\)\[\d+\]|stride\(\)\[\d+\]|storage_offset\(\))$")
-_PLACED = re.compile(r"L\['[^']+'\]\[(\d+)\]")
 
 
 #: What a layer of transformers' static cache has.
@@ -51,6 +52,8 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
             if not _SIZE.search(source):
                 raise UnsupportedModel(f"the graph computes with {source}, a number that varies from call to call")
         elif found := _STATE.match(source):
+            if not value.dim() and not _STORED.search(source):  # as which Dynamo passes floats
+                raise UnsupportedModel(f"the graph computes with {source}, a number that varies from call to call")
             roots.add((found[1], found[2]))
             state.append(place)
         elif found := _CACHED.fullmatch(source):
@@ -60,13 +63,17 @@ def find_frame(graph: fx.GraphModule, example: Sequence[Any]) -> Frame:
             places.append(place)
     if len(roots) != 1:
         raise UnsupportedModel(f"the graph reads weights of {len(roots)} modules; expected those of one module's forward")
-    module = _object(*roots.pop())
+    call = Call()
+    module = call.variable(*roots.pop())
     if not isinstance(module, nn.Module):
         raise UnsupportedModel(f"its weights belong to a {type(module).__name__}; expected a torch.nn.Module")
+    if any(w.is_inference() for w in tensors(module)):
+        raise UnsupportedModel("weights made in inference_mode do not say when they are written to; expected torch.no_grad()")
     if any(set(layer) != CACHE for layer in cache.values()) or sorted(cache) != list(range(len(cache))):
         expected = ", ".join(sorted(CACHE))
         raise UnsupportedModel(f"past_key_values: the graph makes them, or reads something else than {expected} of every layer")
-    named = dict(zip((_argument(s, module) for s in inputs), places, strict=True))
+    call.check(module, step=bool(cache))
+    named = dict(zip((call.argument(s, module) for s in inputs), places, strict=True))
     return Frame(module, named, tuple(state), tuple(cache[i] for i in range(len(cache))))
 
 
@@ -76,35 +83,11 @@ def _source(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
-def _object(scope: str, name: str) -> Any:
-    """The local or global variable of the frame that is being compiled, which the graph itself does not hold."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    root: Any = InstructionTranslator.current_tx().output.root_tx
-    return (root.f_locals if scope == "L" else root.f_globals).get(name)
-
-
-def _argument(source: str, module: nn.Module) -> str:
-    """The name of the forward's argument that comes from there."""
-    known = list(inspect.signature(_forward(module)).parameters)
-    if (named := _NAMED.fullmatch(source)) and named[1] in known:
-        return named[1]
-    if (placed := _PLACED.fullmatch(source)) and int(placed[1]) < len(known):
-        return known[int(placed[1])]
-    raise UnsupportedModel(f"the graph reads {source}, which is no argument of {type(module).__name__}'s forward")
-
-
-def _forward(module: nn.Module) -> Any:
-    """The forward of the class: that of the object may be compiled already (``m.forward = torch.compile(m.forward)``)."""
-    return type(module).forward.__get__(module)
-
-
 def plain(module: nn.Module) -> nn.Module:
-    """The module with the forward of its class, sharing all else."""
-    if "forward" not in module.__dict__:
-        return module
+    """The module with the forward of its class and without hooks, which run around it, sharing all else."""
     found = module.__new__(type(module))
     found.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"}
+    found.__dict__ |= {name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")}
     return found
 
 

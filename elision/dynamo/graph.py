@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from elision.dynamo.forward import BadOption, Forward, compile_forward, version
+from elision.dynamo.forward import BadOption, Forward, compile_forward
 from elision.dynamo.frame import Frame
 from elision.dynamo.options import Options
 from elision.dynamo.report import GraphReport
+from elision.dynamo.weights import Weights
 from elision.errors import BadInput, ElisionError, UnsupportedModel
 
 log = logging.getLogger("elision")
@@ -34,8 +35,7 @@ class CompiledGraph:
         self._run: Callable[..., Sequence[Any]] | None = None
         self._outputs: list[str] = []
         self._forward: Forward | None = None
-        self._seen: tuple[tuple[int, int], ...] = ()
-        self._kept: list[Tensor] = []  # weights, so that no others get their addresses
+        self._weights = Weights(())
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         self._record.calls += 1
@@ -52,13 +52,13 @@ class CompiledGraph:
             found = self._bind(args, before, want)
         except BadOption as err:
             raise BadInput(str(err)) from err
-        except ElisionError as err:
-            self._record.runs, self._record.reason = self._options.fallback, str(err)
-            log.warning("torch.compile: a graph of %s runs in %s: %s", self._record.module, self._record.runs, err)
+        except Exception as err:  # of the module's own code too, which torch.export runs in its own way
+            reason = str(err) if isinstance(err, ElisionError) else f"{type(err).__name__} while it was raised: {err}"
+            self._record.runs, self._record.reason = self._options.fallback, reason
+            log.warning("torch.compile: a graph of %s runs in %s: %s", self._record.module, self._record.runs, reason)
             self._run = self._otherwise
             return want
-        self._forward, self._kept = found, [args[place] for place in self._frame.state]
-        self._seen = tuple(map(version, self._kept))
+        self._forward, self._weights = found, Weights(self._state(args))
         native = found.model.native
         self._record.runs = "native" if native is not None else "interpreter"
         hosts = native.hosts.get("prefill" if self._frame.cache else "score", []) if native is not None else []
@@ -69,6 +69,9 @@ class CompiledGraph:
 
     def _inputs(self, args: Sequence[Any]) -> dict[str, Tensor]:
         return {name: args[place] for name, place in self._frame.inputs.items()}
+
+    def _state(self, args: Sequence[Any]) -> list[Tensor]:
+        return [args[place] for place in self._frame.state]
 
     def _before(self, args: Sequence[Any]) -> Any:
         """What the graph may write to, as it is before."""
@@ -87,7 +90,7 @@ class CompiledGraph:
 
     def _native(self, *args: Any) -> Sequence[Any]:
         assert self._forward is not None
-        if tuple(version(args[place]) for place in self._frame.state) != self._seen:
+        if not self._weights.same(self._state(args)):
             return self._fall(_CHANGED, args)
         try:
             return self._replaced(self._forward, args)

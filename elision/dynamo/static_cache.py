@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elision.dynamo.forward import Forward, compile_steps, version
+from elision.dynamo.forward import Forward, compile_steps
 from elision.dynamo.frame import Frame
 from elision.dynamo.graph import CompiledGraph, close
+from elision.dynamo.weights import version
 from elision.errors import UnsupportedModel
 from elision.ir.states import KV, Dense, Float
 from elision.ir.store import KVStore
@@ -57,6 +58,10 @@ class Mirror:
     def marked(self) -> None:
         """What the caller's tensors hold now is what is mirrored."""
         self.versions = [version(t) for layer in self.layers for t in layer.tensors]
+
+    def counts_for(self, layer: Layer) -> bool:
+        """``layer`` is the first one, and as long as is mirrored."""
+        return self.versions[2] == version(layer.length)
 
     def holds(self, layers: Sequence[Layer], seen: Tensor) -> bool:
         """These are the caller's tensors that are mirrored, nobody has written to them, and the rows see the same of them."""
@@ -111,7 +116,8 @@ class StaticCacheGraph(CompiledGraph):
         inputs, layers = self._inputs(args), _layers(self._frame, args)
         with self._lock:
             known = self._mirror
-            length = known.length if known is not None and known.layers[0].length is layers[0].length else int(layers[0].length)
+            # A mirrored length saves reading the tensor, unless somebody has written to it (a cache that is reset).
+            length = known.length if known is not None and known.counts_for(layers[0]) else int(layers[0].length)
             seen = _seen(inputs, layers, length)
             if known is None or not known.holds(layers, seen):
                 self._mirror = known = Mirror(forward.model, layers, seen)

@@ -120,6 +120,9 @@ def _run(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[dict[str, An
         try:
             with torch.no_grad(), huggingface.plain_experts(model):
                 expected = model(**kwargs)
+                if not isinstance(expected, Mapping):
+                    kind = type(expected).__name__
+                    raise TypeError(f"its forward returns a {kind}, which does not name its values; expected a ModelOutput")
                 return kwargs | inputs.assumed(model, kwargs, expected, _same), expected
         except Exception as error:  # whatever the model's own code raises
             reason, cause = next(iter(str(error).strip().splitlines()), type(error).__name__), error

