@@ -12,7 +12,7 @@ from elision.codegen.regions import OF_INPUTS, OF_TOKENS, Products, Region, regi
 from elision.codegen.triton import attention_rules, dense_rules, moe_rules, round_rules
 from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
-from elision.ir.flatten import flat_entries
+from elision.ir.flatten import generating_entries
 from elision.ir.launch import DeviceCode
 from elision.ir.program import Program, committed_states
 from elision.ir.states import KV
@@ -26,7 +26,7 @@ def plan_program(program: Program) -> DeviceCode:
     kernels = Kernels()
     schedules: dict[str, dict[str, abi.Schedule]] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
-    for entry, graph in flat_entries(program).items():
+    for entry, graph in generating_entries(program).items():
         schedules[entry] = {}
         for shape in ("many",) if entry in _MANY else ("one", "few", "some"):
             schedules[entry][shape], hosts[entry] = _entry(kernels, graph, shape)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from elision.errors import BadInput
-from elision.ir.flatten import flat_entries
+from elision.ir.flatten import generating_entries
 from elision.ir.launch import DeviceCode, shape_of
 from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
@@ -73,7 +73,7 @@ class Engine:
                 op, why = ops[0]
                 raise BadInput(f"{program.name} does not run on a GPU: {op} in {entry} has no kernel ({why}); use target='cpu'")
         self.program, self.code, self.device, self._weights = program, code, device, weights
-        self.graphs = flat_entries(program)
+        self.graphs = generating_entries(program)
         self._addresses: dict[tuple[str, int], int] = {}
         self._calls: dict[tuple[str, str], Call] = {}
         self._round: dict[str, int] = {}
