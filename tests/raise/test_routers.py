@@ -112,7 +112,8 @@ def test_an_expression_of_a_buffer_is_data(monkeypatch: pytest.MonkeyPatch) -> N
             self.e_score_correction_bias = before
 
     monkeypatch.setattr(modeling_deepseek_v3.DeepseekV3TopkRouter, "forward", halved)
-    compiled, ids = elision.compile(model), torch.randint(0, 128, (2, 30), generator=torch.Generator().manual_seed(1))
+    compiled = elision.compile(model, target="reference")
+    ids = torch.randint(0, 128, (2, 30), generator=torch.Generator().manual_seed(1))
     assert sum(name.endswith(".tanh") for name in compiled.weights) == 2
     with torch.no_grad():
         want = model(ids).logits
