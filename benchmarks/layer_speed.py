@@ -18,6 +18,7 @@ from threading import Semaphore, Thread
 
 import numpy as np
 import torch
+from output import give
 from rich.console import Console
 
 import elision
@@ -89,10 +90,7 @@ def main() -> None:
         chosen = next((f"`{t}`" for t in models[text].program.applied if name and t.startswith(name)), "as it is")
         lines.append(f"| {chosen} | {target} | {1e3 * found.mean():.2f} | {gain:.3f} | {gain / target:.1%} |")
     text = "\n".join(lines) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    give(text, args.output)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from chart import chart
 from layer_speed import in_turns
+from output import give
 from perplexity import with_passes
 from rich.console import Console
 from torch.nn.functional import cross_entropy
@@ -201,10 +202,7 @@ def main() -> None:
         console.print(f"{i} of {len(wanted)}: {row}")
     head = f"smollm2, {sum(map(len, bench.sequences))} tokens in sequences of {len(bench.sequences[0])}, {args.threads} threads; "
     text = head + f"torch {torch.__version__}, Python {platform.python_version()}\n\n" + "\n".join(table(rows)) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    give(text, args.output)
     if args.plot:
         found: dict[str, dict[float, float]] = {}
         for (share, method), group in grouped(rows).items():

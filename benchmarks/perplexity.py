@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from output import give
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.nn.functional import cross_entropy
@@ -111,10 +112,7 @@ def main() -> None:
             progress.advance(task)
     head = f"{args.model}, {sum(map(len, sequences))} tokens in sequences of {len(sequences[0])}; torch {torch.__version__}, "
     text = head + f"Python {platform.python_version()}\n\n" + "\n".join(lines) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    give(text, args.output)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from chart import chart
+from output import give
 from perplexity import with_passes
 from rich.console import Console
 from torch.nn.functional import cross_entropy
@@ -208,10 +209,7 @@ def main() -> None:
         "digits": lambda: digits(args.rows or DIGITS),
     }
     text = "\n\n".join("\n".join(parts[name]()) for name in args.part) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    give(text, args.output)
 
 
 if __name__ == "__main__":
