@@ -144,8 +144,8 @@ def text(lines: Iterable[Sequence[str]], both: Iterable[Sequence[str]]) -> str:
         "",
         f"Found by compiling and running every pair on a tiny model: `{AGAIN}`; tests compare all of it.",
         f"*{ALONE}*: native decoding with drafts gives the tokens of the method without them. *{ALSO}*: native decoding gives",
-        "the tokens of the interpreter with the passes in the other order. *refused*: the compiler says why, with the rule where one "
-        "speaks.",
+        "the tokens of the interpreter with the passes in the other order. *refused*: the compiler says why, with the rule "
+        "where one speaks.",
         "`gptq` and `smoothquant-plus` store weights as `int4` and `int8` do.",
         "",
         *table(("method", *(f"`{name}`" for name in OTHERS)), *lines),
