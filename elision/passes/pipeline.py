@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -72,12 +73,24 @@ def transform(
         if isinstance(step, Calibrated):
             weights = convert(weights, params, before.params, stored)
             log.info("calibrating %s", step.text())
-            changed = step.calibrate(before, weights, text)
+            with named(step):
+                changed = step.calibrate(before, weights, text)
             params, weights = after.params, {name: (changed if name in changed else weights)[name] for name in after.params}
         if isinstance(step, ModelPass) and (brought := step.brought(before)):
             weights, params = {**weights, **brought}, {**params, **{name: after.params[name] for name in brought}}
         before = after
     return before, convert(weights, params, before.params, stored)
+
+
+@contextmanager
+def named(step: Pass) -> Iterator[None]:
+    """A refusal from what a pass builds on (a type, an op) is told in the name of the pass."""
+    try:
+        yield
+    except BadInput as err:
+        if str(err).removeprefix("pass ").startswith(step.name):
+            raise
+        raise BadInput(f"{step.name}: {err}") from err
 
 
 def _steps(
@@ -88,9 +101,10 @@ def _steps(
 
     done = program
     for given in [*resolve(passes), Clean()]:
-        step = settle(given, done)
-        done = done.copy()
-        step.apply(done)
+        with named(given):
+            step = settle(given, done)
+            done = done.copy()
+            step.apply(done)
         if not isinstance(step, Clean):
             log.info("pass %s", step.text())
             done.applied = (*done.applied, step.text())
