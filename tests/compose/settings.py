@@ -11,10 +11,10 @@ FAMILIES = ("core", "layers", "tokens", "kv", "weights", "speculate")
 
 @dataclass(frozen=True)
 class Setting:
-    """``passes``: as text; MODEL stands for the path of another compiled model. ``means``: what the list of passes without it
-    has to be compared with (see `oracle`): ``same`` the same model, ``layers`` one without some layers, ``weights`` one with other
-    weights, ``tokens`` the same greedy tokens, or nothing of that (empty). ``gone``: the layers, or halves as ``1.attn``, that
-    ``layers`` leaves out. ``whole``: whether it asks which layers there are, so that one that does nothing is not one less."""
+    """``passes``: as text; MODEL stands for the path of another compiled model. ``means``: what it says by itself (`matrix`):
+    ``same`` the same model, ``layers`` one without some layers, ``weights`` one with other weights, ``tokens`` the same greedy
+    tokens; or nothing of that (empty). ``gone``: the layers, or halves as ``1.attn``, that ``layers`` leaves out. ``whole``:
+    whether it asks which layers there are, so that one that does nothing is not one less."""
 
     passes: tuple[str, ...]
     means: str = ""

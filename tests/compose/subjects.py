@@ -1,5 +1,5 @@
-"""The two tiny models that lists of passes are tried on, a decoder and an encoder: what they compile to, what is compared of that,
-and what torch says of the model that a list of passes means."""
+"""The tiny models that lists of passes are tried on: what they compile to, what is compared of that, and what torch says of the
+model that a list of passes means."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Subject(ABC):
     stored: Mapping[str, Stored]
 
     def transformed(self, passes: Sequence[str], weights: Weights | None = None) -> tuple[Program, Weights]:
-        """As `elision.compile` does, but the model is raised once. Raises what it raises. ``weights``: in the place of its own."""
+        """As `elision.compile` does, but the model is raised once. Raises what that raises. ``weights``: instead of its own."""
         chosen = resolve(text.replace("MODEL", _other()) if "MODEL" in text else text for text in passes)
         if self.program.meta["causal"] and not any(isinstance(p, InsertCache) for p in chosen):
             chosen.insert(0, InsertCache())
@@ -87,9 +87,9 @@ class Subject(ABC):
 
 @functools.cache
 def _other() -> str:
-    """A model of the same vocabulary that drafts: the decoder without a layer, its weights as bytes."""
+    """A model of the same vocabulary that drafts: the decoder with its weights as bytes."""
     path = str(Path(tempfile.mkdtemp()) / "draft.elision")
-    program, weights = decoder().transformed(["skip-layers:layers=1", "int8"])
+    program, weights = decoder().transformed(["int8"])
     model = decoder().model(program, weights, native=False)
     model.coverage = coverage(decoder().program, program)
     model.save(path)
@@ -110,7 +110,7 @@ class Forced(Requests):
 
 
 def _format(name: str) -> str:
-    return "F32" if "norm" in name else "Q5_1" if "ffn" in name else "Q8_0"
+    return "F32" if "norm" in name else "Q5_1" if "mlp" in name else "Q8_0"
 
 
 class Decoder(Subject):
@@ -122,6 +122,9 @@ class Decoder(Subject):
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             original = tiny(num_hidden_layers=LAYERS, initializer_range=0.12, intermediate_size=64)
+            for layer in original.model.layers[1:]:  # change what the stream says less, so that drafts of fewer layers are taken
+                layer.self_attn.o_proj.weight.data *= 0.5
+                layer.mlp.down_proj.weight.data *= 0.5
             path = Path(folder) / "tiny.gguf"
             write_model(path, "llama", original, formats=_format)
             source = load_source(path)
