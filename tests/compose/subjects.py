@@ -40,7 +40,7 @@ from elision.passes.calibration import Calibrated, Choosing, Text
 from elision.passes.pipeline import resolve, transform
 from elision.runtime.edits import edit
 from elision.runtime.session import Session
-from tests.passes.small import ROOM, tiny
+from tests.passes.small import tiny
 
 NEW = 30  # tokens after the prompts: every clock ticks
 LAYERS = 4
@@ -55,6 +55,7 @@ class Subject(ABC):
     """A model that lists of passes are applied to. ``name``: of its table."""
 
     name: str
+    seed = 1  # of what it reads
     program: Program
     weights: Weights
     stored: Mapping[str, Stored]
@@ -68,21 +69,22 @@ class Subject(ABC):
         return transform(self.program, weights or self.weights, chosen, text, self.stored if weights is None else None)
 
     def model(self, program: Program, weights: Weights, native: bool) -> elision.Model:
-        more: dict[str, Any] = {"tokenizer": None, "defaults": {}, "coverage": {}, "max_context": ROOM, "threads": 1}
+        room = self.program.meta["positions"]
+        more: dict[str, Any] = {"tokenizer": None, "defaults": {}, "coverage": {}, "max_context": room, "threads": 1}
         return elision.Model(program, weights, native=compile_program(program) if native else None, **more)
 
     @abstractmethod
     def outputs(self, model: elision.Model, poison: float | None = None) -> torch.Tensor:
         """The numbers of a run whose inputs are given beforehand. ``poison``: what caches are filled with at first."""
 
-    @abstractmethod
     def eager(self, weights: Weights, gone: frozenset[str]) -> torch.Tensor | None:
         """The same numbers by torch, of the original model with these weights and without these layers (``1``) and halves
         (``1.attn``); None where torch has no such model."""
+        return None
 
-    @abstractmethod
     def without(self, gone: frozenset[str], weights: Weights) -> tuple[Subject, Weights] | None:
         """The model without these layers and halves, with these weights, for other passes; None where there is none."""
+        return None
 
 
 @functools.cache
@@ -109,35 +111,12 @@ class Forced(Requests):
         return paths, torch.tensor(self.then, dtype=torch.int64)
 
 
-def _format(name: str) -> str:
-    return "F32" if "norm" in name else "Q5_1" if "mlp" in name else "Q8_0"
-
-
-class Decoder(Subject):
-    """A Llama of four layers, two query heads for each key head, read from a file with blocks, so that `stored` has something to
-    keep, not all of which `int8` keeps as it is."""
-
-    name = "decoder"
-
-    def __init__(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            original = tiny(num_hidden_layers=LAYERS, initializer_range=0.12, intermediate_size=64)
-            for layer in original.model.layers[1:]:  # change what the stream says less, so that drafts of fewer layers are taken
-                layer.self_attn.o_proj.weight.data *= 0.5
-                layer.mlp.down_proj.weight.data *= 0.5
-            path = Path(folder) / "tiny.gguf"
-            write_model(path, "llama", original, formats=_format)
-            source = load_source(path)
-            self.torch = source.model
-            found = raise_model(capture(source.model), source.name, positions=source.positions)
-            self.stored = blocks_of(found.weights, source.model, source.stored)
-        self.program, self.weights = found.program, found.weights
-        self.program.stored = {name: Blocks(blocks.format) for name, blocks in self.stored.items()}
-        self.program.models = functools.cache(functools.partial(_draft, None))
+class Generating(Subject):
+    """A model that continues prompts."""
 
     def prompts(self) -> list[list[int]]:
         """They say the same again and again, so that drafters find something."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(self.seed)
         return [torch.randint(1, 9, (n,), generator=generator).tolist() for n in PROMPTS]
 
     def forced(self) -> torch.Tensor:
@@ -149,10 +128,11 @@ class Decoder(Subject):
         """Logits ``[rows, 1 + NEW, vocab]``: after the prompts, and after each of the tokens that follow."""
         prompts = edit(model._interpreter, self.prompts(), None).prompts
         rows, forced = len(prompts), self.forced()
-        session = Session(model._interpreter, rows, ROOM)
+        room = model.max_context
+        session = Session(model._interpreter, rows, room)
         for name, type in model.program.states.items():
             if poison is not None and isinstance(type, KV):
-                store = session._stores[name] = KVStore(type, rows, ROOM, DTYPES[model.program.meta["dtype"]], poison)
+                store = session._stores[name] = KVStore(type, rows, room, DTYPES[model.program.meta["dtype"]], poison)
                 if model.native is not None:  # which marks nothing as written
                     store.poison = None
         found, said = [session.prefill(prompts)], [list(p) for p in prompts]
@@ -179,6 +159,33 @@ class Decoder(Subject):
         found = model.generate(ids, attention_mask=mask, max_new_tokens=NEW)
         assert isinstance(found, torch.Tensor)
         return found
+
+
+def _format(name: str) -> str:
+    return "F32" if "norm" in name else "Q5_1" if "mlp" in name else "Q8_0"
+
+
+class Decoder(Generating):
+    """A Llama of four layers, two query heads for each key head, read from a file with blocks, so that `stored` has something to
+    keep, not all of which `int8` keeps as it is."""
+
+    name = "decoder"
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            original = tiny(num_hidden_layers=LAYERS, initializer_range=0.12, intermediate_size=64)
+            for layer in original.model.layers[1:]:  # change what the stream says less, so that drafts of fewer layers are taken
+                layer.self_attn.o_proj.weight.data *= 0.5
+                layer.mlp.down_proj.weight.data *= 0.5
+            path = Path(folder) / "tiny.gguf"
+            write_model(path, "llama", original, formats=_format)
+            source = load_source(path)
+            self.torch = source.model
+            found = raise_model(capture(source.model), source.name, positions=source.positions)
+            self.stored = blocks_of(found.weights, source.model, source.stored)
+        self.program, self.weights = found.program, found.weights
+        self.program.stored = {name: Blocks(blocks.format) for name, blocks in self.stored.items()}
+        self.program.models = functools.cache(functools.partial(_draft, None))
 
     def edited(self, weights: Weights, gone: frozenset[str]) -> Weights:
         """Weights with which these layers and halves add nothing to the stream."""
@@ -224,7 +231,7 @@ class Encoder(Subject):
         self.program, self.weights, self.stored = found.program, found.weights, {}
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        ids = torch.randint(3, 99, (2, 23), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(3, 99, (2, 23), generator=torch.Generator().manual_seed(self.seed))
         mask = (torch.arange(23) < torch.tensor([23, 14])[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask}
 
