@@ -35,7 +35,7 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
 
 def run(program: Program, passes: Iterable[str | Pass]) -> Program:
     """The program with the passes applied. Raises IllegalProgram at the first pass that breaks a rule."""
-    return list(_steps(program, passes))[-1][1]
+    return list(steps(program, passes))[-1][1]
 
 
 def transform(
@@ -69,7 +69,7 @@ def transform(
         weights, params = convert(weights, params, before.params, stored), before.params
         return step.choose(before, weights, text)
 
-    for step, after in _steps(program, chosen, settle):
+    for step, after in steps(program, chosen, settle):
         if isinstance(step, Calibrated):
             weights = convert(weights, params, before.params, stored)
             log.info("calibrating %s", step.text())
@@ -93,7 +93,7 @@ def named(step: Pass) -> Iterator[None]:
         raise BadInput(f"{step.name}: {err}") from err
 
 
-def _steps(
+def steps(
     program: Program, passes: Iterable[str | Pass], settle: Callable[[Pass, Program], Pass] = lambda step, before: step
 ) -> Iterator[tuple[Pass, Program]]:
     """Each pass, as ``settle`` gives it for the program before it, with the program after it, cleaned last."""

@@ -18,7 +18,7 @@ In every cell that is compiled, moreover: caches are filled with one number befo
 other, which checks too that what is read was written; every pass that is not exact has an effect on the logits that the
 others give, so none is dropped in silence; the qualities are joined; and the text of the passes is in ``applied``.
 
-Logits are those of a given text behind two prompts of different lengths, 30 tokens of one that nobody would say, so that every
+Logits are those of a given text behind two prompts of different lengths, 20 tokens of one that nobody would say, so that every
 clock ticks; of the encoder, the outputs of all tokens."""
 
 from __future__ import annotations

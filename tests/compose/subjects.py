@@ -42,7 +42,7 @@ from elision.runtime.edits import edit
 from elision.runtime.session import Session
 from tests.passes.small import tiny
 
-NEW = 30  # tokens after the prompts: every clock ticks
+NEW = 20  # tokens after the prompts: every clock ticks
 LAYERS = 4
 PROMPTS = (50, 33)  # tokens
 
