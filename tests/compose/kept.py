@@ -28,10 +28,10 @@ Table = dict[str, dict[Labels, str]]
 KINDS = {
     "torch": "the logits of PyTorch's own forward of the model that the passes mean: fewer layers, stored weights",
     "model": "the logits of one pass alone, by the interpreter, on the model that the other means",
-    "tokens": "natively the greedy tokens of the list without what drafts, drafts taken in every round",
-    "orders": "natively the logits of the interpreter with the passes given in the other order",
-    "native": "natively the logits of the interpreter; the compiler has one order for the two",
-    "order": "natively the logits of the interpreter; given the other way round it is refused, or means something else",
+    "tokens": "the greedy tokens of the list without what drafts, drafts taken in every round",
+    "orders": "the logits with the passes given in the other order, by the interpreter",
+    "native": "natively the logits of the interpreter: the compiler has one order for the two",
+    "order": "natively the logits of the interpreter: given the other way round it is refused, or means something else",
 }
 
 
