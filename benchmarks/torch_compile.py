@@ -10,6 +10,7 @@ clock runs. Differences are from eager, of the largest value. Weights and activa
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import sys
@@ -76,7 +77,7 @@ class Prepared:
         most = float(results["eager"].abs().max())
         self.apart = {e: float((x - results["eager"]).abs().max()) / most for e, x in results.items()}
 
-    def row(self, rounds: int) -> str:
+    def row(self, rounds: int, raw: list[dict[str, Any]]) -> str:
         times: dict[str, list[float]] = {engine: [] for engine in self.engines}
         begun = time.perf_counter()
         with torch.inference_mode():
@@ -85,13 +86,14 @@ class Prepared:
                     start = time.perf_counter()
                     call(**self.given)
                     times[engine].append(time.perf_counter() - start)
+        raw.append({"call": self.name, "seconds": times})
         shown = [f"{statistics.median(t) * 1e3:.2f} ({min(t) * 1e3:.2f})" for t in times.values()]
         gain = statistics.median(times["inductor"]) / statistics.median(times["elision"])
         apart = f"{self.apart['inductor']:.0e} | {self.apart['elision']:.0e}"
         return f"| {self.name} | {' | '.join(shown)} | {gain:.2f} | {apart} | {len(times['eager'])} |"
 
 
-def table(cases: list[Prepared], rounds: int) -> list[str]:
+def table(cases: list[Prepared], rounds: int, raw: list[dict[str, Any]]) -> list[str]:
     lines = [
         '# torch.compile(model, backend="elision"): one call',
         "",
@@ -102,7 +104,7 @@ def table(cases: list[Prepared], rounds: int) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in cases:
-        lines.append(case.row(rounds))
+        lines.append(case.row(rounds, raw))
         console.print(lines[-1])
     return lines
 
@@ -120,9 +122,9 @@ class Clock:
         pass
 
 
-def generation(turns: int, tokens: int = 33) -> list[str]:
+def generation(turns: int, raw: list[dict[str, Any]], tokens: int = 33) -> list[str]:
     """A step of `generate(cache_implementation="static")` after a prompt of 64 tokens."""
-    engines: dict[str, dict[str, Any]] = {"eager": {}, "Inductor": {"dynamic": False}, "Elision": {"backend": backend}}
+    engines: dict[str, dict[str, Any]] = {"eager": {}, "inductor": {"dynamic": False}, "elision": {"backend": backend}}
     ids = torch.randint(100, 40000, (1, 64), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {engine: [] for engine in engines}
     texts, models = {}, {}
@@ -138,9 +140,10 @@ def generation(turns: int, tokens: int = 33) -> list[str]:
             if turn:
                 times[engine] += [b - a for a, b in zip(clock.times[2:], clock.times[3:], strict=False)]
     last = report()["graphs"][-1]
-    assert last.runs == "native" and not last.fallen and torch.equal(texts["eager"], texts["Elision"]), (last.reason, last.fallen)
+    assert last.runs == "native" and not last.fallen and torch.equal(texts["eager"], texts["elision"]), (last.reason, last.fallen)
     shown = [f"{statistics.median(t) * 1e3:.2f} ({min(t) * 1e3:.2f})" for t in times.values()]
-    gain = statistics.median(times["Inductor"]) / statistics.median(times["Elision"])
+    gain = statistics.median(times["inductor"]) / statistics.median(times["elision"])
+    raw.append({"call": "SmolLM2, a step of `generate`, static cache", "seconds": times})
     return [
         "",
         "| a step of generate, static cache | eager | Inductor | Elision | Inductor / Elision |",
@@ -154,16 +157,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--raw", type=Path, help="where the samples go, a line of JSON for each call")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     torch._dynamo.config.recompile_limit = 64  # the models of transformers share one frame
     cases = [Prepared(*case) for each in (minilm, digits, smollm2) for case in each()]
-    lines = table(cases, args.rounds) + generation(3)
+    raw: list[dict[str, Any]] = []
+    lines = table(cases, args.rounds, raw) + generation(3, raw)
     text = "\n".join(lines) + "\n"
     print(text)
     if args.output:
         args.output.write_text(text)
+    if args.raw:
+        args.raw.write_text("".join(json.dumps(row) + "\n" for row in raw))
 
 
 if __name__ == "__main__":
