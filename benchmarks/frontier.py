@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from kv_quality import PROMPT, SHARES, divergence, methods, perplexity, predictions, sequences
+from kv_quality import PROMPT, divergence, methods, perplexity, predictions, sequences
 from layer_speed import in_turns
+from perplexity import with_passes
 from rich.console import Console
 
 import elision
 
 TOKENS = 49  # that are decoded in turns
 
-#: Chosen once by `benchmarks/layers.py`, which searches for quarters of an hour; others choose in seconds and do so here.
+KV = ("streaming-llm", "h2o", "a2sf", "keyformer", "snapkv", "ems", "duo-attention", "quest", "tidal-decode")
+#: evopress, which searches for a quarter of an hour, is in `benchmarks/layers.py`.
 LAYERS = {
     "shortgpt": [f"shortgpt:share={share}" for share in (0.1, 0.2, 0.3)],
     "unified-skip": [f"unified-skip:keep={keep},speedup=1.5" for keep in (27, 24, 21)],
@@ -47,18 +49,16 @@ def family(name: str) -> dict[str, list[str]]:
         return LAYERS
     if name == "weights":
         return WEIGHTS
-    found: dict[str, list[str]] = {}
-    for share in SHARES:
-        for method, text in methods(share).items():
-            if method != "random":
-                found.setdefault(method, []).append(text)
+    shares = (0.5, 0.25, 0.125)
+    found = {method: [methods(share)[method] for share in shares] for method in KV}
     rounded = ["kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=128"]
     return found | {"kv-quant": ["kv-quant:bits=8"], "kivi": rounded, "gear": ["gear:bits=4", "gear:bits=2"]}
 
 
 def rows(name: str, only: list[str]) -> Iterator[dict[str, Any]]:
     weights = [] if name == "weights" else ["bf16"]
-    whole = elision.compile("smollm2", passes=weights, max_batch=2, threads=1)
+    base = elision.compile("smollm2", target="reference", threads=1)
+    whole = with_passes(base, weights)[0]
     text = sequences(whole, 2)
     with torch.inference_mode():
         full = predictions(whole, text)
@@ -67,7 +67,7 @@ def rows(name: str, only: list[str]) -> Iterator[dict[str, Any]]:
         for passes in settings:
             if only and not any(passes.startswith(start) for start in only):
                 continue
-            model = elision.compile("smollm2", passes=[*weights, *passes.split()], max_batch=2, threads=1)
+            model = with_passes(base, [*weights, *passes.split()])[0]
             with torch.inference_mode():
                 found = predictions(model, text)
             seconds = np.array(in_turns([whole, model], text[0, :PROMPT].tolist(), TOKENS))
