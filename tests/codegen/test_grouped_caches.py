@@ -26,6 +26,8 @@ PROMPT, NEW = 45, 40
 NATIVE = [
     "kv-quant:bits=4", "kv-quant:bits=4,group=16", "kv-quant:bits=8,group=16", "kivi:bits=2,group=16,residual=16",
     "kivi:bits=4,group=32,residual=0", "kivi:bits=8,group=16,residual=32",
+    "gear:bits=4,block=16", "gear:bits=2,block=32,rank=1,residual=32", "gear:bits=2,block=16,outliers=2,rank=0",
+    "gear:bits=2,block=16,outliers=0,rank=5",
 ]  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def test_drafted_tokens_join_the_cache(text: str) -> None:
     [
         ("kv-quant:bits=8,group=8", "8-bit codes in groups of 8 channels"),
         ("kivi:group=8,residual=0", "4-bit codes in groups of 8 tokens"),
-        ("gear:block=16", "outliers and matrices of low rank"),
+        ("gear:block=8", "4-bit codes in groups of 8 tokens"),
+        ("gear:block=16,rank=9", "with a matrix of rank 9; kernels take"),
     ],
 )
 def test_what_has_no_kernel_is_told_and_right(text: str, why: str) -> None:
@@ -120,9 +123,9 @@ def test_keys_and_values_that_move_apart_are_refused() -> None:
         compile_program(apart)
 
 
-def test_a_head_of_another_width() -> None:
+@pytest.mark.parametrize("text", ["kv-quant:bits=4,group=16", "gear:block=16,outliers=2"])
+def test_a_head_of_another_width(text: str) -> None:
     """48 channels: values in vectors of 16, keys in three groups."""
-    text = "kv-quant:bits=4,group=16"
     native = compiled(text, width=192)
     assert native.native is not None and not any(native.native.hosts.values())
     torch.testing.assert_close(logits(native), logits(compiled(text, target="reference", width=192)), rtol=2e-3, atol=2e-3)

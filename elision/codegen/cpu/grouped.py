@@ -43,6 +43,11 @@ class Grouped:
         """Scales of a row."""
         return dim // self.group
 
+    def place(self, name: str, dim: int, slot: Val, block: Val) -> tuple[Val, str]:
+        """Where a head has its part of an array beside the codes, from its first slot and its first group of rows on, and the
+        type of its items."""
+        return block * dim if self.by_token else slot * self.groups(dim), "f32"
+
 
 def grouped(encoding: Int, dim: int, keys: bool) -> Grouped:
     """Raises NotNative for groups that kernels do not read: they take blocks of 16 keys, and 16 channels of a value."""
