@@ -103,6 +103,39 @@ def test_what_has_no_kernel_is_told_and_right(text: str, why: str) -> None:
     torch.testing.assert_close(logits(native), logits(compiled(text, target="reference")), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("text", [text for text in NATIVE if not text.startswith("kv-quant")])
+def test_blocks_move_natively(text: str) -> None:
+    """The same codes lie in the same places, and what repairs them is as good."""
+    native, reference = compiled(text), compiled(text, target="reference")
+    assert native.native is not None and text.partition(":")[0] in native.native.schedules
+    mine, theirs = (session(m) for m in (native, reference))
+    for name, store in mine._stores.items():
+        other = theirs._stores[name]
+        for what in "kv":
+            assert torch.equal(store.len[what], other.len[what]) and int(store.len[what][0].min()) >= 32
+            arrays, same = store.segments[0].planes[what].arrays, other.segments[0].planes[what].arrays
+            for each in arrays.keys() - {"left", "right"}:  # of which columns may change their signs
+                if each in ("codes", "place"):
+                    assert float((arrays[each] != same[each]).float().mean()) < 2e-3, each
+                else:
+                    torch.testing.assert_close(arrays[each], same[each], rtol=1e-3, atol=1e-3)
+            n = int(store.len[what][0].min())
+            a, b = (s.segments[0].read_all(what, n, torch.float32) for s in (store, other))
+            assert float((a - b).abs().mean()) < 1e-3 * float(b.abs().mean())
+
+
+def session(model: elision.Model) -> Session:
+    """After prompts and 20 tokens, of which the clock moves some."""
+    found = Session(model._interpreter, 2, PROMPT + NEW)
+    with torch.inference_mode():
+        found.prefill([prompts()[0].tolist(), prompts()[1].tolist()])
+        requests = Forced([Request(Warp(), True, 0, r) for r in range(2)], list(prompts()), [PROMPT] * 2)
+        requests.seen = []
+        for i in range(20):
+            found.round({r: 5 + i % 7 for r in range(2)}, requests)
+    return found
+
+
 def test_scores_beside_groups_stay_on_the_host() -> None:
     passes = ("h2o:budget=24,recent=6,every=8", "kv-quant:bits=4")
     native, want = compiled(*passes), compiled(*passes, target="reference").generate(prompts(), max_new_tokens=NEW)

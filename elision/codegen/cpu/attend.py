@@ -131,8 +131,8 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     prepare(query0, tile)
 
                 def visit(
-                    flashes: dict[int, Fn], of: Site, k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, beside: list[Val],
-                    start: Val | int = 0, drafted: bool = False,
+                    flashes: dict[int, Fn], of: Site, k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val,
+                    beside: list[Val], start: Val | int = 0, drafted: bool = False,
                 ) -> None:  # fmt: skip
                     """The tiles over blocks ``low .. high - 1``, a chunk at a time. ``start``: entries before the first one."""
                     with fn.loop(low, high, mended.chunk(of) or CHUNK) as chunks:
@@ -153,7 +153,8 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                                 begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
                                 ends = fn.minimum(ends, sight[3] // LANES + 1)
                                 masked = fn.minimum(ends, fn.minimum(sight[2] + 1, limit) // LANES)
-                                masked = fn.select(fn.compare(begins * LANES, "sge", sight[1]), fn.maximum(masked, begins), begins)
+                                inside = fn.compare(begins * LANES, "sge", sight[1])
+                                masked = fn.select(inside, fn.maximum(masked, begins), begins)
                             there, less = fn.compare(begins, "slt", ends), 0
                             places = [begins - base, ends - base, limit - base * LANES, masked - base]
                             for many, inner in flashes.items():

@@ -219,7 +219,7 @@ def _values(
             if isinstance(form, Grouped):
                 rows = {c: grouped.value(fn, values, beside, entries.index, c, n, vdim, form) for c, n in group}
             else:
-                rows = {c: load(fn, values, entries.index * vdim + c, form, n) for c, n in group}
+                rows = {c: load(fn, values, entries.index * vdim + c, str(form), n) for c, n in group}
             found = []
             for i, (j, c, type) in enumerate(wide):
                 p = fn.splat(fn.load(weights, "f32", entries.index - begin + j * CHUNK * LANES), lanes(type))

@@ -89,13 +89,14 @@ def widen(
 ) -> tuple[Val, Val]:  # fmt: skip
     """Keys and values of the chunk that begins with the block of 16 ``first``, at most up to ``last``, as floats."""
     per, size, keys = site.block // LANES, chunk(site) * LANES, sum(what[0] == "k" for what in site.beside)
-    parts = (("keys", k, beside[:keys], memory, site.dim), ("values", v, beside[keys:], fn.at(memory, size * site.dim, "f32"), site.vdim))
+    values = fn.at(memory, size * site.dim, "f32")
+    parts = (("keys", k, beside[:keys], memory, site.dim), ("values", v, beside[keys:], values, site.vdim))
     right = fn.at(memory, size * (site.dim + site.vdim), "f32")
     with fn.loop(first // per, fn.minimum(first + chunk(site), last) // per) as blocks:
         for what, codes, more, out, dim in parts:
             to = fn.at(out, (blocks.index - first // per) * (site.block * dim), "f32")
             fn.call(f"{name}_{what}", to, right, codes, blocks.index, *more)
-    return memory, parts[1][3]
+    return memory, values
 
 
 def decode(name: str, dim: int, form: Mended) -> Fn:
@@ -129,9 +130,7 @@ def _columns(fn: Fn, base: Val, first: Val, lanes: int, rank: int) -> list[Val]:
     return found
 
 
-def _keys(
-    fn: Fn, dim: int, form: Mended, out: Val, wide: Val, codes: Val, block: Val, beside: Mapping[str, Val]
-) -> None:
+def _keys(fn: Fn, dim: int, form: Mended, out: Val, wide: Val, codes: Val, block: Val, beside: Mapping[str, Val]) -> None:
     rank, per, tiles = form.rank, form.codes.per, form.block // LANES
     together = next(n for n in (4, 2, 1) if tiles % n == 0 and n * max(rank, 1) <= REGISTERS)
     if rank:  # floats, of which one at a time is multiplied with all rows
@@ -163,9 +162,7 @@ def _keys(
                     fn.store(x, out, ((some.index + t) * dim + channel) * LANES, "f32")
 
 
-def _values(
-    fn: Fn, dim: int, form: Mended, out: Val, wide: Val, codes: Val, block: Val, beside: Mapping[str, Val]
-) -> None:
+def _values(fn: Fn, dim: int, form: Mended, out: Val, wide: Val, codes: Val, block: Val, beside: Mapping[str, Val]) -> None:
     rank = form.rank
     every = [(c, min(LANES, dim - c)) for c in range(0, dim, LANES)]
     together = max(1, REGISTERS // max(rank, 1))
@@ -193,8 +190,9 @@ def _outliers(fn: Fn, dim: int, form: Mended, out: Val, block: Val, numbers: Val
         def store(item: Val | int, lanes: int) -> None:
             iota = fn.const(list(range(lanes)), vector("i64", lanes))
             item = fn.value(item, "i64")
-            x = fn.cast(fn.load(numbers, vector("f16", lanes), first + offset + item, "f16"), "arith.extf", vector("f32", lanes))
-            place = fn.cast(fn.load(places, vector("i8", lanes), first + offset + item, "i8"), "arith.extui", vector("i64", lanes))
+            at = first + offset + item
+            x = fn.cast(fn.load(numbers, vector("f16", lanes), at, "f16"), "arith.extf", vector("f32", lanes))
+            place = fn.cast(fn.load(places, vector("i8", lanes), at, "i8"), "arith.extui", vector("i64", lanes))
             item = fn.splat(item, lanes) + iota
             if keys:
                 fn.scatter(x, out, ((place // LANES) * dim + item) * LANES + place % LANES)
