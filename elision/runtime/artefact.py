@@ -28,7 +28,7 @@ from elision.runtime.text import Tokenizer
 if TYPE_CHECKING:
     from elision.runtime.model import Model
 
-FORMAT = 5
+FORMAT = 6
 
 
 def _is_count(value: Any) -> bool:

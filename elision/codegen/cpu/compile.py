@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from elision.codegen.cpu import cache, evict
+from elision.codegen.cpu import cache, evict, flush
 from elision.codegen.cpu.attention_rules import forms, lists_of, older
 from elision.codegen.cpu.credit import credited
 from elision.codegen.cpu.emitters import Emitter
@@ -41,7 +41,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     if program.states and all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
     for each in program.ticks:
-        if (made := evict.tick(kernels, each)) is not None:
+        if (made := evict.tick(kernels, each) or flush.tick(kernels, each)) is not None:
             schedules[each.graph.name] = made
     code = to_object(kernels.text(), level)
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
