@@ -31,9 +31,8 @@ from tests.passes.poisoned import rounds
 from tests.passes.small import ragged
 
 #: Settings with which some tokens leave at each exit, and some at none.
-SETTINGS = [
-    "threshold=0.8", "threshold=0.8,fill=mask", "threshold=0.8,fill=defer", "threshold=0.2,rule=softmax", "threshold=0.85,length=30",
-]  # fmt: skip
+FILLS = ["threshold=0.8", "threshold=0.8,fill=mask", "threshold=0.8,fill=defer"]
+SETTINGS = [*FILLS, "threshold=0.2,rule=softmax", "threshold=0.85,length=30"]
 
 
 def method(setting: str) -> str:
@@ -74,7 +73,7 @@ def test_parts_are_computing_all_and_choosing(setting: str, target: str) -> None
     assert 3 * 40 > went[0] > went[-1] > 0 and went == sorted(went, reverse=True)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:3])
+@pytest.mark.parametrize("setting", FILLS)
 def test_natively_with_other_rows(setting: str) -> None:
     model = compiled(method(setting), target="cpu")
     assert model.native is not None and "step" not in model.native.schedules
@@ -88,7 +87,7 @@ def test_natively_with_other_rows(setting: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["reference", "cpu"])
-@pytest.mark.parametrize("setting", SETTINGS[:3])
+@pytest.mark.parametrize("setting", FILLS)
 def test_speculation_changes_nothing(setting: str, target: str) -> None:
     """A draft's nodes leave at exits of their own, its later nodes see what their ancestors left."""
     model = compiled(method(setting), "token-recycling:nodes=20", "pain-trie:nodes=20", target=target)

@@ -14,8 +14,8 @@ from elision.passes.layers.parts import blocks, cut, stream_after, stream_before
 
 
 def deferring(program: Program, exits: Sequence[int], by: str) -> None:
-    """Give ``step`` a state for each exit that holds the streams of tokens which left there, after its caches, and add the entries
-    ``late_..`` that run the layers from one exit to the next on committed tokens."""
+    """Give ``step`` a state for each exit, after its caches, that holds the streams of tokens which left there, and add the
+    entries ``late_..`` that run the layers from one exit to the next on committed tokens."""
     if program.ticks:
         raise IllegalProgram(
             "validity",
