@@ -124,6 +124,7 @@ class Bench:
         times, fixed = np.median(turns, axis=(0, 2)), method not in ("skipdecode", "others")
         gain, ideal = float(np.median(turns[:, 0] / turns[:, 1])), weight_bytes(self._whole) / weight_bytes(native)
         return Row(method, share, asked, text, perplexity, same / count, 1e3 * float(times[1]), gain, ideal if fixed else 0.0)
+
     def decoded(self, model: elision.Model | None = None) -> tuple[float, float]:
         """The perplexity of decoded tokens (of the whole model's, if no other is given), and how often the likeliest one there is
         the whole model's (`METHODS`, the last)."""

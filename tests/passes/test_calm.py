@@ -20,6 +20,7 @@ from elision.ir.printer import print_program
 from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
+from elision.ir.verifier import verify
 from elision.ir.verify import Request
 from elision.passes.calibration import run_score
 from elision.passes.layers.classifier import logistic
@@ -170,6 +171,15 @@ def test_caches_catch_up(target: str) -> None:
             for what in "kv":
                 torch.testing.assert_close(a.entries(what, count), b.entries(what, count), rtol=1e-4, atol=1e-4)
     assert min(lags) == 0 and max(lags) > 2
+
+
+@pytest.mark.parametrize("kind", ["all", "masked", "nested"])
+def test_what_joins_late_says_so(kind: str) -> None:
+    program = run(tiny_llama(layers=LAYERS)[0], ["calm:exits=2+4,fill=defer"])
+    verify(program)
+    text = print_program(program)
+    with pytest.raises(IllegalProgram, match="validity.*kv_[2-5] is not filled"):
+        verify(parse_program(text.replace("deferred", kind)))
 
 
 def test_the_rules() -> None:

@@ -33,9 +33,7 @@ def _undecided_type(h: Tensor, *more: Tensor, rule: str, threshold: float, lengt
 
 
 @op(_undecided_type)
-def undecided(
-    h: torch.Tensor, *more: torch.Tensor, rule: str, threshold: float, length: int = 0, at: Tokens
-) -> torch.Tensor:
+def undecided(h: torch.Tensor, *more: torch.Tensor, rule: str, threshold: float, length: int = 0, at: Tokens) -> torch.Tensor:
     """Which tokens ``[t]`` go on: those less sure than the threshold (CALM, Schuster et al. 2022, section 3).
 
     ``similarity``: the cosine of the stream ``h`` and what it was before the last layer; ``softmax``: the difference of the two
@@ -56,9 +54,7 @@ def undecided(
     return on & more[-1] if len(more) > RULES[rule] else on
 
 
-def _exits_type(
-    ids: Tensor, *states: KV, graphs: Sequence[Graph], targets: tuple[str, ...], parts: int, held: int = 0
-) -> Types:
+def _exits_type(ids: Tensor, *states: KV, graphs: Sequence[Graph], targets: tuple[str, ...], parts: int, held: int = 0) -> Types:
     need(parts >= 2 and len(targets) in (parts + 1, 2 * parts), f"{len(targets)} targets; expected {parts} parts, fills, a head")
     need(held in (0, parts - 1) and (not held or len(targets) == 2 * parts), f"held={held}; expected a state for every exit")
     x: Tensor = ids

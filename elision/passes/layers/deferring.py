@@ -49,4 +49,3 @@ def deferring(program: Program, exits: Sequence[int], by: str) -> None:
 
     program.entries["step"] = rewrite(step, rule, program.targets, more=lambda: made)
     assert list(state_inputs(prefill)) == list(state_inputs(program.entries["step"]))[: -len(exits)]
-
