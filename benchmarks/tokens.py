@@ -49,14 +49,21 @@ ENCODER = (
     "tome:share=0.1,metric=heads",
     "tome:share=0.15,metric=heads",
     "tome:share=0.2,metric=heads",
-    "tome:share=0.27,metric=heads,layers=0+2+4",
+    "tome:share=0.25,metric=heads",
+    "tome:share=0.2,metric=heads,layers=0+2+4",
+    "tome:share=0.28,metric=heads,layers=0+2+4",
     "tome:share=0.3,metric=heads,layers=0+2+4",
+    "tome:share=0.35,metric=heads,layers=0+2+4",
+    "tome:share=0.3,metric=heads,layers=0+3",
+    "tome:share=0.4,metric=heads,layers=0+3",
+    "tome:share=0.1",
+    "tome:share=0.2",
+    "evit:keep=0.8",
     "evit:keep=0.7",
     "evit:keep=0.5",
-    "zero-tprune:keep=0.7,layers=1+3",
     "zero-tprune:keep=0.7,layers=0+2+4",
-    "zero-tprune:keep=0.6,layers=0+2",
-    "zero-tprune:keep=0.5,layers=1",
+    "zero-tprune:keep=0.5,layers=0+2+4",
+    "zero-tprune:keep=0.5,layers=0",
 )
 PROMPTS = (
     "",
@@ -84,6 +91,13 @@ console = Console(stderr=True, soft_wrap=True)
 
 def shown(row: str) -> str:
     return " ".join(f"`{text}`" for text in row.split()) or "as it is"
+
+
+def setting(row: str) -> str:
+    """A pass without how much it leaves out: rows of a line of the plot."""
+    name, _, fields = row.partition(":")
+    told = [f.partition("=")[2] for f in fields.split(",") if f.partition("=")[0] not in ("share", "keep", "n")]
+    return ", ".join((name, *told))
 
 
 def embed(models: Mapping[str, elision.Model], texts: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
@@ -123,7 +137,8 @@ def encoder(rows: Sequence[str], length: int, count: int, threads: int, plot: Pa
     frontier: dict[str, dict[float, float]] = {}
     for row, seconds in zip(models, times, strict=True):
         own, gain, kept = np.median(seconds), float(np.median(times[0] / seconds)), spearman(cosines[row], cosines[""])
-        frontier.setdefault(row.partition(":")[0] or "as it is", {})[gain] = kept
+        if row:
+            frontier.setdefault(setting(row), {1.0: 1.0})[gain] = kept
         lines.append(f"| {shown(row)} | {own * 1e3:.1f} | {1 / own:.1f} | {gain:.2f} | {kept:.3f} |")
         console.print(lines[-1])
     if plot is not None:
