@@ -34,7 +34,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
     for entry, graph in flat_entries(program).items():
-        plan = Planner(graph, entry in _MANY, kernels.signatures.__getitem__)
+        plan = Planner(graph, entry.partition("_")[0] in _MANY, kernels.signatures.__getitem__)
         plan.schedule.packings = packings
         schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
@@ -47,7 +47,7 @@ def compile_program(program: Program) -> abi.NativeCode:
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 
 
-_MANY = ("score", "prefill", "feed")  # entries of many tokens
+_MANY = ("score", "prefill", "feed", "late")  # entries of many tokens: these and ``late_..``
 _ON_HOST = (*OF_TOKENS, *OF_INPUTS)  # ready before native code starts
 
 
