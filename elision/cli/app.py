@@ -152,17 +152,21 @@ def show(
 
 @app.command()
 def check(model: Source, passes: Passes = []) -> None:  # noqa: B006
-    """Say whether the passes compose on this model, and by which rule not."""
+    """Say whether the passes compose on this model, what is done so that they do, or by which rule not and what would mend it."""
+    from elision.cli.repairs import explained, mended
     from elision.passes.pipeline import run as run_passes
 
     with progress():
         before = open_model(model)
-        broken = violations(before.program, passes)
-        if broken:
+        if broken := violations(before.program, passes):
             print(*broken, sep="\n\n", file=sys.stderr)
+            if repair := mended(before.program, passes):
+                print(f"\n{repair}", file=sys.stderr)
             raise typer.Exit(1)
-        found = run_passes(before.program, passes)
-    Console(soft_wrap=True, markup=False).print(f"legal: {' '.join(found.applied)}, quality {found.quality}")
+        found, lines = run_passes(before.program, passes), explained(before.program, passes)
+    console = Console(soft_wrap=True, markup=False)
+    console.print(f"legal: {' '.join(found.applied)}, quality {found.quality}")
+    console.print(*(f"  {line}" for line in lines), sep="\n", end="\n" if lines else "")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -34,7 +35,7 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
 
 def run(program: Program, passes: Iterable[str | Pass]) -> Program:
     """The program with the passes applied. Raises IllegalProgram at the first pass that breaks a rule."""
-    return list(_steps(program, passes))[-1][1]
+    return list(steps(program, passes))[-1][1]
 
 
 def transform(
@@ -68,11 +69,12 @@ def transform(
         weights, params = convert(weights, params, before.params, stored), before.params
         return step.choose(before, weights, text)
 
-    for step, after in _steps(program, chosen, settle):
+    for step, after in steps(program, chosen, settle):
         if isinstance(step, Calibrated):
             weights = convert(weights, params, before.params, stored)
             log.info("calibrating %s", step.text())
-            changed = step.calibrate(before, weights, text)
+            with named(step):
+                changed = step.calibrate(before, weights, text)
             params, weights = after.params, {name: (changed if name in changed else weights)[name] for name in after.params}
         if isinstance(step, ModelPass) and (brought := step.brought(before)):
             weights, params = {**weights, **brought}, {**params, **{name: after.params[name] for name in brought}}
@@ -80,7 +82,18 @@ def transform(
     return before, convert(weights, params, before.params, stored)
 
 
-def _steps(
+@contextmanager
+def named(step: Pass) -> Iterator[None]:
+    """A refusal from what a pass builds on (a type, an op) is told in the name of the pass."""
+    try:
+        yield
+    except BadInput as err:
+        if str(err).removeprefix("pass ").startswith(step.name):
+            raise
+        raise BadInput(f"{step.name}: {err}") from err
+
+
+def steps(
     program: Program, passes: Iterable[str | Pass], settle: Callable[[Pass, Program], Pass] = lambda step, before: step
 ) -> Iterator[tuple[Pass, Program]]:
     """Each pass, as ``settle`` gives it for the program before it, with the program after it, cleaned last."""
@@ -88,9 +101,10 @@ def _steps(
 
     done = program
     for given in [*resolve(passes), Clean()]:
-        step = settle(given, done)
-        done = done.copy()
-        step.apply(done)
+        with named(given):
+            step = settle(given, done)
+            done = done.copy()
+            step.apply(done)
         if not isinstance(step, Clean):
             log.info("pass %s", step.text())
             done.applied = (*done.applied, step.text())

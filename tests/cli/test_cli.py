@@ -194,6 +194,20 @@ def test_check(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split()[0] for line in lines[1:4]] == ["written", "because", "help"] and "skip-layers:layers=0" in lines[1]
 
 
+def test_check_says_what_makes_it_legal_and_what_would(artefact: Path, run: Run) -> None:
+    """What passes do so that they compose, the order, and a longer clock where one rolls back too far."""
+    code, out, _ = run("check", artefact, "-p", "token-recycling", "-p", "h2o:budget=24,recent=8")
+    assert code == 0
+    assert "order: h2o:budget=24,recent=8, then token-recycling" in out
+    assert "h2o: runs when a sequence has a multiple of 16 tokens, which no round of drafts crosses (rule retract)" in out
+    assert "h2o: entries say their own positions, since some are dropped or absent (rule address): kv_0" in out
+    code, out, _ = run("check", artefact, "-p", "int8")
+    assert code == 0 and len(out.splitlines()) == 1, "nothing had to be done"
+    code, _, err = run("check", artefact, "-p", "h2o:budget=24,recent=8,every=1", "-p", "token-recycling")
+    assert code == 1 and err.count("error[retract]") >= 1
+    assert "legal with h2o:budget=24,recent=8 in the place of h2o:budget=24,recent=8,every=1" in err
+
+
 def test_check_prints_every_violation(artefact: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from elision.ir.states import KV, Int
     from elision.passes.layers.skip_layers import SkipLayers

@@ -11,9 +11,9 @@ from elision.errors import BadInput, IllegalProgram
 from elision.ir.cost import StepCost, cost
 from elision.ir.op import Sizes
 from elision.ir.program import Program, bypassing, running, state_inputs, steps
-from elision.ir.states import KV, Present
+from elision.ir.states import KV, Present, StateType
 from elision.ir.value import Builder, Graph, Value, rewrite
-from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.skip_layers import leave_out
 from elision.passes.timing import Clock
 
 
@@ -47,7 +47,7 @@ def step_seconds(program: Program, clock: Clock, contexts: Sequence[int]) -> Ste
     there = list(program.layers)
     half = {there[i] for i in evenly(len(there), len(there) // 2)}
     part = program.copy()
-    SkipLayers(tuple(i for i in there if i not in half)).apply(part)
+    leave_out(part, [i for i in there if i not in half], "", "skip-layers")
     seconds = np.array(clock((program, part), contexts))
     layers, before = (x.ravel() for x in np.meshgrid((len(there), len(half)), contexts, indexing="ij"))
     terms = np.stack((np.ones(len(layers)), layers, *([layers * before] if len(set(contexts)) > 1 else [])), axis=1)
@@ -83,16 +83,28 @@ def caches_of(program: Program, layer: int) -> set[str]:
     return {names[a] for v in calls for a in v.args if a in names}
 
 
+def _in_the_way(type: StateType, present: str) -> str:
+    """Why a cache cannot be declared to be without some positions; nothing if it can."""
+    if not isinstance(type, KV):
+        return "is no cache of keys and values"
+    if type.present.kind != "all":
+        return f"leaves out tokens already ({type.present.kind})"
+    if type.scores is not None:
+        return "has scores, which count what every token gives"
+    return "is read by pages of entries side by side" if type.summary is not None and present == "masked" else ""
+
+
 def declare(program: Program, caches: Collection[str], present: str, by: str) -> None:
     """Say of caches that some positions do not exist in them."""
     for name in caches:
         type = program.states[name]
-        if not isinstance(type, KV) or type.present.kind != "all" or type.scores is not None:
+        why = _in_the_way(type, present)
+        if why or not isinstance(type, KV):
             raise IllegalProgram(
                 "validity",
-                f"{name} is to be {present}, and it is {type}",
+                f"{name} is to be without some tokens in some layers, and it {why}",
                 sides=by,
-                because="it leaves out tokens already, or counts what every token gives",
+                because="what it keeps or counts is said of every token",
                 help="apply one of these methods",
             )
         keyed_by = "explicit" if present == "masked" else type.keyed_by

@@ -13,7 +13,7 @@ from elision.ir.program import Program, Weights
 from elision.passes.base import Pass, register
 from elision.passes.calibration import Choosing, Text
 from elision.passes.layers.parts import layer_streams
-from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.skip_layers import leave_out
 
 log = logging.getLogger("elision")
 
@@ -53,7 +53,7 @@ class ShortGPT(Choosing):
     def apply(self, program: Program) -> None:
         if left_out(self, self.share, program) and not self.layers:
             raise BadInput(f"shortgpt chooses on text, in elision.compile; or say what it chose: {self.text()},layers=3+7")
-        SkipLayers(self.layers).apply(program)
+        leave_out(program, self.layers, "", self.name)
 
 
 def left_out(step: Pass, share: float, program: Program) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,16 +35,24 @@ class SkipLayers(Pass):
         return cls((next(iter(program.layers), 0),))
 
     def apply(self, program: Program) -> None:
-        there = program.layers
         if self.half not in ("", "attn", "mlp"):
-            raise BadInput(f"skip-layers: half={self.half!r}; expected attn or mlp")
-        if self.layers and not self.half and not set(there) - set(self.layers):
-            raise BadInput(f"skip-layers: every layer of {program.name} would be left out; keep at least one")
-        for index in dict.fromkeys(self.layers):
-            if index not in there:
-                left = _spans(sorted(there))
-                raise BadInput(f"skip-layers: there is no layer {index}; the layers of {program.name} are {left}")
-            there[index].bypass(self.half or None)
+            raise BadInput(f"{self.name}: half={self.half!r}; expected attn or mlp")
+        leave_out(program, self.layers, self.half, self.name)
+
+
+def leave_out(program: Program, layers: Iterable[int], half: str, by: str) -> None:
+    """Leave out the layers, or that half of each (empty: all of it). Raises BadInput, in the name of the pass ``by``, for one
+    that is not there and if nothing would stay."""
+    there, layers = program.layers, dict.fromkeys(layers)
+    if layers and not half and not set(there) - set(layers):
+        raise BadInput(f"{by}: every layer of {program.name} would be left out; keep at least one")
+    for index in layers:
+        if index not in there:
+            raise BadInput(f"{by}: there is no layer {index}; the layers of {program.name} are {_spans(sorted(there))}")
+        try:
+            there[index].bypass(half or None)
+        except BadInput as err:
+            raise BadInput(f"{by}: {err}") from None
 
 
 def _spans(indices: list[int]) -> str:

@@ -11,7 +11,7 @@ from elision.ir.program import Program, round_of
 from elision.ir.value import Builder, Value
 from elision.passes.base import Pass, register
 from elision.passes.layers.depth import caches_of, declare, decodes, gains, step_bytes, step_seconds, without
-from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.skip_layers import leave_out
 from elision.passes.timing import Clock, Timed
 
 
@@ -64,7 +64,7 @@ class SkipDecode(Timed):
                 "or more stages over a length of as many positions"
             )
         never = len(layers) - most
-        SkipLayers(tuple(layers[self.warm :][:never])).apply(program)
+        leave_out(program, layers[self.warm :][:never], "", self.name)
         ends: dict[int, int] = {}  # by how many layers are left out, where that ends
         for i, depth in enumerate(self._depths(most, least), 1):
             ends[len(layers) - depth] = round(self.length * i / self.stages)

@@ -9,7 +9,7 @@ from elision.ir.cost import StepCost
 from elision.ir.program import Program
 from elision.passes.base import Pass, register
 from elision.passes.layers.depth import evenly, gains, step_bytes, step_seconds
-from elision.passes.layers.skip_layers import SkipLayers
+from elision.passes.layers.skip_layers import leave_out
 from elision.passes.timing import Clock, Timed
 
 CONTEXT = 256  # tokens before the step that is timed
@@ -47,7 +47,7 @@ class UnifiedSkip(Timed):
     def apply(self, program: Program) -> None:
         there = list(program.layers)
         kept = {there[i] for i in evenly(len(there), self.keep or self._nearest(program, step_bytes(program)))}
-        SkipLayers(tuple(i for i in there if i not in kept)).apply(program)
+        leave_out(program, [i for i in there if i not in kept], "", self.name)
 
     def _nearest(self, program: Program, step: StepCost) -> int:
         """How many layers come nearest to the speed-up."""

@@ -50,6 +50,9 @@ def reduce_tokens(program: Program, name: str, reduce: Reduce) -> None:
         raise BadInput(f"{name}: {program.name} is no encoder; tokens that are merged would carry later ones back in a decoder")
     graph = program.entries["score"]
     calls = graph.calls()
+    if any(v.op == "clusters" for v in graph.values):
+        known = f"another method reduces the tokens of {program.name} already, and knows which stand for how many"
+        raise BadInput(f"{name}: {known}; apply one of them")
     if not any(_attention(program.templates[v.attr("target")]) for v in calls):
         raise BadInput(f"{name}: {program.name} has no layer with attention that was found as a block")
     _Rewrite(program, name, reduce, calls).all(graph)
