@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from elision.errors import BadInput
 from elision.ir.schedule import Schedule
 
 
@@ -61,6 +62,17 @@ class DeviceCode:
     schedules: Mapping[str, Mapping[str, Schedule]]
     hosts: Mapping[str, list[tuple[str, str]]]
     binaries: dict[str, dict[str, Binary]] = field(default_factory=dict)
+
+
+def need_kernels(name: str, code: DeviceCode) -> None:
+    """Raises BadInput if an op of the program of that name has no kernel, naming the op and the reason."""
+    for entry, ops in code.hosts.items():
+        if ops:
+            op, why = ops[0]
+            raise BadInput(
+                f"{name} does not run on a GPU: {op} in {entry} has no kernel ({why}); leave out the pass that brought it, or "
+                "use target='cpu'"
+            )
 
 
 #: Classes of shapes: the most tokens of a call (0: any number).

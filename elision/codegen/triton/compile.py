@@ -14,7 +14,7 @@ from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
 from elision.ir.flatten import generating_entries
 from elision.ir.launch import DeviceCode
-from elision.ir.program import Program, committed_states
+from elision.ir.program import Program, committed_states, running, steps
 from elision.ir.states import KV
 from elision.ir.value import Graph, Value
 
@@ -22,7 +22,8 @@ _MANY = ("score", "prefill", "feed")  # entries of many tokens
 
 
 def plan_program(program: Program) -> DeviceCode:
-    """The launches of every entry for every class of shapes, without machine code (`elision.codegen.triton.ahead`)."""
+    """The launches of every entry for every class of shapes, without machine code (`elision.codegen.triton.ahead`). What a round
+    without drafts does not run (`step` and its commit) may have ops without a kernel: it is left out then."""
     kernels = Kernels()
     schedules: dict[str, dict[str, abi.Schedule]] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
@@ -36,7 +37,14 @@ def plan_program(program: Program) -> DeviceCode:
             schedules["commit"] = {"many": _commit(kernels, {n: program.states[n] for n in names})}  # type: ignore[misc]
         except NotNative as err:
             hosts["commit"] = [("commit", str(err))]
-    return DeviceCode(kernels.kernels, schedules, hosts)
+    for tick in program.ticks:
+        hosts[tick.graph.name] = [(v.op, "the clock") for v in tick.graph.values if v.op != "input"][:1]
+    if program.round is not None and any(v.op == "root" for v in program.round.values) and running(program.round).op == "call":
+        for entry in (*steps(program), "commit"):
+            if hosts.get(entry):
+                schedules.pop(entry, None), hosts.pop(entry)
+    used = {r.kernel for each in schedules.values() for s in each.values() for r in s.rows}
+    return DeviceCode({n: k for n, k in kernels.kernels.items() if n in used}, schedules, hosts)
 
 
 def _entry(kernels: Kernels, graph: Graph, shape: str) -> tuple[abi.Schedule, list[tuple[str, str]]]:
@@ -91,6 +99,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "rope": (dense_rules.rope, "style", "scale"),
     "map": (_map, "expr", "dtype"),
     "view": (lambda to, value: views.view(to.plan, value), "shape"),
+    "positions": (dense_rules.positions,),
     "slice": (lambda to, value: views.slice_(to.plan, value), "start", "stop", "axis"),
     "topk": (dense_rules.best, "k"),
     "append": (attention_rules.append,),

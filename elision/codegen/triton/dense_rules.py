@@ -108,6 +108,11 @@ def norm(to: Launches, value: Value) -> None:
     to.launch("norm", grid, args, fixed, writes=[out.buffer], warps=4 if width > 512 else 1)
 
 
+def positions(to: Launches, value: Value) -> None:
+    """A table reads them where they are."""
+    need(value not in to.plan.graph.outputs and all(u.op == "embed" for u in to.users[value]), "positions that are computed with")
+
+
 def embed(to: Launches, value: Value) -> None:
     ids, table = value.args
     planes, form, group = weight(table)
