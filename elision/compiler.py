@@ -42,10 +42,11 @@ def compile(
     ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
     model's own); ``target``: ``cpu``, ``reference`` (the interpreter), or GPUs, as ``cuda:sm_90`` or ``hip:gfx942``: several of
     these may be given, and one of the first two besides. Code for GPUs is compiled ahead of time, for `load` with
-    ``device="cuda"``; ``target="cuda"`` is the GPU of this machine, and the model generates on it at once. ``kv_dtype="int8"`` is
-    a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``). ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``:
-    the most sequences of a call. ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or
-    ``i64[sequences, n]`` (default: half of Python's own documentation, through the model's tokenizer).
+    ``device="cuda"``; ``target="cuda"`` is the GPU of this machine, and the model generates on it at once.
+    ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
+    ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
+    ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or ``i64[sequences, n]`` (default: half
+    of Python's own documentation, through the model's tokenizer).
 
     Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.

@@ -99,12 +99,12 @@ def attention(
     attend[grid](
         out, lse, part, kept, q, q.stride(0), at["pos"], at.get("anc"), at["start"], slopes, sinks,
         k, v, ks, vs, store.pos, store.len["k"], blocks(store), store.pos.shape[2],
-        dk, dv, dks, dvs, index["node_pos"], index["node_live"], len(tokens),
+        dk, dv, dks, dvs, index["node_pos"], index["node_live"], len(tokens), splits,
         scale, softcap, mask.size, mask.sinks, slots.window if ring else 0, slots.sinks if ring else 0,
         H=type.heads, G=group_, GP=gp, D=type.dim, DV=type.vdim, DP=max(16, triton.next_power_of_2(type.dim)), DVP=dvp,
         LISTS=store.pos.shape[1], GROUP_K=group(type.main[-1].k), GROUP_V=group(type.main[-1].v), MASK=mask.kind,
         SOFTCAP=softcap > 0, SLOPES=slopes is not None, SINKS=sinks is not None, RING=ring, DRAFTED=tokens.drafted,
-        PENDING=pending, ORDERED=ordered, NODES=NODES, SPLITS=splits, LSE=True, KEPT=kept is not None, BM=bm, BN=16,
+        PENDING=pending, ORDERED=ordered, NODES=NODES, PARTS=splits > 1, LSE=True, KEPT=kept is not None, BM=bm, BN=16,
     )  # fmt: skip
     if splits > 1:
         combine[(len(tokens), heads)](

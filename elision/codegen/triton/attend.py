@@ -2,7 +2,7 @@
 entries.
 
 A program has ``BM`` rows, ``BM / GP`` tokens of one sequence times the query heads of one cache head, so keys and values are
-read once for the group. ``SPLITS`` programs share the entries of a sequence (flash decoding); their parts meet in `combine`.
+read once for the group. ``splits`` programs share the entries of a sequence (flash decoding); their parts meet in `combine`.
 Drafted tokens also see nodes in Scratch, by their ancestor bits, in the last split. Positions decide what is seen, never places.
 """
 
@@ -21,17 +21,17 @@ from elision.codegen.triton.seen import logits, sees
 def attend(
     out, lse, part, kept, q, q_stride, pos, anc, start, slopes, sinks,
     k, v, k_scale, v_scale, entry_pos, length, blocks, entries,
-    draft_k, draft_v, draft_k_scale, draft_v_scale, node_pos, node_live, tokens,
+    draft_k, draft_v, draft_k_scale, draft_v_scale, node_pos, node_live, tokens, splits,
     scale, softcap, size, first_seen, ring, ring_sinks,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     LISTS: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, DRAFTED: tl.constexpr, PENDING: tl.constexpr,
-    ORDERED: tl.constexpr, NODES: tl.constexpr, SPLITS: tl.constexpr, LSE: tl.constexpr, KEPT: tl.constexpr,
+    ORDERED: tl.constexpr, NODES: tl.constexpr, PARTS: tl.constexpr, LSE: tl.constexpr, KEPT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (split, tile of tokens, sequence * H + cache head).
 
-    ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; with splits ``part f32[SPLITS, tokens, H G, DVP + 2]`` instead:
+    ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; if ``PARTS``, ``part f32[splits, tokens, H G, DVP + 2]`` instead:
     sums, then the largest logit and the sum of the weights. ``kept f32[tokens, H G, entries]`` if ``KEPT``: the logits, for
     scores. ``PENDING``: the tokens of the call are appended but not counted in ``length [sequences, LISTS]``. ``ORDERED``:
     entry i is at position i. ``RING``: entries are seen for ``ring`` positions only.
@@ -63,7 +63,7 @@ def attend(
         if ORDERED and MASK == "window" and not KEPT:
             if first_seen == 0:
                 low = tl.maximum(tl.min(tl.where(there, q_pos, tl.max(q_pos))) - size + 1, 0) // BN * BN
-        share = tl.cdiv(tl.cdiv(high - low, SPLITS), BN) * BN
+        share = tl.cdiv(tl.cdiv(high - low, splits), BN) * BN
         begin = low + split * share
         end = tl.minimum(begin + share, high)
         k_head, v_head = k + place * blocks * 16 * D, v + place * blocks * 16 * DV
@@ -85,7 +85,7 @@ def attend(
             value = values(v_head, vs_head, slot, inside, DV, DVP, GROUP_V, TYPE)
             top, total, sums = _joined(top, total, sums, s, value)
         if DRAFTED:
-            if split == SPLITS - 1:
+            if split == splits - 1:
                 node = tl.arange(0, NODES)
                 bits = tl.load(anc + token, mask=there, other=0)
                 live = tl.load(node_live + row * NODES + node) != 0
@@ -104,7 +104,7 @@ def attend(
                 top, total, sums = _joined(top, total, sums, s, value)
 
         channel = tl.arange(0, DVP)
-        if SPLITS == 1:
+        if not PARTS:
             if SINKS:
                 top, total, sums = _with_sink(top, total, sums, tl.load(sinks + head, mask=there, other=0.0).to(tl.float32))
             where = (token * (H * G) + head)[:, None] * DV + channel[None, :]

@@ -132,6 +132,7 @@ def attend(to: Launches, value: Value) -> None:
         **shared, **none, "kept": None, "q": queries, "q_stride": stride, "pos": axis(tokens, "pos"),
         "anc": axis(tokens, "anc") if drafted else None, "start": axis(tokens, "start"),
         "slopes": plain(named["slopes"]) if "slopes" in named else None, **planes_of(name, state),
+        "splits": Arg(("int", splits), "i32"),
         "entry_pos": cache(name, state, "pos"), "length": cache(name, state, "len_k"), "blocks": size(name, "blocks"),
         "entries": size(name, "entries"),
         **{f"draft_{k}": v if drafted else None for k, v in planes_of(name, state, "draft_").items()},
@@ -145,7 +146,7 @@ def attend(to: Launches, value: Value) -> None:
     fixed = sizes | dict(
         G=per, GP=power(per), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named,
         SINKS=sinks is not None and splits == 1, RING=ring, DRAFTED=drafted, PENDING=not drafted, ORDERED=ordered,
-        NODES=nodes(state) or LANES, SPLITS=splits, LSE=observed and splits == 1, KEPT=False, BM=tile.m, BN=tile.n,
+        NODES=nodes(state) or LANES, PARTS=splits > 1, LSE=observed and splits == 1, KEPT=False, BM=tile.m, BN=tile.n,
     )  # fmt: skip
     grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // power(per)), ("rows", state.heads))
     writes = [out.buffer] if part is None else [part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,10 +44,10 @@ class DeviceCache:
         self.free = weakref.finalize(self, _free, device, tuple(self.address.values()))
         self.free.atexit = False  # the device may be gone by then
 
-    def need_room(self, counts: Sequence[int]) -> None:
+    def need_room(self, counts: np.ndarray[Any, Any]) -> None:
         """So many entries will join the sequences. Raises BadInput if they do not fit, since kernels do not ask."""
         slots = self.type.main[-1].slots
-        most = self._most + np.asarray(counts)
+        most = self._most + counts
         if not isinstance(slots, Ring) and int(most.max()) > self.sizes["slots"]:
             raise BadInput(f"append: {slots} has {self.sizes['slots']} rows and they are full; evict, or ask for more")
         self._most = most
