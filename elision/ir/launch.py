@@ -12,7 +12,7 @@ order of one stream. The first operand of a row is its grid, the others are the 
     ("state", name, array)     an array of a cache (`elision.ir.layout`): k, v, k_scale, v_scale of the segment that is appended
                                to, the same with draft_ in Scratch, and what lies in the index: pos, len_k, ...
     ("size", name, what)       of a cache: blocks, entries, slots
-    ("round", array)           of a round: path, accepted, next
+    ("round", array)           of a round, by sequence: path, accepted, next; how tokens are drawn: numbers, whole
     ("count", axis), ("rows", ""), ("int", n), ("float", x)
 """
 

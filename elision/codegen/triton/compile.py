@@ -51,7 +51,12 @@ def _entry(kernels: Kernels, graph: Graph, shape: str) -> tuple[abi.Schedule, li
     plan = Planner(graph, True, lambda name: [])
     to = Launches(kernels, plan, shape)
     found = plan.plan(regions(graph), lambda _, region: _emit(to, region), lambda _: _end(to))
-    return found, [h for h in plan.hosts if h[0] not in (*OF_TOKENS, *OF_INPUTS)]
+    return found, _left(plan)
+
+
+def _left(plan: Planner) -> list[tuple[str, str]]:
+    """What has no kernel, and is not known before the first launch."""
+    return [h for h in plan.hosts if h[0] not in (*OF_TOKENS, *OF_INPUTS)]
 
 
 def _end(to: Launches) -> None:
@@ -59,9 +64,10 @@ def _end(to: Launches) -> None:
     graph, plan = to.plan.graph, to.plan
     best = next((v for v in graph.outputs if v.op == "item" and v.args[0].op == "topk" and v in plan.refs), None)
     state = next((v.type for v in graph.inputs if isinstance(v.type, KV)), None)
-    if best is None or state is None or not graph.inputs[0].tensor.tokens == best.tensor.tokens:
+    if best is None or state is None or not graph.inputs[0].tensor.tokens == best.tensor.tokens or _left(plan):
         return
-    given, found, tokens = to.whole(graph.inputs[0]), to.whole(best), plan.axis(best)
+    given, tokens = to.whole(graph.inputs[0]), plan.axis(best)
+    found = round_rules.sample(to, best.args[0].args[0], best, tokens)
     if plan.drafted(tokens):
         round_rules.walk(to, given, found, tokens, attention_rules.nodes(state))
     else:

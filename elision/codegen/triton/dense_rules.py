@@ -16,6 +16,7 @@ from elision.codegen.triton.launches import Arg, Launches, axis, count, integer,
 from elision.ir.types import DTYPES
 from elision.ir.value import Value
 
+BEST = 16  # tokens that `topk` gives, at the most
 HALF = 2  # slots of weights, and of extras, of a product
 
 
@@ -204,20 +205,18 @@ def _kind(own: list[int], sizes: list[int], outer: int, width: int) -> str:
 
 
 def best(to: Launches, value: Value) -> None:
-    """The index of the largest logit of each token."""
-    x = value.args[0]
+    """The indices of the largest logits of each token."""
+    x, k = value.args[0], value.attr("k")
     parts = {v.attr("index"): v for v in to.plan.graph.values if v.op == "item" and v.args[0] is value}
     unread = 0 not in parts or not to.users[parts[0]] and parts[0] not in to.plan.graph.outputs
-    need(value.attr("k") == 1 and unread and 1 in parts and len(x.tensor.features) == 1, "more than the best one")
+    need(k <= BEST and unread and 1 in parts and len(x.tensor.features) == 1, f"more than the {BEST} best, or their logits")
     width, tokens = x.tensor.width, to.plan.axis(x)
-    block = min(4096, power(width))
+    block = min(4096, power(max(width, k)))
     tiles = -(-width // block)
-    values, index = to.scratch(tokens, tiles), to.scratch(tokens, tiles, 8)
+    values, index = to.scratch(tokens, tiles * k), to.scratch(tokens, tiles * k, 8)
     parted: dict[str, Arg | None] = {"value": piece(values), "index": piece(index, "i64")}
-    grid = (tiles, ("tokens", tokens, 1))
-    to.launch("best_of_tile", grid, parted | {"x": to.whole(x)}, dict(N=width, TILES=tiles, BN=block), writes=[values, index])
+    grid, fixed = (tiles, ("tokens", tokens, 1)), dict(N=width, TILES=tiles, K=k)
+    to.launch("best_of_tile", grid, parted | {"x": to.whole(x)}, fixed | {"BN": block}, writes=[values, index])
     out = to.new(parts[1])
     found = parted | {"best": to.tensor(parts[1])[0]}
-    to.launch(
-        "best_of_tiles", (("tokens", tokens, 1),), found, dict(TILES=tiles, BT=power(tiles)), writes=[out.buffer], warps=1
-    )  # fmt: skip
+    to.launch("best_of_tiles", (("tokens", tokens, 1),), found, fixed | {"BT": power(tiles * k)}, writes=[out.buffer], warps=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, linear, moe, move, rope, rows, scores
+from elision.codegen.triton import append, attend, choose, combine, linear, moe, move, rope, rows, sample, scores
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -25,6 +25,7 @@ TEMPLATES: dict[str, Any] = {
     "move": move.move,
     "best_of_tile": choose.best_of_tile,
     "best_of_tiles": choose.best_of_tiles,
+    "sample": sample.sample,
     "walk": choose.walk,
     "follow": choose.follow,
     "route": moe.route,

@@ -201,7 +201,7 @@ class Engine:
     def round(self, array: str, rows: int) -> int:
         """The address of an array of a round, or of the tokens that plain decoding leaves."""
         if (array, rows) not in self._round:
-            width = {"path": 64, "tokens": max(1, self._most)}.get(array, 1)
+            width = {"path": 64, "tokens": max(1, self._most), "numbers": 3, "whole": 3}.get(array, 1)
             self._round[array, rows] = self.device.allocate(8 * rows * width)
         return self._round[array, rows]
 

@@ -1,8 +1,9 @@
 """A program's graphs on a device, in the place of what the interpreter would run: entries, commits, whole rounds.
 
 A round without drafts is one graph of launches, that of ``decode``, which leaves the next token where the next round reads it.
-A round of drafts is ``step`` and ``commit``; while all sequences are greedy, the walk through the trees is the device's too, and
-the host reads what was accepted. Other rounds (early exits, models that draft) are the interpreter's, with the entries from here.
+A round of drafts is ``step`` and ``commit``; the walk through the trees is the device's, and the host reads what was accepted.
+Tokens are drawn on the device unless penalties ask for all the tokens before them. Other rounds (early exits, models that draft)
+are the interpreter's, with the entries from here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from elision.ir.states import KV
 from elision.ir.tokens import Tokens
 from elision.ir.tree import roots
 from elision.ir.value import Graph
+from elision.ir.verify import Request
 from elision.runtime.cuda.caches import DeviceCache
 from elision.runtime.cuda.engine import Call, Engine
 
@@ -40,6 +42,7 @@ class Natives:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self._lock = engine, threading.RLock()
+        self._items: dict[int, list[Request]] = {}  # by number of sequences, how the device was told to draw
 
     def entries(self) -> dict[str, Native]:
         """By name of a graph, what runs in its place."""
@@ -103,7 +106,7 @@ class Natives:
         with self._lock:
             start = time.perf_counter()
             if len(ids) == len(last) and decoding(step) in self.engine.code.schedules:
-                paths, drawn, best = self._decode(decoding(step), requests, last, at, caches)
+                paths, drawn, best = self._decode(decoding(step), requests, last, at, caches, drafts is not None)
                 middle = time.perf_counter()
             else:
                 paths, drawn, best, middle = self._verify(step, requests, ids, nodes, caches)
@@ -115,35 +118,51 @@ class Natives:
         return (tokens, drawn, *caches.values(), *(() if drafts is None else (drafts,)))
 
     def _decode(
-        self, entry: str, requests: Requests, last: torch.Tensor, at: Tokens, caches: dict[str, DeviceCache]
+        self, entry: str, requests: Requests, last: torch.Tensor, at: Tokens, caches: dict[str, DeviceCache], learns: bool
     ) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
         """One token of each sequence. What the last round left on the device is not written again."""
         counts = np.bincount(at.row.numpy(), minlength=at.rows)
         _need_room(caches, counts)
+        here = self._asked(requests, at)
         rows, owner = at.row.tolist(), weakref.ref(next(iter(caches.values())))
         call = self.engine.known(entry, at)
         if call is None or call.fed != (owner, rows, at.pos.tolist(), last.tolist()):
             call = self.engine.call(entry, at, last)
         self._launch(call, caches)
-        best = self.engine.output(call, 1)
+        drawn = self.engine.read_round("next", at.rows)[rows, 0]
         if call.feeds:
-            call.fed = (owner, rows, (at.pos + 1).tolist(), best[:, 0].tolist())
-        if all(requests.items[r].plain for r in rows):
-            paths, drawn = [[0] if n else [] for n in counts.tolist()], best[:, 0]
-        else:
-            paths, drawn = requests.verify(last, self.engine.output(call, 0), best, roots(at))
+            call.fed = (owner, rows, (at.pos + 1).tolist(), drawn.tolist())
+        paths = [[0] if n else [] for n in counts.tolist()]
+        if not here:
+            paths, drawn = requests.verify(last, self.engine.output(call, 0), drawn[:, None], roots(at))
+        best = self.engine.output(call, 1) if learns else drawn
         return paths, drawn, best
+
+    def _asked(self, requests: Requests, at: Tokens) -> bool:
+        """Tell the device how the sequences draw their tokens. Whether it can: what looks at the tokens before (penalties,
+        suppressed tokens) is the host's, and so are other rules than `match`."""
+        items = [requests.items[r] for r in sorted(set(at.row.tolist()))]
+        if not all(q.plain or q.rule == "match" and q.warp.repetition_penalty == 1.0 and not q.warp.suppress for q in items):
+            return False
+        if self._items.get(at.rows) != requests.items:
+            self._items[at.rows] = list(requests.items)
+            warps = [(q, q.warp) for q in requests.items]
+            numbers = [(0.0 if q.greedy else w.temperature, w.top_p, w.min_p) for q, w in warps]
+            whole = [(w.top_k, (q.seed + (1 << 63)) % (1 << 64) - (1 << 63), q.row & 0xFFFFFFFF) for q, w in warps]
+            for name, array in (("numbers", torch.tensor(numbers)), ("whole", torch.tensor(whole))):
+                self.engine.device.write(self.engine.round(name, at.rows), array)
+        return True
 
     def _verify(
         self, entry: str, requests: Requests, ids: torch.Tensor, nodes: Tokens, caches: dict[str, DeviceCache]
     ) -> tuple[list[list[int]], torch.Tensor, torch.Tensor, float]:
         """Trees of drafts: what is accepted, the next tokens, the likeliest token of every node, and when that was known."""
         engine, rows = self.engine, nodes.rows
+        here, there = self._asked(requests, nodes), sorted(set(nodes.row.tolist()))
         call = engine.call(entry, nodes, ids)
         self._launch(call, caches)
         best = engine.output(call, 1)
-        there = sorted(set(nodes.row.tolist()))
-        if all(requests.items[r].plain for r in there):
+        if here:
             count = engine.read_round("accepted", rows)[:, 0]
             self._accept(caches, rows, count.numpy())
             path, drawn = engine.read_round("path", rows), engine.read_round("next", rows)[there, 0]
