@@ -5,7 +5,8 @@ order of one stream. The first operand of a row is its grid, the others are the 
 
     ("grid", (a, b, c))        sizes: a number, or ("tokens", axis, per): programs for the tokens of an axis, ``per`` each;
                                ("longest", axis, per): for the sequence with most tokens; ("rows", n): n for each sequence;
-                               ("entries", state, per): for the entries that a cache has room for
+                               ("entries", state, per): for the entries that a cache has room for; ("over", state, n, per):
+                               for those of them that can move when n are kept
     ("tensor", buffer, bytes)  address in a buffer; a buffer has its tokens one after the other, without gaps
     ("weight", name, i)        a plane of a weight (`elision.ir.planes`); -1: the weight decoded to the type of its type
     ("axis", i, array)         an array of a token axis, int64: row, pos, anc, node, start, index, ahead, parent
@@ -13,6 +14,7 @@ order of one stream. The first operand of a row is its grid, the others are the 
                                to, the same with draft_ in Scratch, and what lies in the index: pos, len_k, ...
     ("size", name, what)       of a cache: blocks, entries, slots
     ("round", array)           of a round, by sequence: path, accepted, next; how tokens are drawn: numbers, whole
+    ("round", array, n)        n numbers for each sequence, int64
     ("count", axis), ("rows", ""), ("int", n), ("float", x)
 """
 

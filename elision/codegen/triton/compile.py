@@ -9,12 +9,12 @@ from elision.codegen import views
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative, knows, need
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, Products, Region, regions
-from elision.codegen.triton import attention_rules, dense_rules, moe_rules, round_rules
+from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, round_rules
 from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
 from elision.ir.flatten import generating_entries
 from elision.ir.launch import DeviceCode
-from elision.ir.program import Program, committed_states, running, steps
+from elision.ir.program import Program, Tick, committed_states, running, steps
 from elision.ir.states import KV
 from elision.ir.value import Graph, Value
 
@@ -38,7 +38,11 @@ def plan_program(program: Program) -> DeviceCode:
         except NotNative as err:
             hosts["commit"] = [("commit", str(err))]
     for tick in program.ticks:
-        hosts[tick.graph.name] = [(v.op, "the clock") for v in tick.graph.values if v.op != "input"][:1]
+        name = tick.graph.name
+        try:
+            schedules[name], hosts[name] = {"many": _tick(kernels, tick)}, []
+        except NotNative as err:
+            hosts[name] = [("select", str(err))]
     if program.round is not None and any(v.op == "root" for v in program.round.values) and running(program.round).op == "call":
         for entry in (*steps(program), "commit"):
             if hosts.get(entry):
@@ -82,6 +86,12 @@ def _commit(kernels: Kernels, states: dict[str, KV]) -> abi.Schedule:
     return found
 
 
+def _tick(kernels: Kernels, tick: Tick) -> abi.Schedule:
+    plan = Planner(Graph(tick.graph.name, (), (), (), {}), True, lambda name: [])
+    evict_rules.evictions(Launches(kernels, plan, "many"), tick)
+    return plan.plan([], lambda *_: None)
+
+
 def _emit(to: Launches, region: Region) -> None:
     if isinstance(region, Products):
         dense_rules.products(to, region)
@@ -110,7 +120,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "topk": (dense_rules.best, "k"),
     "append": (attention_rules.append,),
     "attend": (attention_rules.attend, "mask", "scale", "softcap", "extras", "results", "page", "open"),
-    "observe": (attention_rules.observe, "mask", "scale", "softcap", "extras", "last"),
+    "observe": (attention_rules.observe, "mask", "scale", "softcap", "extras", "last", "decoding"),
     "route": (
         moe_rules.route, "k", "kind", "renormalise", "eps", "scale", "groups", "top_groups", "group_best",
     ),

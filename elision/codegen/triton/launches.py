@@ -119,6 +119,7 @@ class Launches:
         self.widths: dict[int, int] = {}  # elements of a token
         self.users = plan.graph.users()
         self.lse: dict[Value, int] = {}  # buffers with the log-sum-exp of attention, by its queries
+        self.kept: dict[Value, int] = {}  # and with its logits
 
     def launch(
         self, template: str, grid: Sequence[Any], args: Mapping[str, Arg | None], constants: Mapping[str, Any],

@@ -52,6 +52,10 @@ class DeviceCache:
             raise BadInput(f"append: {slots} has {self.sizes['slots']} rows and they are full; evict, or ask for more")
         self._most = most
 
+    def evicted(self, rows: np.ndarray[Any, Any], n: int) -> None:
+        """At most ``n`` entries of these sequences have stayed."""
+        self._most[rows] = np.minimum(self._most[rows], n)
+
     def bytes(self) -> int:
         """Bytes that are allocated."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())

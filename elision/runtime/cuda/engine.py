@@ -77,7 +77,7 @@ class Engine:
         self.graphs = generating_entries(program)
         self._addresses: dict[tuple[str, int], int] = {}
         self._calls: dict[tuple[str, str], Call] = {}
-        self._round: dict[tuple[str, int], int] = {}
+        self._round: dict[tuple[str, int, int], int] = {}
         self._most = 0
 
     def call(self, entry: str, at: Tokens, ids: torch.Tensor | None) -> Call:
@@ -156,6 +156,8 @@ class Engine:
                 return -(-call.rows * times // per)
             case ("entries", name, per):
                 return -(-caches[name].sizes["entries"] // per)
+            case ("over", name, n, per):
+                return -(-max(0, min(n, caches[name].sizes["entries"] - n)) // per)
         raise AssertionError(part)
 
     def _argument(self, operand: tuple[Any, ...], call: Call, caches: Caches) -> Number:
@@ -178,8 +180,8 @@ class Engine:
                 return self._most
             case ("size", name, what):
                 return caches[name].sizes[what]
-            case ("round", array):
-                return self.round(array, call.rows)
+            case ("round", array, *width):
+                return self.round(array, call.rows, *width)
         raise AssertionError(operand)
 
     def weight(self, name: str, plane: int) -> int:
@@ -198,12 +200,13 @@ class Engine:
                 self._addresses[name, i if plane >= 0 else -1] = address
         return self._addresses[name, plane]
 
-    def round(self, array: str, rows: int) -> int:
-        """The address of an array of a round, or of the tokens that plain decoding leaves."""
-        if (array, rows) not in self._round:
-            width = {"path": 64, "tokens": max(1, self._most), "numbers": 3, "whole": 3}.get(array, 1)
-            self._round[array, rows] = self.device.allocate(8 * rows * width)
-        return self._round[array, rows]
+    def round(self, array: str, rows: int, width: int = 0) -> int:
+        """The address of an array of a round, of the tokens that plain decoding leaves, or of ``width`` numbers a sequence."""
+        key = array, rows, width
+        if key not in self._round:
+            known = {"path": 64, "tokens": max(1, self._most), "numbers": 3, "whole": 3}
+            self._round[key] = self.device.allocate(8 * rows * (width or known.get(array, 1)))
+        return self._round[key]
 
     def begin(self, rows: int, most: int) -> None:
         """A generation of up to ``most`` tokens for each of so many sequences."""

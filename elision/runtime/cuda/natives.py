@@ -48,6 +48,7 @@ class Natives:
         """By name of a graph, what runs in its place."""
         graph, schedules = self.engine.program.round, self.engine.code.schedules
         found: dict[str, Native] = {n: partial(self.run, n) for n in schedules if n in self.engine.program.entries}
+        found |= {t.graph.name: partial(self._tick, t.graph) for t in self.engine.program.ticks}
         if graph is not None and {v.op for v in graph.values} - {"input", "param"} <= _FORM:
             found[graph.name] = partial(self._round, graph)
         return found
@@ -69,6 +70,15 @@ class Natives:
             return tuple(
                 caches[graph.names[origin(v)]] if v.is_state else self.engine.output(call, next(places)) for v in graph.outputs
             )
+
+    def _tick(self, graph: Graph, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
+        """Evict from the caches of the sequences ``at``, as a graph of the clock says."""
+        caches = {graph.names[v]: a for v, a in zip(graph.inputs, args, strict=True) if v.is_state}
+        with self._lock:
+            self._launch(self.engine.call(graph.name, at, None), caches)
+        for value in graph.outputs:
+            caches[graph.names[origin(value)]].evicted(at.row.numpy(), value.args[1].attr("n"))
+        return tuple(caches[graph.names[origin(v)]] for v in graph.outputs)
 
     def commit(self, states: Sequence[DeviceCache], paths: Sequence[Sequence[int]]) -> None:
         """The accepted nodes of every sequence join all caches; Scratch is empty afterwards."""
