@@ -37,7 +37,7 @@ def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
     """Of the shapes of Mixtral, with weights of four bits and a cache of bytes; then what methods that evict have besides."""
     code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"))))
     there = {k.template for k in code.kernels.values()}
-    for method in ("h2o:budget=1024,recent=60",):
+    for method in ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0"):
         more = one_of_each(plan_program(shaped("llama-3-8b", ("insert-cache:dtype=int8", method)))).kernels
         code = DeviceCode({**code.kernels, **{f"more_{n}": k for n, k in more.items() if k.template not in there}}, {}, {})
     assert {k.template for k in code.kernels.values()} == set(TEMPLATES)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from elision.codegen.triton.cache import keys, values
 from elision.codegen.triton.dot import dot
+from elision.codegen.triton.pages import closed
 from elision.codegen.triton.queries import load, places
 from elision.codegen.triton.seen import logits, sees
 
@@ -22,19 +23,20 @@ def attend(
     out, lse, part, kept, q, q_stride, pos, anc, start, slopes, sinks,
     k, v, k_scale, v_scale, entry_pos, length, blocks, entries,
     draft_k, draft_v, draft_k_scale, draft_v_scale, node_pos, node_live, tokens, splits,
-    scale, softcap, size, first_seen, ring, ring_sinks,
+    scale, softcap, size, first_seen, ring, ring_sinks, pages,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     LISTS: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, DRAFTED: tl.constexpr, PENDING: tl.constexpr,
     ORDERED: tl.constexpr, NODES: tl.constexpr, PARTS: tl.constexpr, LSE: tl.constexpr, KEPT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    LISTED: tl.constexpr, PAGE: tl.constexpr, OPEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (split, tile of tokens, sequence * H + cache head).
 
     ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; if ``PARTS``, ``part f32[splits, tokens, H G, DVP + 2]`` instead:
     sums, then the largest logit and the sum of the weights. ``kept f32[tokens, H G, entries]`` if ``KEPT``: the logits, for
     scores. ``PENDING``: the tokens of the call are appended but not counted in ``length [sequences, LISTS]``. ``ORDERED``:
-    entry i is at position i. ``RING``: entries are seen for ``ring`` positions only.
+    entry i is at position i. ``RING``: entries are seen for ``ring`` positions only. ``LISTED``: of the entries before the last
+    multiple of ``OPEN``, a token sees those of ``pages i64[tokens, H, LISTED]`` alone; one token a program (``GP = BM``).
     """
     TYPE: tl.constexpr = q.dtype.element_ty
     split = tl.program_id(0)
@@ -63,6 +65,11 @@ def attend(
         if ORDERED and MASK == "window" and not KEPT:
             if first_seen == 0:
                 low = tl.maximum(tl.min(tl.where(there, q_pos, tl.max(q_pos))) - size + 1, 0) // BN * BN
+        if LISTED > 0:
+            own = (tl.load(start + row) + first).to(tl.int64)
+            until = closed(length, start, row, tl.load(pos + own), OPEN, PENDING)
+            listed = pages + (own * H + h) * LISTED
+            high = n * 0 + LISTED * PAGE + OPEN
         share = tl.cdiv(tl.cdiv(high - low, splits), BN) * BN
         begin = low + split * share
         end = tl.minimum(begin + share, high)
@@ -72,6 +79,11 @@ def attend(
         for at in range(begin, end, BN):
             slot = at + tl.arange(0, BN)
             inside = slot < end
+            if LISTED > 0:
+                chosen = slot < LISTED * PAGE
+                page = tl.load(listed + slot // PAGE, mask=chosen & inside, other=0).to(tl.int32)
+                slot = tl.where(chosen, page * PAGE + slot % PAGE, until + slot - LISTED * PAGE)
+                inside &= (page >= 0) & (slot < n)
             k_pos = tl.load(entry_pos + list_ * entries + slot, mask=inside, other=0)
             key = keys(k_head, ks_head, slot, inside, D, DP, GROUP_K, TYPE)
             s = logits(query, key, q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, SLOPES)

@@ -20,7 +20,6 @@ def readable(state: KV) -> None:
     main = state.main[-1]
     need(len(state.main) == 1 and not main.shared, "a cache of several segments")
     need(isinstance(main.slots, Dense | Budget | Ring), f"slots of the kind {main.slots}")
-    need(state.summary is None, "pages that are summarised")
     for encoding, dim in ((main.k, state.dim), (main.v, state.vdim)):
         plain_bytes = isinstance(encoding, Int) and encoding.bits == 8 and encoding.axis == "channel" and not encoding.zero
         need(isinstance(encoding, Float) and encoding.dtype != "f64" or plain_bytes, f"entries stored as {encoding}")
@@ -105,7 +104,7 @@ def attend(to: Launches, value: Value) -> None:
     readable(state)
     need(origin(cached).op == "input", "a cache of the call's own")
     named = dict(zip(value.attr("extras") or (), value.args[2:], strict=True))
-    need("pages" not in named and not value.attr("results"), "chosen pages, or results beside the output")
+    need(not value.attr("results"), "results beside the output")
     name, tokens, drafted = plan.state(cached), plan.axis(q), plan.drafted(plan.axis(q))
     observe = next((v for v in plan.graph.values if v.op == "observe" and v.args[1] is q), None)
     observed = observe is not None
@@ -114,8 +113,12 @@ def attend(to: Launches, value: Value) -> None:
     heads, _ = q.tensor.sizes
     per = heads // state.heads
     single = to.plan.graph.name.startswith("decode")
+    single |= "pages" in named
     tile, splits = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize)
-    slots = state.main[-1].slots
+    slots, padded, pages = state.main[-1].slots, power(per), named.get("pages")
+    if pages is not None:  # a program has one token
+        need(state.keyed_by == "position" and isinstance(slots, Dense), "pages of entries that move")
+        padded = tile.m
     ring = isinstance(slots, Ring)
     sizes = fixed_sizes(state)
     part = to.scratch(tokens, splits * heads * (sizes["DVP"] + 2)) if splits > 1 else None
@@ -148,14 +151,16 @@ def attend(to: Launches, value: Value) -> None:
         "size": integer(mask.size), "first_seen": integer(mask.sinks),
         "ring": integer(slots.window if isinstance(slots, Ring) else 0),
         "ring_sinks": integer(slots.sinks if isinstance(slots, Ring) else 0),
+        "pages": None if pages is None else to.whole(pages),
     }  # fmt: skip
     ordered = state.keyed_by == "position" and state.present.kind == "all" and isinstance(slots, Dense)
     fixed = sizes | dict(
-        G=per, GP=power(per), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named,
+        G=per, GP=padded, MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named,
+        LISTED=0 if pages is None else pages.tensor.width, PAGE=value.attr("page", 0), OPEN=value.attr("open", 0),
         SINKS=sinks is not None and splits == 1, RING=ring, DRAFTED=drafted, PENDING=not drafted, ORDERED=ordered,
         NODES=nodes(state) or LANES, PARTS=splits > 1, LSE=observed and splits == 1, KEPT=kept is not None, BM=tile.m, BN=tile.n,
     )  # fmt: skip
-    grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // power(per)), ("rows", state.heads))
+    grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // padded), ("rows", state.heads))
     writes = [out.buffer if part is None else part, *([] if kept is None else [kept])]
     if lse is not None and part is None:
         writes.append(lse)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOWEST, _MOST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+from elision.codegen.triton.order import LOWEST, MOST
 
 
 @triton.jit
@@ -37,11 +37,11 @@ def evict(
         if SCORED:
             score += (b * H + list_ % LISTS) * wide
         newest = _newest(pos, count, BN)
-        least = tl.zeros([], tl.int32) + _LOWEST
+        least = tl.zeros([], tl.int32) + LOWEST
         for bit in range(0, 32):
             tried = tl.where(bit == 0, 0, least | (1 << (31 - tl.maximum(bit, 1))))
             reached = _reached(
-                score, pos, count, tried, _LOWEST, newest, recent, sinks, wide, H, LISTS, SCORED, POOL, POOL_RECENT, BN
+                score, pos, count, tried, LOWEST, newest, recent, sinks, wide, H, LISTS, SCORED, POOL, POOL_RECENT, BN
             )
             least = tl.where(reached >= n, tried, least)
         last = tl.zeros([], tl.int32)  # of the positions with the least rank that stay
@@ -96,7 +96,7 @@ def _rank(
             for h in tl.static_range(H // LISTS):
                 total += tl.load(score + h * wide + near, mask=counted, other=0.0)
         rank = (total / POOL).to(tl.int32, bitcast=True)
-    return tl.where((place < sinks) | (place > newest - recent), _MOST, rank)
+    return tl.where((place < sinks) | (place > newest - recent), MOST, rank)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from elision.codegen.refusal import need
 from elision.codegen.triton.attention_rules import fixed_sizes, group, lists, planes_of, readable
 from elision.codegen.triton.configs import power
 from elision.codegen.triton.launches import Arg, Launches, axis, cache, integer, size
+from elision.codegen.triton.page_rules import summarise
 from elision.ir.program import Tick
 from elision.ir.states import KV, Budget
 from elision.ir.value import Value
@@ -15,8 +16,11 @@ from elision.ir.value import Value
 
 def evictions(to: Launches, tick: Tick) -> None:
     """The launches of a tick, axis 0 being the sequences that are due. Raises NotNative for one that does anything but keep the
-    best entries of caches, by score or by position."""
-    for value in tick.graph.outputs:
+    best entries of caches, by score or by position, or summarise their pages."""
+    for value in (v for v in tick.graph.outputs if v.op != "input"):
+        if value.op == "summarise" and value.args[0].op == "input" and isinstance(value.type, KV):
+            summarise(to, tick.graph.names[value.args[0]], value.type)
+            continue
         need(value.op == "select" and value.args[0].op == "input" and value.args[1].op == "keep", f"{value.op} on the clock")
         need(not value.attr("renumber"), "positions that are counted anew")
         _evict(to, tick, value.args[0], value.args[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOWEST = tl.constexpr(-(2**31))
+from elision.codegen.triton.order import LOWEST, key
 
 
 @triton.jit
@@ -28,27 +28,20 @@ def sample(
     if heat > 0:
         logits += token * N
         most = _largest(logits, heat, N, BN)
-        least = tl.zeros([], tl.int32) + _LOWEST
+        least = tl.zeros([], tl.int32) + LOWEST
         k = tl.load(whole + b * 3)
         if k > 0:
             least = _found(logits, heat, most, least, tl.minimum(k, N).to(tl.float64), True, N, BN)
         p = tl.load(numbers + b * 3 + 1)
         if p < 1:
             share = (1 - p).to(tl.float64) * _mass(logits, heat, most, least, 2147483647, N, BN)
-            least = tl.maximum(least, tl.minimum(_found(logits, heat, most, least, share, False, N, BN), _key(most)))
+            least = tl.maximum(least, tl.minimum(_found(logits, heat, most, least, share, False, N, BN), key(most)))
         p = tl.load(numbers + b * 3 + 2)
         if p > 0:
-            least = tl.maximum(least, _key(most + tl.log(p)))
+            least = tl.maximum(least, key(most + tl.log(p)))
         seed, of = tl.load(whole + b * 3 + 1), tl.load(whole + b * 3 + 2)
         found = _drawn(logits, heat, least, seed, of, tl.load(pos + token) + 1, N, STREAM, BN)
     tl.store(chosen + token, found)
-
-
-@triton.jit
-def _key(x):
-    """An integer in the order of the float."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -70,8 +63,8 @@ def _mass(logits, heat, most, least, below, N: tl.constexpr, BN: tl.constexpr):
     total = tl.zeros([BN], tl.float64)
     for start in range(0, N, BN):
         x = _scaled(logits, start + tl.arange(0, BN), heat, N)
-        key = _key(x)
-        total += tl.where((key >= least) & (key < below), tl.exp(x - most), 0.0).to(tl.float64)
+        rank = key(x)
+        total += tl.where((rank >= least) & (rank < below), tl.exp(x - most), 0.0).to(tl.float64)
     return tl.sum(total, 0)
 
 
@@ -81,7 +74,7 @@ def _count(logits, heat, least, N: tl.constexpr, BN: tl.constexpr):
     total = tl.zeros([BN], tl.int32)
     for start in range(0, N, BN):
         at = start + tl.arange(0, BN)
-        total += ((_key(_scaled(logits, at, heat, N)) >= least) & (at < N)).to(tl.int32)
+        total += ((key(_scaled(logits, at, heat, N)) >= least) & (at < N)).to(tl.int32)
     return tl.sum(total, 0)
 
 
@@ -89,7 +82,7 @@ def _count(logits, heat, least, N: tl.constexpr, BN: tl.constexpr):
 def _found(logits, heat, most, least, want, COUNT: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
     """The largest key that ``want`` keys or more reach, or (not ``COUNT``) under which there is a mass of at most ``want``."""
     zero = tl.zeros([], tl.int32)
-    found = tl.where(_there(logits, heat, most, least, zero, want, COUNT, N, BN), zero, zero + _LOWEST)
+    found = tl.where(_there(logits, heat, most, least, zero, want, COUNT, N, BN), zero, zero + LOWEST)
     for bit in range(0, 31):
         tried = found | (1 << (30 - bit))
         found = tl.where(_there(logits, heat, most, least, tried, want, COUNT, N, BN), tried, found)
@@ -118,7 +111,7 @@ def _drawn(logits, heat, least, seed, row, pos, N: tl.constexpr, STREAM: tl.cons
             x = _scaled(logits, at, heat, N)
             uniform = (words[w].to(tl.uint32, bitcast=True).to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
             worth = x.to(tl.float64) - tl.log(-tl.log(uniform))
-            better = (at < N) & (_key(x) >= least) & (worth > top)
+            better = (at < N) & (key(x) >= least) & (worth > top)
             top = tl.where(better, worth, top)
             where = tl.where(better, at.to(tl.int64), where)
     first = tl.max(top, 0)

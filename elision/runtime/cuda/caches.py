@@ -39,6 +39,7 @@ class DeviceCache:
             "blocks": blocks, "capacity": 16 * blocks, "entries": arrays["pos"][0][2], "slots": slots,
             "turns": slots - tail.sinks if isinstance(tail, Ring) else 0,
             "wide": arrays["score"][0][2] if "score" in arrays else 0,
+            "pages": 16 * arrays["summary"][0][2] if "summary" in arrays else 0,
         }  # fmt: skip
         self._most = np.zeros(rows, np.int64)  # entries of a sequence, at the most
         self.free = weakref.finalize(self, _free, device, tuple(self.address.values()))
