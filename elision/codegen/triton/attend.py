@@ -80,11 +80,18 @@ def attend(
             slot = at + tl.arange(0, BN)
             inside = slot < end
             if LISTED > 0:
-                chosen = slot < LISTED * PAGE
-                page = tl.load(listed + slot // PAGE, mask=chosen & inside, other=0).to(tl.int32)
-                slot = tl.where(chosen, page * PAGE + slot % PAGE, until + slot - LISTED * PAGE)
-                inside &= (page >= 0) & (slot < n)
-            k_pos = tl.load(entry_pos + list_ * entries + slot, mask=inside, other=0)
+                rank = slot.to(tl.int32)
+                page = tl.load(listed + tl.minimum(rank // PAGE, LISTED - 1)).to(tl.int32)
+                late = (rank >= LISTED * PAGE).to(tl.int32)  # by numbers: Triton 3.6 fails to lay out such truths
+                slot = (page * PAGE + rank % PAGE) * (1 - late) + (until + rank - LISTED * PAGE) * late
+                inside &= (slot >= 0) & (slot < n)
+                held = inside.to(tl.int32)
+                slot = slot * held + held - 1
+                inside = slot >= 0
+            if LISTED > 0:  # entry i is at position i
+                k_pos = slot
+            else:
+                k_pos = tl.load(entry_pos + list_ * entries + slot, mask=inside, other=0)
             key = keys(k_head, ks_head, slot, inside, D, DP, GROUP_K, TYPE)
             s = logits(query, key, q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, SLOPES)
             seen = inside[None, :] & there[:, None] & sees(q_pos[:, None], k_pos[None, :], MASK, size, first_seen)

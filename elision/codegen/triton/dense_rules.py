@@ -41,13 +41,13 @@ def products(to: Launches, region: Products) -> None:
     names = [f"x{i}" for i in range(len(region.weights))] + [f"x{HALF + i}" for i in range(len(extras))]
     expr = re.sub(r"\bx(\d+)\b", lambda m: names[int(m[1])], region.expr)
     args: dict[str, Arg | None] = {"y": out, "x": x, "g": gain, "eps": real(float(norm.get("eps", 0.0)))}
-    args |= {"N": integer(n), "K": integer(k)}
+    args["N"] = integer(n)
     args |= {f"e{i}": extras[i] if i < len(extras) else None for i in range(HALF)}
     for i, (planes, _, _) in enumerate(made):
         args |= {f"{name}{i}": p for name, p in zip("wdm", planes, strict=True)}
     forms = {f"FORMAT{i}": f for i, (_, f, _) in enumerate(made)} | {f"G{i}": g for i, (_, _, g) in enumerate(made)}
     fixed = dict(
-        **forms, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), KIND0=[*kinds, "", ""][0],
+        K=k, **forms, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), KIND0=[*kinds, "", ""][0],
         KIND1=[*kinds, "", ""][1], EPILOGUE={"expression": expr, "operands": OPERANDS},
     )  # fmt: skip
     tokens = plan.axis(source)

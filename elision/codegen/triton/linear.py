@@ -5,7 +5,7 @@ RMS norm needs no pass of its own: ``norm(x) W.T = rsqrt(mean(x^2) + eps) * ((x 
 read for the product anyway. (The products of half precision are then those of ``x * g``, rounded before the row's factor.)
 
 ``gemv`` is for one token a program: what is read is the weights, once. ``gemm`` is for 16 tokens or more, on tensor cores.
-Sizes are arguments, so that the products of a model are few kernels.
+The number of outputs is an argument, so that the products of a model are few kernels.
 ``EPILOGUE`` is the expression as a function of the products and of two extras (`elision.codegen.triton.expression`).
 """
 
@@ -31,8 +31,8 @@ def _extra(e, token, column, inside, N, KIND: tl.constexpr):
 
 @triton.jit
 def gemv(
-    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, N, K,
-    FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
+    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, N,
+    K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, EPILOGUE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -54,12 +54,12 @@ def gemv(
 
 @triton.jit
 def _dot(
-    x, g, w, d, m, column, N, K, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
+    x, g, w, d, m, column, N, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
     OFFSET: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One token's products ``[BN]`` with the rows ``column`` of a weight, and the sum of its squares."""
     halves: tl.constexpr = 1 if FORMAT == "float" or FORMAT == "int8" else 2
-    codes = K // halves
+    codes: tl.constexpr = K // halves
     row = column.to(tl.int64)[:, None]
     sums = tl.zeros([BN, BK], tl.float32)
     squares = tl.zeros([BK], tl.float32)
@@ -78,8 +78,8 @@ def _dot(
 
 @triton.jit
 def gemm(
-    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, tokens, N, K,
-    FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
+    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, tokens, N,
+    K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, EPILOGUE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -104,12 +104,12 @@ def gemm(
 
 @triton.jit
 def _product(
-    x, g, w, d, m, token, tokens, column, N, K, FORMAT: tl.constexpr, G: tl.constexpr,
+    x, g, w, d, m, token, tokens, column, N, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Products ``[BM, BN]`` of some tokens with the rows ``column`` of a weight, and the tokens' sums of squares ``[BM]``."""
     halves: tl.constexpr = 1 if FORMAT == "float" or FORMAT == "int8" else 2
-    codes = K // halves
+    codes: tl.constexpr = K // halves
     row = column.to(tl.int64)[:, None]
     sums = tl.zeros([BM, BN], tl.float32)
     squares = tl.zeros([BM], tl.float32)

@@ -28,7 +28,7 @@ def inputs(at, HALF: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def tile(w, d, m, row, at, inside, HALF: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, K):
+def tile(w, d, m, row, at, inside, HALF: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, K: tl.constexpr):
     """Weights of the rows ``row [N, 1]`` at the codes ``at [1, n]``, float32 (of float weights: their own type); 0 where not
     ``inside [N, n]``."""
     if FORMAT == "float":
