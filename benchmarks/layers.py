@@ -158,7 +158,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines.append("|---" * 8 + "|")
     for (share, method), group in grouped(rows).items():
         found = [r.perplexity for r in group]
-        shown = f"{median(found):.4g}" + (f" ({min(found):.4g} to {max(found):.4g})" if method == "random" else "")
+        spread = f" ({min(found):.4g} to {max(found):.4g})" if method == "random" and len(group) > 1 else ""
+        shown = f"{median(found):.4g}{spread}"
         for row in group[:1] if method == "random" else group:
             seen = median(r.agreement for r in group) if method == "random" else row.agreement
             shown = shown if method == "random" else f"{row.perplexity:.4g}"
