@@ -130,18 +130,18 @@ def best(name: str, site: Site, page: int, open: int, room: int, n: int, first: 
             least = loop.results[0]
             level = fn.const(n, "i32") - counted("ugt", least)  # of those that are just as large
             with fn.loop(0, blocks, 1, [fn.const(0, "i64"), level]) as each:
-                numbers, wide = fn.load(x, VI, each.index * LANES, "i32"), fn.splat(least, LANES)
-                equal, large = (_bits(fn, fn.compare(numbers, how, wide)) for how in ("eq", "uge"))
+                numbers, edge = fn.load(x, VI, each.index * LANES, "i32"), fn.splat(least, LANES)
+                equal, large = (_bits(fn, fn.compare(numbers, how, edge)) for how in ("eq", "uge"))
                 count = fn.cast(fn.math("ctpop", large), "arith.extui", "i64")
                 with fn.loop(0, count, 1, [large, *each.carried]) as loop:
-                    left, cursor, room = loop.carried
+                    left, cursor, spare = loop.carried
                     lane = fn.math("cttz", left)
                     same = fn.compare((equal >> lane) & 1, "ne", 0)
-                    full = both(fn, same, fn.compare(room, "sle", 0))
+                    full = both(fn, same, fn.compare(spare, "sle", 0))
                     with fn.when(fn.compare(fn.cast(full, "arith.extui", "i32"), "eq", 0)):
                         fn.store(each.index * LANES + fn.cast(lane, "arith.extui", "i64"), found, cursor)
                     cursor = fn.select(full, cursor, cursor + 1)
-                    loop.give(left & (left - 1), cursor, fn.select(same, room - 1, room))
+                    loop.give(left & (left - 1), cursor, fn.select(same, spare - 1, spare))
                 each.give(*loop.results[1:])
     return kernel
 
