@@ -174,6 +174,11 @@ def test_mass_from_what_decoding_kept() -> None:
     assert near(found, out) and near(score, expected)
     mass[(3, 6)](score, *given, ADD=True, **fixed)
     assert near(score, 1.5 * expected)
+    score.fill_(8.0)  # what an entry that was evicted has left where a new one is now
+    store.len["k"] -= 1
+    mass[(3, 6)](score, *given, ADD=True, **{**fixed, "PENDING": True})
+    for b, n in enumerate((30, 11, 40)):
+        assert near(score[b, :, : n - 1], 4 + expected[b, :, : n - 1]) and near(score[b, :, n - 1], expected[b, :, n - 1])
 
 
 @pytest.mark.parametrize("decay,last", [(1.0, 0), (0.9, 0), (1.0, 4)])
