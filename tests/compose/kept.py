@@ -111,12 +111,16 @@ def why(cells: Mapping[Labels, str]) -> dict[str, dict[str, Labels]]:
     """By who refuses on the decoder the messages, one for each that is not refused alone, each with the first list."""
     found: dict[str, dict[str, Labels]] = {}
     for labels, verdict in cells.items():
-        refused = matrix.refused("decoder", canonical(labels))
-        if refused is not None and not any(matrix.refused("decoder", (label,)) for label in labels if labels[1:]):
+        alone = any(_refused(cells[(label,)]) for label in labels if labels[1:])
+        if _refused(verdict) and not alone and (refused := matrix.refused("decoder", canonical(labels))):
             seen = found.setdefault(verdict, {})
             if not any(_words(refused.said) == _words(said) for said in seen):
                 seen[refused.said] = labels
     return found
+
+
+def _refused(verdict: str) -> bool:
+    return _kind(verdict) in ("rule", "says")
 
 
 def _words(said: str) -> str:

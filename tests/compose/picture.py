@@ -33,7 +33,7 @@ def picture(cells: Mapping[tuple[str, ...], str], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         _text(12, 22, f"{title}: the pass of the row, then the pass of the column", "start", 'font-size="15"'),
-        _text(12, 40, "the diagonal: given twice", "start", 'fill="#666666"'),
+        _text(12, 40, "the diagonal: given twice; tome, evit and zero-tprune are for encoders", "start", 'fill="#666666"'),
     ]
     for label, place in at.items():
         middle = place + CELL / 2 + 4

@@ -91,6 +91,8 @@ def _in_the_way(type: StateType, present: str) -> str:
         return f"leaves out tokens already ({type.present.kind})"
     if type.scores is not None:
         return "has scores, which count what every token gives"
+    if present == "masked" and len(type.main) > 1:
+        return "moves whole blocks of entries on the clock, for which every token must have added one"
     return "is read by pages of entries side by side" if type.summary is not None and present == "masked" else ""
 
 
