@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--engines", default=";".join(ENGINES), help="names, separated by ;")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--raw", type=Path, help="where the samples go, a line of JSON for each engine")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "elision-peers", help="for converted models")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -127,8 +128,13 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.folder)
         return
-    text = report(*measure(args.engines.split(";"), args.rounds, args.folder))
+    facts, samples, bandwidths, rates = measure(args.engines.split(";"), args.rounds, args.folder)
+    text = report(facts, samples, bandwidths, rates)
     print(text)
+    if args.raw:
+        rows: list[dict[str, Any]] = [{"bandwidths": bandwidths, "rates": rates}]
+        rows += [{"engine": name, "facts": facts[name], "samples": found} for name, found in samples.items()]
+        args.raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if args.output:
         args.output.write_text(text)
 

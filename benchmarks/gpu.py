@@ -7,8 +7,8 @@ Weights are random numbers; every layer has memory of its own. Machine code is m
 Decoding is one graph launched again and again without the host; a time is the mean over so many launches that they last a while,
 the best of three. The floor of a step is the bytes that it must read (weights, and the keys and values of the contexts) over the
 bandwidth at which this GPU reads the largest weight with our own product of one token. Where torch sees the GPU, its own
-attention
-(`scaled_dot_product_attention`) and transformers with a static cache under `torch.compile` are timed beside ours.
+attention (`scaled_dot_product_attention`) and transformers with a static cache under `torch.compile` are timed beside ours. What
+does not fit into the memory or into ``--minutes`` is left out, and said so.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from elision.runtime.cuda.engine import Engine
 VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (), "int4": ("int4:group=32",), "int8": ("int8",), "bf16, kv int8": ("insert-cache:dtype=int8",),
 }  # fmt: skip
+#: Attention alone: batches and contexts, as torch's own is timed; and the budget of h2o, whose scoring is timed beside it.
+ATTENDED, BUDGET = ((1, 8192), (8, 8192), (1, 32768)), 8192
 BATCHES, CONTEXTS, NODES = (1, 8, 64), (1024, 8192, 32768), (1, 16)
 MEMORY = 110e9  # bytes that weights and caches may take together
 
@@ -128,6 +130,38 @@ def step_time(engine: Engine, rows: int, context: int, nodes: int, least: float)
     for cache in decoder.caches.values():
         cache.free()
     return found
+
+
+def round_time(engine: Engine, rows: int, context: int, nodes: int, least: float) -> float:
+    """Seconds of a whole round of drafts: verified, walked and committed on the device, with nothing read in between."""
+    decoder = at_context(engine, rows, context, 1 << 16 if least else 64)
+    row, pos, parent, anc = pack([Tree((-1, *(i // 2 for i in range(nodes - 1))))] * rows, decoder.lengths)
+    call = engine.call("step", Tokens(row, pos, rows, parent, anc), torch.zeros(len(row)))
+    step = engine.graph(call, decoder.caches)
+    commit = engine.graph(engine.call("commit", Tokens(row[:0], pos[:0], rows), None), decoder.caches)
+
+    def both() -> None:
+        step()
+        commit()
+
+    found = timed(both, engine.device.wait, least)
+    for cache in decoder.caches.values():
+        cache.free()
+    return found
+
+
+def attention_time(engine: Engine, layers: int, rows: int, context: int, least: float) -> float:
+    """Seconds of a layer's attention of one token a sequence, with the scores of its entries if the program keeps them."""
+    decoder = at_context(engine, rows, context, 16)
+    call = engine.call("decode", Tokens(torch.arange(rows), torch.tensor(decoder.lengths), rows), decoder.last)
+    kernels = engine.code.kernels
+    wanted = [r for r in call.schedule.rows if r.host < 0 and kernels[r.kernel].template in ("attend", "combine", "mass")]
+    call.schedule = replace(call.schedule, rows=wanted)
+    found = timed(engine.graph(call, decoder.caches), engine.device.wait, least)
+    engine.begin(0, 0)  # the call is not whole
+    for cache in decoder.caches.values():
+        cache.free()
+    return found / layers
 
 
 def context_bytes(program: Program, rows: int, context: int) -> float:
@@ -228,11 +262,21 @@ def main() -> None:
         lines.append(text)
         print(text, flush=True)
 
+    def late() -> bool:
+        return time.monotonic() - began > 60 * options.minutes - 60
+
+    def shown(seconds: float) -> str:
+        return "ran" if dry else f"{seconds * 1e6:.0f} us"
+
     say(correctness(device_of))
     bandwidth, plain = 0.0, 0.0
+    attended: dict[tuple[int, int], float] = {}
     for variant, passes in VARIANTS.items():
         program = shaped(name, passes, layers)
         code, weights = plan_program(program), RandomWeights(program)
+        if late():
+            say(f"\n{variant}: not run (time)")
+            continue
         start = time.monotonic()
         engine = Engine(program, code, weights, device_of(code))
         if not dry:
@@ -242,11 +286,11 @@ def main() -> None:
         for rows in batches:
             for context in contexts:
                 read = weights.nbytes() + context_bytes(program, rows, context)
-                if read > MEMORY or time.monotonic() - began > 60 * options.minutes - 60:
+                if read > MEMORY or late():
                     say(f"batch {rows}, context {context}: not run ({'memory' if read > MEMORY else 'time'})")
                     continue
                 one = step_time(engine, rows, context, 1, least)
-                tree = step_time(engine, rows, context, NODES[1], least) if rows <= 2 else 0.0
+                tree = step_time(engine, rows, context, NODES[1], least) if rows <= 2 and (not dry or variant == "bf16") else 0.0
                 if dry:
                     say(f"{variant}, batch {rows}, context {context}: ran")
                     continue
@@ -257,9 +301,29 @@ def main() -> None:
                     + (f", {tree / one:.2f} times that for {NODES[1]} nodes" if tree else "")
                     + f", {plain / one:.2f} times the first"
                 )
-        if not dry:
-            engine.free()
-    if not dry:
+        if variant == "bf16":
+            nodes = NODES[1]
+            spent = round_time(engine, 1, contexts[0], nodes, least)
+            say(f"a round of {nodes} nodes, batch 1, context {contexts[0]}, nothing read by the host: {shown(spent)}")
+            for rows, context in ((2, 20),) if dry else ATTENDED:
+                attended[rows, context] = attention_time(engine, layers, rows, context, least)
+                say(f"attention of a layer, batch {rows}, context {context}: {shown(attended[rows, context])}")
+        engine.free()
+    budget = 20 if dry else BUDGET
+    program = shaped(name, (f"h2o:budget={budget},recent=4",), layers)
+    code = plan_program(program)
+    if late():
+        say("scores of h2o: not run (time)")
+    else:
+        engine = Engine(program, code, RandomWeights(program), device_of(code))
+        for rows in (2,) if dry else (1, 8):
+            spent, plain = attention_time(engine, layers, rows, budget, least), attended[rows, budget]
+            text = "" if dry else f", {spent / plain:.2f} times attention alone"
+            say(f"attention of a layer with the scores of h2o, batch {rows}, budget {budget}: {shown(spent)}{text}")
+        engine.free()
+    if late():
+        say("peers: not run (time)")
+    else:
         for line in peers(name, least):
             say(line)
     if options.output is not None and not dry:

@@ -2,7 +2,7 @@
 
     TRITON_CACHE_DIR=$(mktemp -d) python benchmarks/gpu_kernels.py [--models smollm2+mixtral] [--targets cuda:sm_90+hip:gfx942]
 
-Needs no GPU. One layer is as good as all: layers that are alike ask for the same kernels. Two processes compile.
+Needs no GPU. One layer is as good as all: layers that are alike ask for the same kernels. ``--workers`` processes compile.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="+".join(SHAPES))
     parser.add_argument("--targets", default="+".join(TARGETS))
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     print("| model | target | kernels | seconds | MB | most registers | most shared (KB) | spilling |")
     print("|---|---|---|---|---|---|---|---|")
@@ -28,7 +29,7 @@ def main() -> None:
         code = plan_program(shaped(name))
         for target in options.targets.split("+"):
             start = time.perf_counter()
-            build(code, [target])
+            build(code, [target], options.workers)
             spent, found = time.perf_counter() - start, totals(code, target)
             print(
                 f"| {name} | {target} | {found['kernels']} | {spent:.0f} | {found['bytes'] / 1e6:.1f} | {found['registers']} | "

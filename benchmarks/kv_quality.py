@@ -85,6 +85,8 @@ def methods(share: float, prompt: int = PROMPT) -> dict[str, str]:
         "ems, nothing merged": f"ems:budget={n},rho=0",
         "duo-attention": f"duo-attention:sparsity={streaming:.3f},sinks={sinks},window={window}",
         "quest": f"quest:budget={n}",
+        "quest, pages of 64": f"quest:budget={n},page=64",
+        "quest, pages of 64 in all layers": f"quest:budget={n},page=64,dense=0",
         "tidal-decode": f"tidal-decode:budget={n}",
     }
 

@@ -6,10 +6,10 @@ Each row is SmolLM2-135M-Instruct with some of its 30 layers left out. Random la
 ``skipdecode`` leaves out its share on average over 512 positions. Passes calibrate on every second topic of Python's
 documentation; the others are read by the model's own forward (reference, float32): how surprised it is, and how often its
 likeliest token is that of the whole model. Decoding is native code with int8 weights, greedy after a prompt of 64 tokens, in
-turns with the whole model; for passes given by ``--pass`` that choose layers as they go, the agreement is that of decoded tokens,
-where the text before them is given. The ideal is the ratio of the bytes of weights that a step reads. ``--search``: the shares
-that evopress searches (``--settings`` of the search). ``--rows`` keeps what was measured, so that a run that is interrupted goes
-on where it was.
+turns with the whole model. For passes given by ``--pass`` that choose layers as they go, perplexity and agreement are those of
+decoding with these weights: of the 191 tokens of each sequence after its first 65, of which the text before them is given. The
+ideal is the ratio of the bytes of weights that a step reads. ``--search``: the shares that evopress searches (``--settings`` of
+the search). ``--rows`` keeps what was measured, so that a run that is interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import logging
 import math
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 import elision
-from elision.ir.program import running
 from elision.ir.requests import Requests
 from elision.ir.verify import Request
 from elision.passes.base import from_text
@@ -46,7 +46,7 @@ from elision.passes.pipeline import transform
 from elision.runtime.report import weight_bytes
 from elision.runtime.session import Session
 
-LAYERS, PROMPT = 30, 64
+LAYERS, PROMPT, DECODED = 30, 64, 256
 METHODS = ("as it is", "random", "unified-skip", "shortgpt", "evopress", "skipdecode", "others")
 
 
@@ -116,29 +116,40 @@ class Bench:
             same += (logits.argmax(-1) == greedy).sum().item()
         count = sum(map(len, self.sequences))
         native = with_passes(base, [*([text] if text else []), "int8"])[0]
+        perplexity = math.exp(loss / (count - len(self.sequences)))
         if method == METHODS[-1]:
-            same = count * self._decoded(native)
-            if running(program.round).op == "routed":  # the forward is that of a prompt, which runs all layers
-                loss = math.nan
+            perplexity, same = self.decoded(native)
+            same *= count
         turns = np.array([in_turns([self._whole, native], self._prompt, 97) for _ in range(3)])
         times, fixed = np.median(turns, axis=(0, 2)), method not in ("skipdecode", "others")
-        return Row(
-            method, share, asked, text, math.exp(loss / (count - len(self.sequences))), same / count, 1e3 * float(times[1]),
-            float(np.median(turns[:, 0] / turns[:, 1])), weight_bytes(self._whole) / weight_bytes(native) if fixed else 0.0,
-        )  # fmt: skip
+        gain, ideal = float(np.median(turns[:, 0] / turns[:, 1])), weight_bytes(self._whole) / weight_bytes(native)
+        return Row(method, share, asked, text, perplexity, same / count, 1e3 * float(times[1]), gain, ideal if fixed else 0.0)
 
-
-    def _decoded(self, model: elision.Model) -> float:
-        """How often a token decoded after 64 tokens of a text, of which the next 64 are given, is the whole model's."""
-        same = 0
+    def decoded(self, model: elision.Model | None = None) -> tuple[float, float]:
+        """The perplexity of decoded tokens (of the whole model's, if no other is given), and how often the likeliest one there is
+        the whole model's (`METHODS`, the last)."""
+        model, loss, same = model or self._whole, 0.0, 0
         with torch.inference_mode():
             for ids, greedy in zip(self.sequences, self._greedy, strict=True):
-                session = Session(model._interpreter, 1, 2 * PROMPT)
+                session = Session(model._interpreter, 1, DECODED)
                 session.prefill([ids[:PROMPT].tolist()])
-                for at in range(PROMPT, 2 * PROMPT):
-                    requests = Requests([Request()], [ids[: at + 1]], [PROMPT])
+                for at in range(PROMPT, DECODED - 1):
+                    requests = Seen([Request()], [ids[: at + 1]], [PROMPT])
                     same += session.round({0: int(ids[at])}, requests)[0][0] == int(greedy[at])
-        return same / PROMPT / len(self.sequences)
+                    loss += cross_entropy(requests.logits, ids[at + 1 : at + 2]).item()
+        count = (DECODED - PROMPT - 1) * len(self.sequences)
+        return math.exp(loss / count), same / count
+
+
+@dataclass
+class Seen(Requests):
+    """Keeps the logits of the round."""
+
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def verify(self, ids: torch.Tensor, logits: torch.Tensor, *rest: Any, **more: Any) -> tuple[list[list[int]], torch.Tensor]:
+        self.logits = logits.float().clone()
+        return super().verify(ids, logits, *rest, **more)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -147,10 +158,11 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines.append("|---" * 8 + "|")
     for (share, method), group in grouped(rows).items():
         found = [r.perplexity for r in group]
-        shown = f"{median(found):.4g}" + (f" ({min(found):.4g} to {max(found):.4g})" if method == "random" else "")
+        spread = f" ({min(found):.4g} to {max(found):.4g})" if method == "random" and len(group) > 1 else ""
+        shown = f"{median(found):.4g}{spread}"
         for row in group[:1] if method == "random" else group:
             seen = median(r.agreement for r in group) if method == "random" else row.agreement
-            shown = shown if method == "random" else "" if math.isnan(row.perplexity) else f"{row.perplexity:.4g}"
+            shown = shown if method == "random" else f"{row.perplexity:.4g}"
             gain, milliseconds = median(r.speedup for r in group), median(r.milliseconds for r in group)
             if method == "others":
                 gain, milliseconds = row.speedup, row.milliseconds
@@ -202,6 +214,8 @@ def main() -> None:
         console.print(f"{i} of {len(wanted)}: {row}")
     head = f"smollm2, {sum(map(len, bench.sequences))} tokens in sequences of {len(bench.sequences[0])}, {args.threads} threads; "
     text = head + f"torch {torch.__version__}, Python {platform.python_version()}\n\n" + "\n".join(table(rows)) + "\n"
+    if args.others:
+        text += "\nThe whole model, decoded: perplexity {:.4g}, the same token {:.1%}\n".format(*bench.decoded())
     give(text, args.output)
     if args.plot:
         found: dict[str, dict[float, float]] = {}

@@ -1,5 +1,5 @@
 """What torch.compile(model, backend="elision") gains: a call of all-MiniLM-L6-v2, of a vision transformer on scikit-learn's
-digits and of SmolLM2's forward, against eager and Inductor.
+digits and of SmolLM2's forward, and a step of its `generate` on transformers' static cache, against eager and Inductor.
 
 python benchmarks/torch_compile.py [--rounds 30] [--output FILE.md]
 
@@ -10,6 +10,7 @@ clock runs. Differences are from eager, of the largest value. Weights and activa
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import sys
@@ -76,7 +77,7 @@ class Prepared:
         most = float(results["eager"].abs().max())
         self.apart = {e: float((x - results["eager"]).abs().max()) / most for e, x in results.items()}
 
-    def row(self, rounds: int) -> str:
+    def row(self, rounds: int, raw: list[dict[str, Any]]) -> str:
         times: dict[str, list[float]] = {engine: [] for engine in self.engines}
         begun = time.perf_counter()
         with torch.inference_mode():
@@ -85,13 +86,14 @@ class Prepared:
                     start = time.perf_counter()
                     call(**self.given)
                     times[engine].append(time.perf_counter() - start)
+        raw.append({"call": self.name, "seconds": times})
         shown = [f"{statistics.median(t) * 1e3:.2f} ({min(t) * 1e3:.2f})" for t in times.values()]
         gain = statistics.median(times["inductor"]) / statistics.median(times["elision"])
         apart = f"{self.apart['inductor']:.0e} | {self.apart['elision']:.0e}"
         return f"| {self.name} | {' | '.join(shown)} | {gain:.2f} | {apart} | {len(times['eager'])} |"
 
 
-def table(cases: list[Prepared], rounds: int) -> list[str]:
+def table(cases: list[Prepared], rounds: int, raw: list[dict[str, Any]]) -> list[str]:
     lines = [
         '# torch.compile(model, backend="elision"): one call',
         "",
@@ -102,9 +104,52 @@ def table(cases: list[Prepared], rounds: int) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in cases:
-        lines.append(case.row(rounds))
+        lines.append(case.row(rounds, raw))
         console.print(lines[-1])
     return lines
+
+
+class Clock:
+    """A streamer that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generation(turns: int, raw: list[dict[str, Any]], tokens: int = 33) -> list[str]:
+    """A step of `generate(cache_implementation="static")` after a prompt of 64 tokens."""
+    engines: dict[str, dict[str, Any]] = {"eager": {}, "inductor": {"dynamic": False}, "elision": {"backend": backend}}
+    ids = torch.randint(100, 40000, (1, 64), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {engine: [] for engine in engines}
+    texts, models = {}, {}
+    for engine, how in engines.items():
+        models[engine] = load_source("smollm2").model
+        if how:
+            models[engine].forward = torch.compile(models[engine].forward, **how)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    for turn in range(turns + 1):  # the first one compiles
+        for engine, model in models.items():
+            clock = Clock()
+            texts[engine] = model.generate(ids, **given, cache_implementation="static", pad_token_id=0, streamer=clock)
+            if turn:
+                times[engine] += [b - a for a, b in zip(clock.times[2:], clock.times[3:], strict=False)]
+    last = report()["graphs"][-1]
+    assert last.runs == "native" and not last.fallen and torch.equal(texts["eager"], texts["elision"]), (last.reason, last.fallen)
+    shown = [f"{statistics.median(t) * 1e3:.2f} ({min(t) * 1e3:.2f})" for t in times.values()]
+    gain = statistics.median(times["inductor"]) / statistics.median(times["elision"])
+    raw.append({"call": "SmolLM2, a step of `generate`, static cache", "seconds": times})
+    return [
+        "",
+        "| a step of generate, static cache | eager | Inductor | Elision | Inductor / Elision |",
+        "|---|---:|---:|---:|---:|",
+        f"| SmolLM2, after 64 tokens, {turns} texts of {tokens} | {' | '.join(shown)} | {gain:.2f} |",
+    ]
 
 
 def main() -> None:
@@ -112,16 +157,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--raw", type=Path, help="where the samples go, a line of JSON for each call")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     torch._dynamo.config.recompile_limit = 64  # the models of transformers share one frame
     cases = [Prepared(*case) for each in (minilm, digits, smollm2) for case in each()]
-    lines = table(cases, args.rounds)
+    raw: list[dict[str, Any]] = []
+    lines = table(cases, args.rounds, raw) + generation(3, raw)
     text = "\n".join(lines) + "\n"
     print(text)
     if args.output:
         args.output.write_text(text)
+    if args.raw:
+        args.raw.write_text("".join(json.dumps(row) + "\n" for row in raw))
 
 
 if __name__ == "__main__":

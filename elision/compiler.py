@@ -41,10 +41,12 @@ def compile(
     ``model``: an `nn.Module`, a Hugging Face directory, a GGUF file, or ``"smollm2"``. ``passes``: text or Pass objects, such as
     ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
     model's own); ``target``: ``cpu``, ``reference`` (the interpreter), or GPUs, as ``cuda:sm_90`` or ``hip:gfx942``: several of
-    these may be given, and one of the first two besides. ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head
-    (pass ``insert-cache:dtype=int8``). ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``:
-    the most sequences of a call. ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or
-    ``i64[sequences, n]`` (default: half of Python's own documentation, through the model's tokenizer).
+    these may be given, and one of the first two besides. Code for GPUs is compiled ahead of time, for `load` with
+    ``device="cuda"``; ``target="cuda"`` is the GPU of this machine, and the model generates on it at once.
+    ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
+    ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
+    ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or ``i64[sequences, n]`` (default: half
+    of Python's own documentation, through the model's tokenizer).
 
     Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
@@ -61,7 +63,8 @@ def compile(
     from elision.passes.pipeline import resolve, transform
     from elision.runtime.text import Tokenizer
 
-    host, gpus = _targets(target)
+    here = target == "cuda"
+    host, gpus = _targets(_this_gpu() if here else target)
     if max_batch < 1 or (max_context is not None and max_context < 2):
         raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
     chosen: list[Any] = resolve(passes)
@@ -98,14 +101,15 @@ def compile(
         max_context=max_context or longest,
         max_batch=max_batch,
         threads=threads,
+        here=here,
     )
 
 
 def finish(
-    raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), **facts: Any
+    raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), here: bool = False, **facts: Any
 ) -> Model:
     """The model of a program that passes made of ``raised``, with native code for ``host="cpu"`` where it has a native form, and
-    with code for these GPUs. ``facts``: what `Model` is told besides."""
+    with code for these GPUs; ``here``: it generates on the one of this process. ``facts``: what `Model` is told besides."""
     from elision.hf import CompiledModel
     from elision.ir.coverage import coverage
 
@@ -115,15 +119,26 @@ def finish(
         from elision.codegen.cpu.compile import compile_program
 
         native = compile_program(program)
-    gpu = None
+    gpu = device = None
     if gpus:
         from elision.codegen.triton.ahead import build
         from elision.codegen.triton.compile import plan_program
+        from elision.ir.launch import need_kernels
+        from elision.runtime.cuda.driver import Cuda
 
         gpu = plan_program(program)
+        need_kernels(program.name, gpu)
         build(gpu, gpus)
+        device = Cuda(gpu) if here else None
     log.info("compiled: %d layers, quality %s", len(program.layers), program.quality)
-    return CompiledModel(program, weights, coverage=report, native=native, gpu=gpu, **facts)
+    return CompiledModel(program, weights, coverage=report, native=native, gpu=gpu, device=device, **facts)
+
+
+def _this_gpu() -> str:
+    """The target of the first GPU of this process. Raises BadInput without a driver or GPU."""
+    from elision.runtime.cuda.driver import capability
+
+    return "cuda:sm_{}{}".format(*capability())
 
 
 def _targets(target: str | Sequence[str]) -> tuple[str, list[str]]:
@@ -148,19 +163,26 @@ def _targets(target: str | Sequence[str]) -> tuple[str, list[str]]:
     return (hosts or ["reference"])[0], gpus
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, target: str | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    verify: bool = True,
+    target: str | None = None,
+    device: str | None = None,
+) -> Model:
     """Open an artefact; its weights are mapped, not read. ``verify=False`` skips the check of the weights' bytes only.
 
     ``target``: ``"cpu"`` for native code, ``"reference"`` for the interpreter; None takes what the artefact has. Code for a
-    processor that can do more than this one is made again, where the MLIR bindings are installed.
+    processor that can do more than this one is made again, where the MLIR bindings are installed. ``device="cuda"``: the model
+    generates on the first GPU of this process, by the machine code in the artefact (``target="cuda:sm_90"`` of `compile`).
 
-    Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign, of another version, or without
-    code for this processor.
+    Raises BadInput for a file or a device that is not there, ArtefactError for one that is damaged, foreign, of another version,
+    or without code for this processor.
     """
     from elision.hf import CompiledModel
     from elision.runtime import artefact
 
-    return CompiledModel.of(artefact.load(path, threads, verify, target, _rebuild))
+    return CompiledModel.of(artefact.load(path, threads, verify, target, _rebuild, device))
 
 
 def _seconds(programs: Sequence[Program], contexts: Sequence[int], threads: int | None) -> list[list[float]]:

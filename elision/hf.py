@@ -61,7 +61,7 @@ class CompiledModel(Model):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return torch.device("cpu")  # of what it takes and gives, also where it generates on a GPU
 
     @property
     def dtype(self) -> torch.dtype:

@@ -70,12 +70,13 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     threads: Threads = None,
+    device: Annotated[str | None, typer.Option(help="cuda: generate on the GPU that the artefact has code for.")] = None,
 ) -> None:
     """Generate text, printed as it comes."""
     import torch
 
     with progress():
-        found = open_model(model, passes, threads=threads)
+        found = open_model(model, passes, threads=threads, device=device)
     if "step" not in found.program.entries:
         raise BadInput(f"{model} has no decoder, so it generates no text: call it from Python for its outputs")
     if found.tokenizer is None:

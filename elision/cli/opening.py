@@ -20,11 +20,13 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def open_model(source: str, passes: Sequence[str] = (), **options: Any) -> Model:
     """Compile a model or open an artefact, and apply the passes. ``options``: those of `elision.compile`, None where not
-    given; for an artefact only ``threads`` can be chosen."""
+    given; for an artefact only ``threads`` and ``device`` can be chosen."""
     given = {k: v for k, v in options.items() if v is not None}
+    device = given.pop("device", None)
     if not is_artefact(source):
         import elision
 
+        given |= {"target": "cuda"} if device == "cuda" else {}
         return elision.compile(source, passes=list(passes), **given)
     from elision.runtime.artefact import load
 
@@ -32,7 +34,9 @@ def open_model(source: str, passes: Sequence[str] = (), **options: Any) -> Model
     if given:
         settled = ", ".join("--" + name.replace("_", "-") for name in given)
         raise BadInput(f"{source} is taken as an artefact, where {settled} cannot be changed: compile the model again")
-    model = load(source, threads=threads)
+    if device == "cuda" and passes:
+        raise BadInput(f"{source} has code for GPUs of its program as it is: compile the model with {', '.join(passes)}")
+    model = load(source, threads=threads, device=device)
     return with_passes(model, passes) if passes else model
 
 

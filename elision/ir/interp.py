@@ -68,7 +68,8 @@ class Interpreter:
     """Runs the graphs of one program with its weights. Holds no state of a run: safe to use from several threads.
 
     ``natives``: by name of a graph, what runs in its place; ``commit``: what commits the caches of a round; ``observe``: is shown
-    every op of what the interpreter runs itself, in order, a call before what it calls.
+    every op of what the interpreter runs itself, in order, a call before what it calls. ``cache``: makes the caches of a run, of
+    a type, for so many sequences of so many tokens, where they are not those of the host (`elision.ir.store`).
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class Interpreter:
         natives: Mapping[str, Native] | None = None,
         commit: NativeCommit | None = None,
         observe: Observe | None = None,
+        cache: Callable[[KV, int, int], Any] | None = None,
     ) -> None:
         self.program, self.weights, self.natives, self._commit = program, weights, natives or {}, commit
-        self._observe = observe
+        self._observe, self.cache = observe, cache
         self._targets = program.targets
         self._plans: dict[tuple[int, str], _Plan] = {}
         self._graphs: list[Graph] = []  # keeps graphs alive while their id is a key

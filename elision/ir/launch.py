@@ -5,14 +5,16 @@ order of one stream. The first operand of a row is its grid, the others are the 
 
     ("grid", (a, b, c))        sizes: a number, or ("tokens", axis, per): programs for the tokens of an axis, ``per`` each;
                                ("longest", axis, per): for the sequence with most tokens; ("rows", n): n for each sequence;
-                               ("entries", state, per): for the entries that a cache has room for
+                               ("entries", state, per): for the entries that a cache has room for; ("over", state, n, per):
+                               for those of them that can move when n are kept
     ("tensor", buffer, bytes)  address in a buffer; a buffer has its tokens one after the other, without gaps
     ("weight", name, i)        a plane of a weight (`elision.ir.planes`); -1: the weight decoded to the type of its type
     ("axis", i, array)         an array of a token axis, int64: row, pos, anc, node, start, index, ahead, parent
     ("state", name, array)     an array of a cache (`elision.ir.layout`): k, v, k_scale, v_scale of the segment that is appended
                                to, the same with draft_ in Scratch, and what lies in the index: pos, len_k, ...
     ("size", name, what)       of a cache: blocks, entries, slots
-    ("round", array)           of a round: path, accepted, next
+    ("round", array)           of a round, by sequence: path, accepted, next; how tokens are drawn: numbers, whole
+    ("round", array, n)        n numbers for each sequence, int64
     ("count", axis), ("rows", ""), ("int", n), ("float", x)
 """
 
@@ -22,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from elision.errors import BadInput
 from elision.ir.schedule import Schedule
 
 
@@ -61,6 +64,17 @@ class DeviceCode:
     schedules: Mapping[str, Mapping[str, Schedule]]
     hosts: Mapping[str, list[tuple[str, str]]]
     binaries: dict[str, dict[str, Binary]] = field(default_factory=dict)
+
+
+def need_kernels(name: str, code: DeviceCode) -> None:
+    """Raises BadInput if an op of the program of that name has no kernel, naming the op and the reason."""
+    for entry, ops in code.hosts.items():
+        if ops:
+            op, why = ops[0]
+            raise BadInput(
+                f"{name} does not run on a GPU: {op} in {entry} has no kernel ({why}); leave out the pass that brought it, or "
+                "use target='cpu'"
+            )
 
 
 #: Classes of shapes: the most tokens of a call (0: any number).

@@ -204,7 +204,8 @@ def running(round: Graph) -> Value:
 
 
 def steps(program: Program) -> tuple[str, ...]:
-    """The entries that a round runs its nodes with; those of `exits` are ``part_..``, ``fill_..`` and ``head``."""
+    """The entries that a round runs its nodes with; those of `exits` are ``part_..``, ``fill_..`` or ``late_..``,
+    and ``head``."""
     if program.round is None:
         return tuple(name for name in program.entries if name == "step")
     value = running(program.round)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 LOOPS = 3  # of the power iteration, as the authors run it
-_MOST = 65504.0  # the largest number of float16
+LARGEST = 65504.0  # the largest number of float16
 
 
 def outliers(blocks: torch.Tensor, axis: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,8 +19,7 @@ def outliers(blocks: torch.Tensor, axis: int, count: int) -> tuple[torch.Tensor,
 def low_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``left [..., n, rank]`` and ``right [..., D, rank]``, float16, whose product ``left right^T`` is close to the best of that
     rank to ``error [..., n, D]``: power iteration from a fixed start."""
-    start = torch.randn(error.shape[-1], rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    right = start.to(error.dtype).expand(*error.shape[:-2], -1, -1)
+    right = start(error.shape[-1], rank, error.dtype).expand(*error.shape[:-2], -1, -1)
     for i in range(LOOPS):
         if i == LOOPS - 1:
             right = torch.linalg.qr(right).Q
@@ -31,5 +30,10 @@ def low_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     return half(left), half(right)
 
 
+def start(dim: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """What the iteration begins with, ``[dim, rank]``."""
+    return torch.randn(dim, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
 def half(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-_MOST, _MOST).half()
+    return x.clamp(-LARGEST, LARGEST).half()

@@ -46,9 +46,10 @@ STATE = {
         + ("score", "waiting", "waiting_nodes", "waiting_norm", "depth", "prompt", "local", "summary", "pages")
         + ("k_low", "v_low", "draft_k_low", "draft_v_low", "older_len_k", "older_blocks", "older_k_groups")
         + tuple(f"older_{what}{name}" for what in "kv" for name in ("", "_scale", "_low"))
+        + ("older_len_v", *(f"older_{what}_{name}" for what in "kv" for name in ("left", "right", "outlier", "place")))
     )
 }
-STATE_WORDS = 48
+STATE_WORDS = 56
 
 # How a row shares its work, the value of the operand ``share``.
 ALL, SPLIT, LAST = 0, 1, 2  # every thread does everything; each its part; only the last thread does anything

@@ -148,19 +148,20 @@ class Segment:
 @dataclass(frozen=True)
 class Present:
     """Which positions exist in this layer: ``all``; ``subset`` of the positions of the axis named ``of``; ``nested`` (a
-    later token's active layers are a subset of every earlier token's); ``masked`` (holes are declared per entry)."""
+    later token's active layers are a subset of every earlier token's); ``masked`` (holes are declared per entry); ``deferred``
+    (tokens that passed by join before the next token of their sequence that does not)."""
 
     kind: str = "all"
     of: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("all", "subset", "nested", "masked"):
-            raise BadInput(f"unknown presence {self.kind!r}; expected all, subset, nested or masked")
+        if self.kind not in ("all", "subset", "nested", "masked", "deferred"):
+            raise BadInput(f"unknown presence {self.kind!r}; expected all, subset, nested, masked or deferred")
 
     @property
     def partial(self) -> bool:
         """Whether tokens that are decoded may pass by."""
-        return self.kind in ("nested", "masked")
+        return self.kind in ("nested", "masked", "deferred")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Pass:
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if not _is(value, hint):
-                raise BadInput(f"pass {self.name}: {field.name}={value!r} is not of the expected type ({_kind(hint)})")
+                raise BadInput(f"pass {self.name}: {field.name}={value!r} is not of the expected type ({kind_of(hint)})")
 
     def apply(self, program: Program) -> None:
         """Rewrite the program. Raises BadInput when the pass finds nothing to act on, saying what it saw instead."""
@@ -48,8 +48,8 @@ class Pass:
 
     def text(self) -> str:
         """The pass as text, ``name:field=value,..``, without the fields that have their default."""
-        shown = [f"{f.name}={_show(v)}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]
-        return f"{self.name}:{','.join(shown)}" if shown else self.name
+        fields = [f"{f.name}={shown(v)}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]
+        return f"{self.name}:{','.join(fields)}" if fields else self.name
 
 
 REGISTRY: dict[str, type[Pass]] = {}
@@ -112,7 +112,7 @@ def _read(name: str, key: str, value: str, hint: Any) -> Any:
             return float(value) if _NUMBER.fullmatch(value) else value
         return tuple(n for part in value.split("+") for n in _span(part))
     except (ValueError, KeyError):
-        raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({_kind(hint)})") from None
+        raise BadInput(f"pass {name}: {key}={value!r} is not of the expected type ({kind_of(hint)})") from None
 
 
 def _is(value: Any, hint: Any) -> bool:
@@ -125,7 +125,8 @@ def _is(value: Any, hint: Any) -> bool:
     return isinstance(value, tuple) and all(_is(v, int) for v in value)
 
 
-def _kind(hint: Any) -> str:
+def kind_of(hint: Any) -> str:
+    """What a field's type hint asks for, in words."""
     name = getattr(hint, "__name__", str(hint))
     return "numbers such as 3+7-9" if name.startswith("tuple") else name
 
@@ -138,7 +139,8 @@ def _span(part: str) -> range:
     return range(start, stop + 1)
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A field's value as it is written in the text of a pass."""
     if isinstance(value, tuple):
         runs: list[list[int]] = []
         for n in value:

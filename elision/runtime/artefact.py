@@ -20,6 +20,7 @@ from elision.ir.types import DTYPES, Tensor
 from elision.ir.verifier import verify as verify_program
 from elision.runtime.archive import Archive, write_archive
 from elision.runtime.cuda import artefact as device_code
+from elision.runtime.cuda.driver import Cuda
 from elision.runtime.native import artefact as native_code
 from elision.runtime.native.weights import PackedWeights
 from elision.runtime.tensors import pack_tensors, packings, unpack_tensors
@@ -28,7 +29,7 @@ from elision.runtime.text import Tokenizer
 if TYPE_CHECKING:
     from elision.runtime.model import Model
 
-FORMAT = 5
+FORMAT = 6
 
 
 def _is_count(value: Any) -> bool:
@@ -96,11 +97,13 @@ def load(
     verify: bool = True,
     target: str | None = None,
     rebuild: native_code.Rebuild | None = None,
+    device: str | None = None,
 ) -> Model:
     """Open an artefact; its weights are mapped, not read. ``verify=False`` skips the check of the weights' bytes only.
 
     ``target``: ``"cpu"`` for native code, ``"reference"`` for the interpreter on unpacked weights; None takes what the artefact
-    has. ``rebuild`` (MLIR text and feature level to an object file) is asked where its code needs another processor.
+    has. ``rebuild`` (MLIR text and feature level to an object file) is asked where its code needs another processor. ``device``:
+    ``"cuda"`` for the first GPU of this process, on which the model generates.
 
     Raises BadInput for a file that is not there, ArtefactError for one that is damaged, foreign, of another version, or without
     code for this processor.
@@ -109,6 +112,8 @@ def load(
 
     if target not in (None, "cpu", "reference"):
         raise BadInput(f"unknown target {target!r}; expected cpu, reference or None for what the artefact has")
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and target is not None):
+        raise BadInput(f"device={device!r}, target={target!r}; expected cpu, or cuda without a target")
     archive = Archive.open(path, verify)
     manifest = _manifest(archive)
     tokenizer = None
@@ -122,7 +127,10 @@ def load(
             raise ArtefactError(f"{path}: the weight {name} is missing or not of the type {type}")
     weights: Mapping[str, torch.Tensor] = PackedWeights(program, {name: stored[name] for name in program.params}, how)
     native = None
-    if target != "reference" and manifest["native"] is not None:
+    gpu = device_code.read(archive, manifest["device"]) if manifest["device"] is not None else None
+    if device == "cuda" and gpu is None:
+        raise ArtefactError(f"{path} has no code for GPUs: compile the model again with target='cuda:sm_90', for example")
+    if target != "reference" and device != "cuda" and manifest["native"] is not None:
         native = native_code.read(archive, manifest["native"], program, how, rebuild)
     elif target == "cpu":
         raise ArtefactError(f"{path} has no native code, only the target reference: compile the model again with target='cpu'")
@@ -138,7 +146,8 @@ def load(
         max_batch=manifest["max_batch"],
         threads=threads,
         native=native,
-        gpu=device_code.read(archive, manifest["device"]) if manifest["device"] is not None else None,
+        gpu=gpu,
+        device=Cuda(gpu) if device == "cuda" and gpu is not None else None,
     )
 
 

@@ -21,6 +21,9 @@ from elision.ir.schedule import NativeCode
 from elision.runtime import forward
 from elision.runtime import generate as loop
 from elision.runtime import prefix as prefixes
+from elision.runtime.cuda.device import Device
+from elision.runtime.cuda.engine import Engine as DeviceEngine
+from elision.runtime.cuda.natives import Natives
 from elision.runtime.edits import edit
 from elision.runtime.native.engine import Engine
 from elision.runtime.native.pool import physical_cores
@@ -46,7 +49,8 @@ class Output(dict[str, torch.Tensor]):
 
 
 class Model:
-    """A program with its weights. Calls may run at the same time from several threads; each has its own states."""
+    """A program with its weights. Calls may run at the same time from several threads; each has its own states. With a
+    ``device`` it generates there (``gpu``: the code for it); its own forward is the host's."""
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Model:
         threads: int | None = None,
         native: NativeCode | None = None,
         gpu: DeviceCode | None = None,
+        device: Device | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise BadInput(f"threads={threads}; expected at least 1")
@@ -68,7 +73,14 @@ class Model:
         self.defaults, self.coverage = dict(defaults), dict(coverage)
         self.max_context, self.max_batch, self.threads = max_context, max_batch, threads
         self.stats: loop.Stats | None = None
-        self.native, self.gpu = native, gpu
+        self.native, self.gpu, self.on_gpu = native, gpu, device is not None
+        if device is not None:
+            if gpu is None:
+                raise BadInput(f"{program.name} has no code for GPUs: compile it with target='cuda:sm_90', for example")
+            there = Natives(DeviceEngine(program, gpu, weights, device))
+            self._interpreter = Interpreter(program, weights, there.entries(), there.commit, cache=there.cache)
+            self.drafting = drafting_of(self._interpreter, repr((program.name, program.applied, "cuda", list(gpu.binaries))))
+            return
         if native is None:
             self._interpreter = Interpreter(program, weights)
             self.drafting = drafting_of(self._interpreter, repr((program.name, program.applied, threads)))
@@ -197,6 +209,8 @@ class Model:
         if "prefill" not in self.program.entries:
             raise BadInput(f"{self.program.name} has no decoder, so no prompt begins with anything")
         must_divide(self.program)
+        if self.on_gpu:
+            raise BadInput("a model on a GPU reads prompts whole: prefixes are for device='cpu'")
         given = inputs[None] if isinstance(inputs, torch.Tensor) and inputs.dim() == 1 else inputs
         prompts = self._prompts(given, None)
         if len(prompts) != 1:
@@ -215,6 +229,8 @@ class Model:
 
     def _prompts(self, inputs: Any, attention_mask: torch.Tensor | None, prefix: Prefix | None = None) -> list[list[int]]:
         if prefix is not None:
+            if self.on_gpu:
+                raise BadInput("a model on a GPU reads prompts whole: leave out prefix=, or load the model with device='cpu'")
             prefix.must_fit(self)
         if isinstance(inputs, torch.Tensor):
             ids, mask = forward.check_ids(inputs, attention_mask, self.program.meta["vocab"])

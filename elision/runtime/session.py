@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ class Session:
     def __init__(self, interpreter: Interpreter, rows: int, capacity: int, drafts: DraftRun | ModelRun | None = None) -> None:
         self._interpreter, self.rows, self.capacity = interpreter, rows, capacity
         program = interpreter.program
-        wide = DTYPES[program.meta["dtype"]]
+        make = interpreter.cache or partial(KVStore, dtype=DTYPES[program.meta["dtype"]])
         self._stores: dict[str, Any] = {
-            name: KVStore(type, rows, capacity, wide) if isinstance(type, KV) else ArrayStore(type, rows)
+            name: make(type, rows, capacity) if isinstance(type, KV) else ArrayStore(type, rows)
             for name, type in program.states.items()
         }
         self.committed, self.drafts = [0] * rows, drafts
@@ -62,7 +63,7 @@ class Session:
         ends = [n + len(p) for n, p in zip(self.committed, prompts, strict=True)]
         final = self.read(prompts, ends, chunk)
         self._tick(range(self.rows), always=True)
-        self._stores = {n: s.settled(min(ends)) if isinstance(s, KVStore) else s for n, s in self._stores.items()}
+        self._stores = {n: s if isinstance(s, ArrayStore) else s.settled(min(ends)) for n, s in self._stores.items()}
         if self._sums.shape[1]:
             self.depth = chosen(self._sums / torch.tensor(self.committed)[:, None], self._threshold)
         return torch.stack([f for f in final if f is not None])

@@ -86,9 +86,7 @@ def test_write_a_pass(tiny: Path, run: Callable[..., str]) -> None:
     assert weights == sorted(weights, reverse=True) and weights[0] - weights[1] == pytest.approx(4 * WIDTH / 1e6, abs=0.011)
 
 
-def test_the_guide_to_writing_a_pass(
-    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_guide_to_writing_a_pass(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first block is the example's code; all blocks run, one after another."""
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     given, _, pass_ = blocks[0].partition("\n\n\n")

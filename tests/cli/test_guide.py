@@ -39,9 +39,3 @@ def test_the_commands_run(text: str, tiny: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit) as ended:
             main(shlex.split(line.replace("smollm2", str(tiny)))[1:])
         assert not ended.value.code, (line, capsys.readouterr())
-
-
-def test_its_links_lead_somewhere() -> None:
-    for page in GUIDE.parent.glob("*.md"):
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

@@ -250,6 +250,26 @@ def test_lesser_processors(level: str) -> None:
     scenario(bench, [[90, 0, 17, 2], [40, 1, 0, 33]], [{0: chain(9), 3: chain(1)}], 2)
 
 
+def test_of_equal_bounds_the_first_are_read() -> None:
+    """Whole numbers have few different products, some of which the last page that is read shares with others."""
+    bench = Bench()
+    for page, n in ((1, 40), (1, 17), (16, 3)):
+        bench.add(attention({**PLAIN, **FLOATS, "dim": 4, "vdim": 8, "page": page, "n": n}))
+    bench.compile()
+    fast, slow = bench.stores(ROWS, CAPACITY)
+
+    def each(kind: str, at: Tokens) -> None:
+        for entry in (e for e in bench.program.entries if e.startswith(kind)):
+            given = {name: x.round() for name, x in bench.inputs(entry, len(at)).items()}
+            for found, want in bench.run(entry, at, 2, given, (fast, slow)):
+                close(found, want, 1e-4, entry)
+
+    each("prefill", Tokens.chunk([150, 97, 64, 130], [0] * ROWS))
+    for store in (*fast.values(), *slow.values()):
+        close_pages(store)
+    each("decode", Tokens(torch.arange(ROWS), torch.tensor([150, 97, 64, 130]), ROWS))
+
+
 def test_a_long_cache() -> None:
     """Chunks that all queries see whole, that some see part of, and that none sees."""
     bench = Bench()

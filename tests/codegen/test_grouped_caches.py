@@ -26,6 +26,8 @@ PROMPT, NEW = 45, 40
 NATIVE = [
     "kv-quant:bits=4", "kv-quant:bits=4,group=16", "kv-quant:bits=8,group=16", "kivi:bits=2,group=16,residual=16",
     "kivi:bits=4,group=32,residual=0", "kivi:bits=8,group=16,residual=32",
+    "gear:bits=4,block=16", "gear:bits=2,block=32,rank=1,residual=32", "gear:bits=2,block=16,outliers=2,rank=0",
+    "gear:bits=2,block=16,outliers=0,rank=5",
 ]  # fmt: skip
 
 
@@ -91,13 +93,47 @@ def test_drafted_tokens_join_the_cache(text: str) -> None:
     [
         ("kv-quant:bits=8,group=8", "8-bit codes in groups of 8 channels"),
         ("kivi:group=8,residual=0", "4-bit codes in groups of 8 tokens"),
-        ("gear:block=16", "outliers and matrices of low rank"),
+        ("gear:block=8", "4-bit codes in groups of 8 tokens"),
+        ("gear:block=16,rank=9", "with a matrix of rank 9; kernels take"),
     ],
 )
 def test_what_has_no_kernel_is_told_and_right(text: str, why: str) -> None:
     native = compiled(text)
     assert native.native is not None and any(why in reason for _, reason in native.native.hosts["step"])
     torch.testing.assert_close(logits(native), logits(compiled(text, target="reference")), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("text", [text for text in NATIVE if not text.startswith("kv-quant")])
+def test_blocks_move_natively(text: str) -> None:
+    """The same codes lie in the same places, and what repairs them is as good."""
+    native, reference = compiled(text), compiled(text, target="reference")
+    assert native.native is not None and text.partition(":")[0] in native.native.schedules
+    mine, theirs = (session(m) for m in (native, reference))
+    for name, store in mine._stores.items():
+        other = theirs._stores[name]
+        for what in "kv":
+            assert torch.equal(store.len[what], other.len[what]) and int(store.len[what][0].min()) >= 32
+            arrays, same = store.segments[0].planes[what].arrays, other.segments[0].planes[what].arrays
+            for each in arrays.keys() - {"left", "right"}:  # of which columns may change their signs
+                if each in ("codes", "place"):
+                    assert float((arrays[each] != same[each]).float().mean()) < 2e-3, each
+                else:
+                    torch.testing.assert_close(arrays[each], same[each], rtol=1e-3, atol=1e-3)
+            n = int(store.len[what][0].min())
+            a, b = (s.segments[0].read_all(what, n, torch.float32) for s in (store, other))
+            assert float((a - b).abs().mean()) < 1e-3 * float(b.abs().mean())
+
+
+def session(model: elision.Model) -> Session:
+    """After prompts and 20 tokens, of which the clock moves some."""
+    found = Session(model._interpreter, 2, PROMPT + NEW)
+    with torch.inference_mode():
+        found.prefill([prompts()[0].tolist(), prompts()[1].tolist()])
+        requests = Forced([Request(Warp(), True, 0, r) for r in range(2)], list(prompts()), [PROMPT] * 2)
+        requests.seen = []
+        for i in range(20):
+            found.round({r: 5 + i % 7 for r in range(2)}, requests)
+    return found
 
 
 def test_scores_beside_groups_stay_on_the_host() -> None:
@@ -120,9 +156,9 @@ def test_keys_and_values_that_move_apart_are_refused() -> None:
         compile_program(apart)
 
 
-def test_a_head_of_another_width() -> None:
+@pytest.mark.parametrize("text", ["kv-quant:bits=4,group=16", "gear:block=16,outliers=2"])
+def test_a_head_of_another_width(text: str) -> None:
     """48 channels: values in vectors of 16, keys in three groups."""
-    text = "kv-quant:bits=4,group=16"
     native = compiled(text, width=192)
     assert native.native is not None and not any(native.native.hosts.values())
     torch.testing.assert_close(logits(native), logits(compiled(text, target="reference", width=192)), rtol=2e-3, atol=2e-3)

@@ -17,18 +17,23 @@ from elision.ir.interp import Interpreter
 from elision.ir.ops.exits import undecided
 from elision.ir.parser import parse_program
 from elision.ir.printer import print_program
+from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
 from elision.ir.value import Value
+from elision.ir.verifier import verify
+from elision.ir.verify import Request
 from elision.passes.calibration import run_score
 from elision.passes.layers.classifier import logistic
 from elision.passes.pipeline import run
+from elision.runtime.session import Session
 from elision.runtime.speculation import drafting_of
 from tests.passes.deep import LAYERS, compiled
 from tests.passes.poisoned import rounds
 from tests.passes.small import ragged
 
 #: Settings with which some tokens leave at each exit, and some at none.
-SETTINGS = ["threshold=0.8", "threshold=0.8,fill=mask", "threshold=0.2,rule=softmax", "threshold=0.85,length=30"]
+FILLS = ["threshold=0.8", "threshold=0.8,fill=mask", "threshold=0.8,fill=defer"]
+SETTINGS = [*FILLS, "threshold=0.2,rule=softmax", "threshold=0.85,length=30"]
 
 
 def method(setting: str) -> str:
@@ -69,7 +74,7 @@ def test_parts_are_computing_all_and_choosing(setting: str, target: str) -> None
     assert 3 * 40 > went[0] > went[-1] > 0 and went == sorted(went, reverse=True)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:2])
+@pytest.mark.parametrize("setting", FILLS)
 def test_natively_with_other_rows(setting: str) -> None:
     model = compiled(method(setting), target="cpu")
     assert model.native is not None and "step" not in model.native.schedules
@@ -83,7 +88,7 @@ def test_natively_with_other_rows(setting: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["reference", "cpu"])
-@pytest.mark.parametrize("setting", SETTINGS[:2])
+@pytest.mark.parametrize("setting", FILLS)
 def test_speculation_changes_nothing(setting: str, target: str) -> None:
     """A draft's nodes leave at exits of their own, its later nodes see what their ancestors left."""
     model = compiled(method(setting), "token-recycling:nodes=20", "pain-trie:nodes=20", target=target)
@@ -130,6 +135,53 @@ def test_nothing_reads_what_was_not_written(setting: str, drafter: tuple[str, ..
     assert len(first) > 10 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_what_goes_on_sees_what_the_whole_model_computed() -> None:
+    """With fill=defer, a token that stays to the end says what it says in the whole model, whoever left before it."""
+    ids = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(2))
+    whole = compiled()(ids).logits
+    same = {}
+    for fill in ("defer", "propagate"):
+        model = compiled(method(f"threshold=0.8,fill={fill}"))
+        same[fill] = int((model(ids).logits == whole).all(-1).sum())
+        stays = left(model, ids)[-1]
+        assert 0 < stays < 160
+        assert (same[fill] == stays) == (fill == "defer")
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+@torch.inference_mode()
+def test_caches_catch_up(target: str) -> None:
+    """With fill=defer, caches after an exit have the entries of the whole model up to what is held there, in order."""
+    model, base = compiled(method(SETTINGS[2]), target=target), compiled(target=target)
+    said = model.generate(torch.tensor([[5, 8]]), max_new_tokens=40)[0]
+    sessions = [Session(m._interpreter, 1, 64) for m in (model, base)]
+    lags = set()
+    for session in sessions:
+        session.prefill([said[:2].tolist()])
+    for at in range(2, len(said) - 1):
+        for session in sessions:
+            session.round({0: int(said[at])}, Requests([Request()], [said[: at + 1]], [2]))
+        mine, whole = ([s._stores[f"kv_{i}"] for i in range(LAYERS)] for s in sessions)
+        counts = [int(store.totals().max()) for store in mine]
+        assert counts[:2] == [at + 1] * 2 and counts == sorted(counts, reverse=True)
+        held = [int(sessions[0]._stores[f"held_{i}"].totals().max()) for i in (1, 2, 3)]
+        assert [counts[1] - counts[2], counts[2] - counts[3], counts[4] - counts[5]] == held
+        lags.add(counts[0] - counts[-1])
+        for a, b, count in zip(mine, whole, counts, strict=True):
+            for what in "kv":
+                torch.testing.assert_close(a.entries(what, count), b.entries(what, count), rtol=1e-4, atol=1e-4)
+    assert min(lags) == 0 and max(lags) > 2
+
+
+@pytest.mark.parametrize("kind", ["all", "masked", "nested"])
+def test_what_joins_late_says_so(kind: str) -> None:
+    program = run(tiny_llama(layers=LAYERS)[0], ["calm:exits=2+4,fill=defer"])
+    verify(program)
+    text = print_program(program)
+    with pytest.raises(IllegalProgram, match="validity.*kv_[2-5] is not filled"):
+        verify(parse_program(text.replace("deferred", kind)))
+
+
 def test_the_rules() -> None:
     h = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     at = Tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([1, 10, 1000]), 1)
@@ -161,13 +213,16 @@ def test_a_fitted_classifier_says_where_the_answer_is_known() -> None:
         compiled(f"{method('threshold=0.4')},rule=classifier")
 
 
-OTHERS = [("int8:group=32", "a8"), ("skip-layers:layers=1",), ("kv-quant",), ("streaming-llm:window=21,sinks=3",), ("int4",)]
+OTHERS = [("int8:group=32", "a8"), ("skip-layers:layers=1",), ("kv-quant",), ("int4",)]
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("others", OTHERS)
-def test_with_other_methods(others: tuple[str, ...]) -> None:
-    text = method(SETTINGS[0])
+@pytest.mark.parametrize(
+    "setting, others",
+    [*((SETTINGS[i], others) for i in (0, 2) for others in OTHERS), (SETTINGS[0], ("streaming-llm:window=21,sinks=3",))],
+)
+def test_with_other_methods(setting: str, others: tuple[str, ...]) -> None:
+    text = method(setting)
     assert torch.equal(tokens(compiled(text, *others, target="cpu")), tokens(compiled(text, *others)))
 
 
@@ -176,15 +231,19 @@ def test_what_does_not_compose_is_named() -> None:
     for passes in (["calm:exits=3", "h2o:budget=24,recent=8"], ["calm:exits=3,fill=mask", "layer-skip-draft:layers=1"]):
         with pytest.raises(IllegalProgram, match="validity"):
             run(program, passes)
+    for passes in (["streaming-llm:window=21"], ["kivi:residual=32"], ["layer-skip-draft:layers=1"]):
+        with pytest.raises(IllegalProgram, match="validity"):
+            run(program, ["calm:exits=3,fill=defer", *passes])
     with pytest.raises(IllegalProgram, match="validity"):
         run(program, ["calm:exits=3", "skipdecode:most=6,least=2"])
-    for text in ("exits=0", "exits=6", "exits=2,rule=luck", "exits=2,fill=defer", "exits=2,threshold=0.0"):
+    for text in ("exits=0", "exits=6", "exits=2,rule=luck", "exits=2,fill=guess", "exits=2,threshold=0.0"):
         with pytest.raises(BadInput, match="calm"):
             run(program, [f"calm:{text}"])
 
 
-def test_as_text_and_in_an_artefact(tmp_path: Path) -> None:
-    model = compiled(method(SETTINGS[0]), target="cpu")
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2]])
+def test_as_text_and_in_an_artefact(setting: str, tmp_path: Path) -> None:
+    model = compiled(method(setting), target="cpu")
     assert parse_program(print_program(model.program)) == model.program
     model.save(tmp_path / "model.elision")
     assert torch.equal(tokens(elision.load(tmp_path / "model.elision")), tokens(model))

@@ -79,12 +79,13 @@ def attention(
     q: torch.Tensor, store: KVStore, tokens: Tokens, mask: Mask, scale: float, softcap: float = 0.0,
     sinks: torch.Tensor | None = None, slopes: torch.Tensor | None = None, *,
     splits: int = 1, pending: bool = False, kept: torch.Tensor | None = None, bm: int = 16,
-    ordered: bool = False,
+    ordered: bool = False, pages: tuple[torch.Tensor, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The output and the log-sum-exp by kernels."""
     type, at = store.type, axis(tokens)
     heads, group_ = q.shape[1], q.shape[1] // type.heads
-    gp = triton.next_power_of_2(group_)
+    gp = triton.next_power_of_2(group_) if pages is None else bm
+    chosen, page, open = (None, 0, 0) if pages is None else pages
     slots = type.main[-1].slots
     ring = isinstance(slots, Ring)
     out = torch.full((len(tokens), heads, type.vdim), torch.nan, dtype=q.dtype)
@@ -99,12 +100,13 @@ def attention(
     attend[grid](
         out, lse, part, kept, q, q.stride(0), at["pos"], at.get("anc"), at["start"], slopes, sinks,
         k, v, ks, vs, store.pos, store.len["k"], blocks(store), store.pos.shape[2],
-        dk, dv, dks, dvs, index["node_pos"], index["node_live"], len(tokens),
-        scale, softcap, mask.size, mask.sinks, slots.window if ring else 0, slots.sinks if ring else 0,
+        dk, dv, dks, dvs, index["node_pos"], index["node_live"], len(tokens), splits,
+        scale, softcap, mask.size, mask.sinks, slots.window if ring else 0, slots.sinks if ring else 0, chosen,
         H=type.heads, G=group_, GP=gp, D=type.dim, DV=type.vdim, DP=max(16, triton.next_power_of_2(type.dim)), DVP=dvp,
         LISTS=store.pos.shape[1], GROUP_K=group(type.main[-1].k), GROUP_V=group(type.main[-1].v), MASK=mask.kind,
         SOFTCAP=softcap > 0, SLOPES=slopes is not None, SINKS=sinks is not None, RING=ring, DRAFTED=tokens.drafted,
-        PENDING=pending, ORDERED=ordered, NODES=NODES, SPLITS=splits, LSE=True, KEPT=kept is not None, BM=bm, BN=16,
+        PENDING=pending, ORDERED=ordered, NODES=NODES, PARTS=splits > 1, LSE=True, KEPT=kept is not None,
+        LISTED=0 if chosen is None else chosen.shape[2], PAGE=page, OPEN=open, BM=bm, BN=16,
     )  # fmt: skip
     if splits > 1:
         combine[(len(tokens), heads)](

@@ -10,9 +10,16 @@ from collections import Counter
 from typing import Any
 
 from elision.codegen.triton.interpreted import Interpreted
-from elision.ir.launch import DeviceCode
+from elision.ir.launch import Binary, DeviceCode
 
 _SIZES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+def named(code: DeviceCode, *targets: str) -> DeviceCode:
+    """Machine code that says which kernel it is, for the fake driver."""
+    for target in targets or ("cuda:sm_90",):
+        code.binaries[target] = {n: Binary(f"symbol of {n}", n.encode(), 32 * k.warps, 64 << 10) for n, k in code.kernels.items()}
+    return code
 
 
 class FakeCuda:
@@ -60,6 +67,10 @@ class FakeCuda:
     def do_cuMemcpyDtoHAsync_v2(self, target: Any, address: Any, size: Any, stream: Any) -> None:
         assert self.capturing is None, "a graph is recorded without asking the device"
         ctypes.memmove(target.value, address.value, size.value)
+
+    def do_cuMemcpyDtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
+        assert self.capturing is None, "only launches are captured"
+        ctypes.memmove(target.value, source.value, size.value)
 
     def do_cuModuleLoadData(self, module: Any, code: Any) -> None:
         assert self.capturing is None, "modules cannot be loaded while launches are captured"

@@ -20,29 +20,8 @@ from elision.codegen.triton.compile import plan_program
 from elision.codegen.triton.targets import TARGETS
 from elision.codegen.triton.templates import TEMPLATES
 from elision.errors import ArtefactError, BadInput
-from elision.ir.launch import DeviceCode, Kernel
+from elision.ir.launch import DeviceCode
 from elision.runtime.cuda.artefact import LAUNCHES, member, members
-
-#: What this program does not launch: the kernels of passes that keep scores.
-SCORES = {
-    "mass": Kernel(
-        "mass", {"score": "*fp32:16", "kept": "*fp32:16", "lse": "*fp32:16", "start": "*i64", "length": "*i64", "entries": "i32"},
-        {"H": 8, "G": 4, "LISTS": 1, "PENDING": True, "BN": 128},
-    ),
-    "key_scores": Kernel(
-        "key_scores",
-        {
-            "score": "*fp32:16", "q": "*bf16:16", "q_stride": "i32:16", "pos": "*i64", "start": "*i64", "ahead": "*i64",
-            "lse": "*fp32:16", "k": "*i8:16", "k_scale": "*fp32:16", "entry_pos": "*i32:16", "length": "*i64", "blocks": "i32",
-            "entries": "i32", "wide": "i32", "scale": "fp32", "softcap": "fp32", "size": "i32", "first_seen": "i32",
-            "decay": "fp32", "last": "i32",
-        },
-        {
-            "slopes": None, "H": 8, "G": 4, "GP": 4, "D": 128, "DP": 128, "LISTS": 1, "GROUP_K": 128, "MASK": "causal",
-            "SOFTCAP": False, "SLOPES": False, "PENDING": True, "ADD": True, "BM": 32, "BN": 64,
-        },
-    ),
-}  # fmt: skip
 
 
 def one_of_each(code: DeviceCode) -> DeviceCode:
@@ -55,9 +34,12 @@ def one_of_each(code: DeviceCode) -> DeviceCode:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
-    """Of the shapes of Mixtral, with weights of four bits and a cache of bytes."""
+    """Of the shapes of Mixtral, with weights of four bits and a cache of bytes; then what methods that evict have besides."""
     code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"))))
-    code = DeviceCode({**code.kernels, **SCORES}, {}, {})
+    there = {k.template for k in code.kernels.values()}
+    for method in ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0"):
+        more = one_of_each(plan_program(shaped("llama-3-8b", ("insert-cache:dtype=int8", method)))).kernels
+        code = DeviceCode({**code.kernels, **{f"more_{n}": k for n, k in more.items() if k.template not in there}}, {}, {})
     assert {k.template for k in code.kernels.values()} == set(TEMPLATES)
     build(code, [target])
     found = totals(code, target)

@@ -168,8 +168,17 @@ def test_mass_from_what_decoding_kept() -> None:
     kept = torch.full((3, 4, 48), torch.nan)
     found, norm = attention(q, store, tokens, Mask("window", 9), 0.25, splits=2, kept=kept, ordered=True)
     score = torch.full_like(expected, torch.nan)
-    mass[(3, 6)](score, kept, norm, axis(tokens)["start"], store.len["k"], 48, H=2, G=2, LISTS=1, PENDING=False, BN=16)
+    given = (kept, norm, axis(tokens)["start"], store.len["k"], 48, 48, 0.5)
+    fixed = dict(H=2, G=2, LISTS=1, PENDING=False, BN=16)
+    mass[(3, 6)](score, *given, ADD=False, **fixed)
     assert near(found, out) and near(score, expected)
+    mass[(3, 6)](score, *given, ADD=True, **fixed)
+    assert near(score, 1.5 * expected)
+    score.fill_(8.0)  # what an entry that was evicted has left where a new one is now
+    store.len["k"] -= 1
+    mass[(3, 6)](score, *given, ADD=True, **{**fixed, "PENDING": True})
+    for b, n in enumerate((30, 11, 40)):
+        assert near(score[b, :, : n - 1], 4 + expected[b, :, : n - 1]) and near(score[b, :, n - 1], expected[b, :, n - 1])
 
 
 @pytest.mark.parametrize("decay,last", [(1.0, 0), (0.9, 0), (1.0, 4)])
@@ -183,4 +192,5 @@ def test_scores_of_a_prompt(decay: float, last: int) -> None:
     _, lse = meaning(q, store, tokens, Mask(), 0.25, results=("lse",))
     scored(type, q, store, tokens, lse, found, Mask(), last, True)
     observe(q, store, tokens, Mask(), 0.25, last=last)
-    assert near(found[..., :20], store.index["score"][..., :20])
+    for b, n in enumerate([20, 7]):
+        assert near(found[b, :, :n], store.index["score"][b, :, :n])

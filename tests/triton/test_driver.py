@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, named
 from test_programs import PROMPTS, compiled
 
 from elision.codegen.triton.compile import plan_program
 from elision.errors import BadInput
-from elision.ir.launch import Binary, DeviceCode
+from elision.ir.launch import DeviceCode
 from elision.runtime.cuda.decode import Decoder
 from elision.runtime.cuda.driver import Cuda, open_driver
 from elision.runtime.cuda.engine import Engine
-
-
-def named(code: DeviceCode, *targets: str) -> DeviceCode:
-    """Machine code that says which kernel it is, for the fake driver."""
-    for target in targets or ("cuda:sm_90",):
-        code.binaries[target] = {n: Binary(f"symbol of {n}", n.encode(), 32 * k.warps, 64 << 10) for n, k in code.kernels.items()}
-    return code
 
 
 def test_prompts_and_graphs_of_steps() -> None:

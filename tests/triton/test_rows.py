@@ -115,12 +115,14 @@ def test_experts(weighted: str) -> None:
     assert torch.allclose(y, moe.experts(x, gate, index, up, down, expr="silu(x0) * x1", weighted=weighted), rtol=1e-4, atol=1e-4)
 
 
-def test_the_best_token() -> None:
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_best_tokens(k: int) -> None:
     x = randn(5, 300)
     x[0, 7] = x[0, 290] = 9.0  # equal ones in different tiles
     x[1, 33] = x[1, 34] = 9.0  # and in one
+    x[2, 3:] = float("-inf")  # fewer than k that are possible
     tiles = -(-300 // 64)
-    value, index, best = torch.zeros(5, tiles), torch.zeros(5, tiles, dtype=torch.int64), torch.full((5,), -1)
-    best_of_tile[(tiles, 5)](value, index, x, N=300, TILES=tiles, BN=64)
-    best_of_tiles[(5,)](best, value, index, TILES=tiles, BT=triton.next_power_of_2(tiles))
-    assert torch.equal(best, x.argmax(-1))
+    value, index, best = torch.zeros(5, tiles, k), torch.zeros(5, tiles, k, dtype=torch.int64), torch.full((5, k), -1)
+    best_of_tile[(tiles, 5)](value, index, x, N=300, TILES=tiles, K=k, BN=64)
+    best_of_tiles[(5,)](best, value, index, N=300, TILES=tiles, K=k, BT=triton.next_power_of_2(tiles * k))
+    assert torch.equal(best, dense.topk(x, k=k)[1])

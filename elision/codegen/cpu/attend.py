@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from elision.codegen.cpu import mended
 from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import row_bytes
 from elision.codegen.cpu.credit import waiting
 from elision.codegen.cpu.emit import Fn, Val
 from elision.codegen.cpu.flash import CHUNK, Site, both, flash, weigh
-from elision.codegen.cpu.grouped import Grouped
 from elision.codegen.cpu.kernel import Kernel, State
 from elision.codegen.cpu.observe import padded
 from elision.codegen.cpu.rows import channels
@@ -59,8 +59,8 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
     flashes = {tile: flash(f"{name}_flash{tile}", site, tile, f"{name}_weigh") for tile in site.tiles}
     functions, older, before = [weigh(f"{name}_weigh", site), *flashes.values()], flashes, site.before
     if before is not None:
-        older = {tile: flash(f"{name}_older{tile}", before, tile, f"{name}_weigh_older") for tile in site.tiles}
-        functions += [weigh(f"{name}_weigh_older", before), *older.values()]
+        older = {tile: flash(f"{name}_older{tile}", before.read, tile, f"{name}_weigh_older") for tile in site.tiles}
+        functions += [weigh(f"{name}_weigh_older", before.read), *older.values(), *mended.functions(name, before)]
     kernel = Kernel(name)
     fn = kernel.fn
     axis, q, state = kernel.axis(), kernel.view("q"), kernel.state("S")
@@ -68,6 +68,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
     by_queries, scale = kernel.integer("by_queries"), kernel.real("scale")
     window, chunk, full = (kernel.integer(n) for n in ("window", "chunk", "full"))
     slopes = kernel.weight("slopes") if site.slopes else None
+    floats = kernel.tensor("floats").base if before is not None and before.block else None
     sequences = fn.load(kernel.ctx, "i64", SEQUENCES)
     starts, zero = axis.array("start"), fn.const(0, "i64")
     split = fn.compare(by_queries, "eq", 0)
@@ -130,41 +131,47 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     prepare(query0, tile)
 
                 def visit(
-                    flashes: dict[int, Fn], k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val, beside: list[Val],
-                    start: Val | int = 0, drafted: bool = False,
+                    flashes: dict[int, Fn], of: Site, k: Val, v: Val, pos: Val, low: Val, high: Val, limit: Val,
+                    beside: list[Val], start: Val | int = 0, drafted: bool = False,
                 ) -> None:  # fmt: skip
                     """The tiles over blocks ``low .. high - 1``, a chunk at a time. ``start``: entries before the first one."""
-                    with fn.loop(low, high, CHUNK) as chunks, each() as (query0, tile):
-                        left = count - query0
-                        begins, ends = chunks.index, fn.minimum(chunks.index + CHUNK, high)
-                        masked, nodes = begins, fn.const(int(drafted), "i1")
-                        if site.behind and not drafted:
-                            masked = fn.minimum(fn.maximum(limit // LANES, begins), ends)
-                        elif site.ordered and not (site.first or drafted):
-                            # blocks that no query sees, and those before ``masked`` that all see
-                            sight = [fn.load(tile, "i64", SIGHT + i) - start for i in range(4)]
-                            begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
-                            ends = fn.minimum(ends, sight[3] // LANES + 1)
-                            masked = fn.minimum(ends, fn.minimum(sight[2] + 1, limit) // LANES)
-                            masked = fn.select(fn.compare(begins * LANES, "sge", sight[1]), fn.maximum(masked, begins), begins)
-                        there, less = fn.compare(begins, "slt", ends), 0
-                        for many, inner in flashes.items():
-                            fits = both(fn, there, fn.compare(left, "sgt", less))
-                            if many < TILE:
-                                fits = both(fn, fits, fn.compare(left, "sle", many))
-                            with fn.when(fits):
-                                args = [tile, scores.base, k, v, pos, begins, ends, limit, masked, nodes, scale, *beside]
-                                fn.call(inner.name, *args)
-                            less = many
+                    with fn.loop(low, high, mended.chunk(of) or CHUNK) as chunks:
+                        base: Val | int = 0
+                        if floats is not None and of.block:  # the chunk is read as floats by themselves
+                            base = chunks.index
+                            k, v = mended.widen(fn, name, of, floats, k, v, beside, base, high)
+                            pos, beside = fn.at(pos, base * LANES, "i32"), []
+                        with each() as (query0, tile):
+                            left = count - query0
+                            begins, ends = chunks.index, fn.minimum(chunks.index + (mended.chunk(of) or CHUNK), high)
+                            masked, nodes = begins, fn.const(int(drafted), "i1")
+                            if site.behind and not drafted:
+                                masked = fn.minimum(fn.maximum(limit // LANES, begins), ends)
+                            elif site.ordered and not (site.first or drafted):
+                                # blocks that no query sees, and those before ``masked`` that all see
+                                sight = [fn.load(tile, "i64", SIGHT + i) - start for i in range(4)]
+                                begins = fn.maximum(begins, fn.maximum(sight[0], 0) // LANES)
+                                ends = fn.minimum(ends, sight[3] // LANES + 1)
+                                masked = fn.minimum(ends, fn.minimum(sight[2] + 1, limit) // LANES)
+                                inside = fn.compare(begins * LANES, "sge", sight[1])
+                                masked = fn.select(inside, fn.maximum(masked, begins), begins)
+                            there, less = fn.compare(begins, "slt", ends), 0
+                            places = [begins - base, ends - base, limit - base * LANES, masked - base]
+                            for many, inner in flashes.items():
+                                fits = both(fn, there, fn.compare(left, "sgt", less))
+                                if many < TILE:
+                                    fits = both(fn, fits, fn.compare(left, "sle", many))
+                                with fn.when(fits):
+                                    fn.call(inner.name, tile, scores.base, k, v, pos, *places, nodes, scale, *beside)
+                                less = many
 
-
-                def share(high: Val, start: Val | int = 0) -> tuple[Val, Val]:
-                    """This thread's part of so many blocks."""
+                def share(high: Val, start: Val | int = 0, whole: int = 1) -> tuple[Val, Val]:
+                    """This thread's part of so many blocks, ``whole`` ones of which stay together."""
                     low = zero
                     if site.ordered and not site.first:  # nothing before the first position that the first token sees
                         seen = bounds(fn, fn.load(axis.array("pos"), "i64", begin), window, chunk, full)[0] - start
-                        low = fn.minimum(fn.maximum(seen, 0) // LANES, high)
-                    a, b = kernel.part(high - low)
+                        low = fn.minimum(fn.maximum(seen, 0) // (LANES * whole) * whole, high)
+                    a, b = (x * whole for x in kernel.part((high - low) // whole))
                     return fn.select(split, low + a, low), fn.select(split, low + b, high)
 
                 positions = fn.at(state.address("pos"), line * state.number("entries"), "i32")
@@ -174,12 +181,12 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     slot = head * state.number("older_blocks") * LANES
                     sizes = (row_bytes(form, dim) for form, dim in zip(before.forms, (site.dim, site.vdim), strict=True))
                     k, v = (fn.at(state.address(f"older_{what}"), slot * size) for what, size in zip("kv", sizes, strict=True))
-                    mine = share((start + (LANES - 1)) // LANES)
-                    visit(older, k, v, positions, *mine, start, arrays(state, before, "older_", head, slot))
+                    mine = share((start + (LANES - 1)) // LANES, whole=max(before.block // LANES, 1))
+                    visit(older, before, k, v, positions, *mine, start, arrays(state, before, "older_", head, slot))
                 k_size, v_size = (row_bytes(form, dim) for form, dim in zip(site.forms, (site.dim, site.vdim), strict=True))
                 at = head * state.number("blocks") * LANES
                 visit(
-                    flashes, fn.at(state.address("k"), at * k_size), fn.at(state.address("v"), at * v_size),
+                    flashes, site, fn.at(state.address("k"), at * k_size), fn.at(state.address("v"), at * v_size),
                     fn.at(positions, start, "i32"), *share(blocks, start), length, arrays(state, site, "", head, at), start,
                 )  # fmt: skip
                 if site.drafted:
@@ -188,7 +195,7 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
                     high = fn.select(idle, zero, (nodes + (LANES - 1)) // LANES)
                     at = head * state.number("draft_blocks") * LANES
                     visit(
-                        flashes, fn.at(state.address("draft_k"), at * k_size), fn.at(state.address("draft_v"), at * v_size),
+                        flashes, site, fn.at(state.address("draft_k"), at * k_size), fn.at(state.address("draft_v"), at * v_size),
                         fn.at(state.address("node_pos"), row * state.number("nodes"), "i32"), zero, high, nodes,
                         arrays(state, site, "draft_", head, at), drafted=True,
                     )  # fmt: skip
@@ -196,14 +203,17 @@ def attend(name: str, site: Site) -> tuple[Kernel, list[Fn]]:
 
 
 def arrays(state: State, site: Site, prefix: str, head: Val, slot: Val) -> list[Val]:
-    """What lies beside the codes of a head (`Site.beside`), whose first slot is ``slot``."""
+    """What lies beside the codes of a head (`Site.beside`), whose first slot is ``slot``. Only an older segment has what
+    several rows share."""
     fn, found = head.fn, []
     for name in site.beside:
         form, dim = (site.forms[0], site.dim) if name[0] == "k" else (site.forms[1], site.vdim)
-        at = slot
-        if isinstance(form, Grouped):
-            at = head * (state.number(f"{prefix}k_groups") * dim) if form.by_token else slot * form.groups(dim)
-        found.append(fn.at(state.address(prefix + name), at, "f32"))
+        if isinstance(form, str):
+            found.append(fn.at(state.address(prefix + name), slot, "f32"))
+            continue
+        block = head * state.number(f"{prefix}k_groups") if prefix == "older_" else head
+        at, unit = form.place(name[2:], dim, slot, block)
+        found.append(fn.at(state.address(prefix + name), at, unit))
     return found
 
 

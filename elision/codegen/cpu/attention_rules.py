@@ -11,6 +11,7 @@ from elision.codegen.cpu.flash import CHUNK, Site, together
 from elision.codegen.cpu.grouped import Grouped
 from elision.codegen.cpu.gumbel import Noise
 from elision.codegen.cpu.kernels import Kernels
+from elision.codegen.cpu.mended import Mended, floats_bytes
 from elision.codegen.cpu.tile import PAD, TILE, WORDS
 from elision.codegen.planner import Planner, Ref
 from elision.codegen.refusal import NotNative, floats, need
@@ -33,6 +34,7 @@ def forms(state: KV) -> Forms:
     need(state.vdim % (LANES // 2) == 0, f"values of {state.vdim} channels")
     older(state)
     found = _forms(state, main)
+    need(not any(isinstance(f, Mended) for f in found), "rows that join one by one in blocks of codes")
     need(state.scores is None or not any(isinstance(f, Grouped) for f in found), "scores beside codes in groups")
     return found
 
@@ -51,7 +53,9 @@ def older(state: KV) -> Forms | None:
         return None
     first = state.main[0]
     need(isinstance(first.slots, Dense) and state.keyed_by == "position", "a cache of several segments")
-    return _forms(state, first)
+    found = _forms(state, first)
+    need(len({f.block if isinstance(f, Mended) else 0 for f in found}) == 1, "keys and values in blocks of other lengths")
+    return found
 
 
 def _forms(state: KV, segment: Segment) -> Forms:
@@ -147,11 +151,15 @@ def attend(kernels: Kernels, level: str, plan: Planner, value: Value) -> None:
         tiles = plan.buffer(-1, made.batch_bytes(site), private=True)
         sizes = [("int", mask.size if mask.kind == kind else 0) for kind in ("window", "chunk")]
         more = [plan.packing(named["slopes"], "plain")] if "slopes" in named else []
+        made_floats = []
+        if site.before is not None and site.before.block:
+            made_floats = [plan.buffer(-1, floats_bytes(site.before), private=True)]
+            more.append(("tensor", made_floats[0], 0, 4))
         plan.row(
             name, ("axis", axis), *queries, ("state", plan.state(cached)), ("tensor", part, 0, 4), ("tensor", scratch, 0, 4),
             ("tensor", tiles, 0, 4), ("int", int(plan.many)), ("float", float(value.attr("scale"))), *sizes,
             ("int", int(mask.kind == "full")), *more,
-            reads=[plan.state(cached)] if plan.many else [], writes=[part, scratch, tiles],
+            reads=[plan.state(cached)] if plan.many else [], writes=[part, scratch, tiles, *made_floats],
         )  # fmt: skip
     else:
         page_rules.attend(kernels, plan, value, site, pages, part, scratch)

@@ -1,7 +1,8 @@
 """Rows of a cache in registers: how the codes of a key or of a value are read and written (`elision.ir.encoding` is the meaning).
 
 A form is a dtype of floats, or ``i8``: signed bytes with one float32 scale for the row, which multiplies what is computed with
-them; or `elision.codegen.cpu.grouped.Grouped`: codes that become floats as they are read.
+them; or `elision.codegen.cpu.grouped.Grouped`: codes that become floats as they are read; or `elision.codegen.cpu.mended.Mended`:
+codes of which a block at a time becomes floats.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from math import inf
 
 from elision.codegen.cpu.emit import LANES, VF, Fn, Val, like, vector
 from elision.codegen.cpu.grouped import Grouped, grouped
+from elision.codegen.cpu.mended import Mended, mended
 from elision.codegen.cpu.rows import channels
 from elision.codegen.refusal import NotNative
 from elision.ir.states import Encoding, Float, Int, Repaired
 
-Form = str | Grouped
+Form = str | Grouped | Mended
 BYTES: dict[Form, int] = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}
 _LIMIT = 127.0  # of a code
 
@@ -29,13 +31,13 @@ def form(encoding: Encoding, dim: int, keys: bool = True) -> Form:
     if isinstance(encoding, Float):
         raise NotNative(f"a cache of {encoding.dtype}")
     if isinstance(encoding, Repaired):
-        raise NotNative("a cache of codes with outliers and matrices of low rank beside them")
+        return mended(encoding, dim, keys)
     return grouped(encoding, dim, keys)
 
 
 def row_bytes(form: Form, dim: int) -> int:
     """Bytes of the codes of a row."""
-    return form.width(dim) if isinstance(form, Grouped) else dim * BYTES[form]
+    return dim * BYTES[form] if isinstance(form, str) else form.width(dim)
 
 
 def scaled(form: Form) -> bool:
@@ -45,7 +47,7 @@ def scaled(form: Form) -> bool:
 
 def unit(form: Form) -> str:
     """The type of a code in memory, or of a byte of codes."""
-    return "i8" if isinstance(form, Grouped) else {"f32": "f32", "bf16": "i16", "f16": "f16", "i8": "i8"}[form]
+    return "i8" if not isinstance(form, str) else {"f32": "f32", "bf16": "i16", "f16": "f16", "i8": "i8"}[form]
 
 
 def load(fn: Fn, base: Val, index: Val | int, form: str, lanes: int) -> Val:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from elision.codegen.cpu import cache, evict
+from elision.codegen.cpu import cache, evict, flush
 from elision.codegen.cpu.attention_rules import forms, lists_of, older
 from elision.codegen.cpu.credit import credited
 from elision.codegen.cpu.emitters import Emitter
@@ -34,20 +34,20 @@ def compile_program(program: Program) -> abi.NativeCode:
     hosts: dict[str, list[tuple[str, str]]] = {}
     packings: dict[str, str] = {}
     for entry, graph in flat_entries(program).items():
-        plan = Planner(graph, entry in _MANY, kernels.signatures.__getitem__)
+        plan = Planner(graph, entry.partition("_")[0] in _MANY, kernels.signatures.__getitem__)
         plan.schedule.packings = packings
         schedules[entry] = plan.plan(regions(graph), emitter, lambda p: _advance_all(p, kernels))
         hosts[entry] = [h for h in plan.hosts if h[0] not in _ON_HOST]
     if program.states and all(_plain(s) for s in program.states.values()):
         schedules["commit"] = _commit(program, kernels)
     for each in program.ticks:
-        if (made := evict.tick(kernels, each)) is not None:
+        if (made := evict.tick(kernels, each) or flush.tick(kernels, each)) is not None:
             schedules[each.graph.name] = made
     code = to_object(kernels.text(), level)
     return abi.NativeCode(code, schedules, hosts, kernels.signatures, machine(), level, kernels.text())
 
 
-_MANY = ("score", "prefill", "feed")  # entries of many tokens
+_MANY = ("score", "prefill", "feed", "late")  # entries of many tokens: these and ``late_..``
 _ON_HOST = (*OF_TOKENS, *OF_INPUTS)  # ready before native code starts
 
 

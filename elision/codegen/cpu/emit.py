@@ -206,6 +206,18 @@ class Fn:
         place = self.at(base, index, unit or element(x.type))
         self.line(f"llvm.store {x.name}, {place.name} {{alignment = {_BYTES[element(x.type)]} : i64}} : {x.type}, {PTR}")
 
+    def scatter(self, x: Val, base: Val, index: Val) -> None:
+        """Store the lanes of a vector at as many places, ``index`` elements after an address; of equal ones the last counts."""
+        count, pointers = lanes(x.type), f"vector<{lanes(x.type)}x{PTR}>"
+        places = self.emit(
+            f"llvm.getelementptr {base.name}[{index.name}] : ({PTR}, {index.type}) -> {pointers}, {element(x.type)}", pointers
+        )
+        mask = self.const(1, vector("i1", count))
+        self.line(
+            f"llvm.intr.masked.scatter {x.name}, {places.name}, {mask.name} {{alignment = {_BYTES[element(x.type)]} : i32}} : "
+            f"{x.type}, {mask.type} into {pointers}"
+        )
+
     def prefetch(self, place: Val) -> None:
         """Ask for the cache line at an address, to be read soon."""
         flags = [self.const(x, "i32").name for x in (0, 2, 1)]  # to read, into the second level, data

@@ -15,6 +15,7 @@ from elision.codegen.cpu import vector_math as vm
 from elision.codegen.cpu.cache_rows import Form, load, row_bytes, scaled
 from elision.codegen.cpu.emit import PTR, Fn, Val, lanes, vector
 from elision.codegen.cpu.grouped import Grouped
+from elision.codegen.cpu.mended import Mended
 from elision.codegen.cpu.tile import BITS, HIDDEN, HIGH, LEFT, LEFT_NODES, LOW, POS, QUERY, SLOPE, SUM, TILE, WORDS
 from elision.ir.layout import LANES
 from elision.llvm.processor import needs
@@ -48,6 +49,7 @@ class Site:
     #: Words from the numbers of listed blocks to bits that say which of their entries are seen, and from these to where the
     #: entries of each block begin in a list of all; 0: all are seen.
     partly: int = 0
+    near: bool = False  # what is read was written just now, so nothing needs to be fetched
 
     @property
     def queries(self) -> int:
@@ -63,7 +65,7 @@ class Site:
         """The arrays beside the codes of keys and values."""
         found = []
         for what, form in zip("kv", self.forms, strict=True):
-            names = form.beside if isinstance(form, Grouped) else ("scale",) if scaled(form) else ()
+            names = form.beside if not isinstance(form, str) else ("scale",) if scaled(form) else ()
             found += [f"{what}_{name}" for name in names]
         return found
 
@@ -71,6 +73,16 @@ class Site:
     def before(self) -> Site | None:
         """The site on the older segment, if there is one: there are no drafts in it."""
         return None if self.older is None else replace(self, forms=self.older, older=None)
+
+    @property
+    def block(self) -> int:
+        """Entries that become floats together before they are read; 0: none do."""
+        return max(form.block if isinstance(form, Mended) else 0 for form in self.forms)
+
+    @property
+    def read(self) -> Site:
+        """The site on the floats that its entries become before they are read, or itself."""
+        return replace(self, forms=("f32", "f32"), near=True) if self.block else self
 
     @property
     def tiles(self) -> list[int]:
@@ -93,8 +105,8 @@ def flash(name: str, site: Site, tile: int, weigh: str) -> Fn:
     words, scores, keys, values, positions, first, last, limit, masked, nodes, scale, *arrays = fn.args
     beside = dict(zip(site.beside, arrays, strict=True))
     key_scales, value_scales = (beside[f"{what}_scale"] if what in site.scaled else None for what in "kv")
-    products(fn, site, [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], scores, keys, values, first, last,
-            fn.splat(scale, LANES), key_scales, _of(beside, "k_"))  # fmt: skip
+    queries, coming = [fn.load(words, PTR, j * WORDS + QUERY, "i64") for j in range(tile)], None if site.near else values
+    products(fn, site, queries, scores, keys, coming, first, last, fn.splat(scale, LANES), key_scales, _of(beside, "k_"))
     count = fn.const(tile, "i64")
     more = [value_scales] if value_scales is not None else []
     fn.call(weigh, words, scores, positions, first, last, limit, masked, nodes, count, *more)
@@ -195,7 +207,7 @@ def _values(
     form, vdim = site.forms[1], site.vdim
     size = row_bytes(site.forms[0], site.dim)
     for group in columns(vdim, site.together):
-        begins = group[0][0] == 0
+        begins = group[0][0] == 0 and not site.near
         wide = [(j, c, vector("f32", n)) for j in range(len(sums)) for c, n in group]
         scales = [fn.load(total, "f32", vdim + 2) for total in sums]
         old = [fn.load(sums[j], type, c, "f32") * fn.splat(scales[j], lanes(type)) for j, c, type in wide]
@@ -207,7 +219,7 @@ def _values(
             if isinstance(form, Grouped):
                 rows = {c: grouped.value(fn, values, beside, entries.index, c, n, vdim, form) for c, n in group}
             else:
-                rows = {c: load(fn, values, entries.index * vdim + c, form, n) for c, n in group}
+                rows = {c: load(fn, values, entries.index * vdim + c, str(form), n) for c, n in group}
             found = []
             for i, (j, c, type) in enumerate(wide):
                 p = fn.splat(fn.load(weights, "f32", entries.index - begin + j * CHUNK * LANES), lanes(type))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
-from elision.codegen.cpu.emit import Fn, Val, vector
+from elision.codegen.cpu.emit import Fn, Val, lanes, like, vector
 from elision.codegen.refusal import NotNative
 from elision.ir.layout import LANES
 from elision.ir.states import Int
@@ -42,6 +42,11 @@ class Grouped:
     def groups(self, dim: int) -> int:
         """Scales of a row."""
         return dim // self.group
+
+    def place(self, name: str, dim: int, slot: Val, block: Val) -> tuple[Val, str]:
+        """Where a head has its part of an array beside the codes, from its first slot and its first group of rows on, and the
+        type of its items."""
+        return block * dim if self.by_token else slot * self.groups(dim), "f32"
 
 
 def grouped(encoding: Int, dim: int, keys: bool) -> Grouped:
@@ -134,38 +139,86 @@ def _interleave(fn: Fn, a: Val, b: Val) -> Val:
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def encode(
-    fn: Fn, source: Val, dim: int, form: Grouped, put: Callable[[Val, Val], None], beside: Callable[[str, Val, Val], None]
-) -> None:
-    """Store the float32 row at ``source``, in groups of channels: ``put(index, byte of codes)`` and ``beside(name, group,
-    number)``."""
-    assert not form.by_token
+@dataclass(frozen=True)
+class Scale:
+    """What the codes of a group are made with; ``legal``: it can be divided by."""
+
+    low: Val | None
+    scale: Val
+    legal: Val
+
+
+def span(fn: Fn, source: Val, first: Val | int, form: Grouped) -> Scale:
+    """Of the group of float32 numbers that begins ``first`` after ``source``."""
     limit = 2 ** (form.bits - 1) - 1
+    group, wide = fn.at(source, first, "f32"), LANES if form.group % LANES == 0 else 1
+    type = vector("f32", LANES) if wide > 1 else "f32"
+    start = fn.load(group, type, 0, "f32")
+    with fn.loop(0, form.group, wide, [start, start]) as loop:
+        x = fn.load(group, type, loop.index, "f32")
+        loop.give(fn.minimum(loop.carried[0], x), fn.maximum(loop.carried[1], x))
+    low, high = loop.results
+    if wide > 1:
+        low, high = -fn.top(-low), fn.top(high)
+    if form.zero:
+        scale = (high - low) / float(2 * limit + 1)
+    else:
+        scale = fn.maximum(fn.math("absf", low), fn.math("absf", high)) / float(limit)
+    known = [fn.compare(scale, "ogt", 0.0), fn.compare(scale, "olt", inf)]
+    legal = fn.emit(f"arith.andi {known[0].name}, {known[1].name} : i1", "i1")
+    return Scale(low if form.zero else None, scale, legal)
+
+
+def code(fn: Fn, x: Val, by: Scale, form: Grouped) -> tuple[Val, Val]:
+    """The code of a number, or of each of a vector, as it is stored, and the number that it says."""
+    limit, count = 2 ** (form.bits - 1) - 1, lanes(x.type)
+    least, most = (0.0, 2.0 * limit + 1) if form.zero else (float(-limit), float(limit))
+    offset = 0 if form.zero or form.bits == 8 else limit + 1
+
+    def wide(y: Val) -> Val:
+        return fn.splat(y, count) if count > 1 else y
+
+    divisor = fn.select(by.legal, by.scale, fn.const(1.0, "f32"))
+    quotient = (x if by.low is None else x - wide(by.low)) / wide(divisor)
+    rounded = fn.minimum(fn.maximum(fn.math("roundeven", quotient), least), most)
+    whole = fn.cast(rounded, "arith.fptosi", like(x.type, "i32"))
+    found = fn.select(by.legal, whole, fn.const(0, whole.type))
+    said = fn.cast(found, "arith.sitofp", x.type) * wide(by.scale)
+    return found + offset if offset else found, said if by.low is None else said + wide(by.low)
+
+
+def encode(
+    fn: Fn, source: Val, dim: int, form: Grouped, put: Callable[[Val, Val], None], beside: Callable[[str, Val, Val], None],
+    left: Val | None = None,
+) -> None:  # fmt: skip
+    """Store the float32 row at ``source``, in groups of channels: ``put(index, byte of codes)`` and ``beside(name, group,
+    number)``; what the codes leave of it goes to ``left``."""
+    assert not form.by_token
     with fn.loop(0, form.groups(dim)) as groups:
         first = groups.index * form.group
-        start = fn.load(source, "f32", first)
-        with fn.loop(0, form.group, 1, [start, start]) as loop:
-            x = fn.load(source, "f32", first + loop.index)
-            loop.give(fn.minimum(loop.carried[0], x), fn.maximum(loop.carried[1], x))
-        low, high = loop.results
-        if form.zero:
-            scale = (high - low) / float(2 * limit + 1)
-            beside("low", groups.index, low)
-        else:
-            scale = fn.maximum(fn.math("absf", low), fn.math("absf", high)) / float(limit)
-        beside("scale", groups.index, scale)
-        known = [fn.compare(scale, "ogt", 0.0), fn.compare(scale, "olt", inf)]
-        legal = fn.emit(f"arith.andi {known[0].name}, {known[1].name} : i1", "i1")
-        divisor = fn.select(legal, scale, fn.const(1.0, "f32"))
-        least, most = (0.0, 2.0 * limit + 1) if form.zero else (float(-limit), float(limit))
-        offset = 0 if form.zero or form.bits == 8 else limit + 1
+        by = span(fn, source, first, form)
+        store_sides(by, lambda name, x: beside(name, groups.index, x))
         with fn.loop(0, form.group, form.per) as loop:
-            byte = fn.const(0, "i32")
+            bytes_ = []
             for i in range(form.per):
                 x = fn.load(source, "f32", first + loop.index + i)
-                x = x - low if form.zero else x
-                rounded = fn.minimum(fn.maximum(fn.math("roundeven", x / divisor), least), most)
-                code = fn.select(legal, fn.cast(rounded, "arith.fptosi", "i32"), fn.const(0, "i32"))
-                code = code + offset if offset else code
-                byte = byte | (code << i * form.bits) if form.per > 1 else code
-            put((first + loop.index) // form.per, fn.cast(byte, "arith.trunci", "i8"))
+                found, said = code(fn, x, by, form)
+                bytes_.append(found)
+                if left is not None:
+                    fn.store(x - said, left, first + loop.index + i)
+            put((first + loop.index) // form.per, packed(fn, bytes_, form))
+
+
+def store_sides(by: Scale, beside: Callable[[str, Val], None]) -> None:
+    """``beside(name, number)``"""
+    beside("scale", by.scale)
+    if by.low is not None:
+        beside("low", by.low)
+
+
+def packed(fn: Fn, codes: list[Val], form: Grouped) -> Val:
+    """The byte of as many codes as there are in one, or the bytes of as many vectors."""
+    byte = codes[0]
+    for i, more in enumerate(codes[1:], 1):
+        byte = byte | (more << i * form.bits)
+    return fn.cast(byte, "arith.trunci", like(byte.type, "i8"))

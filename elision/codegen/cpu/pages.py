@@ -119,18 +119,33 @@ def best(name: str, site: Site, page: int, open: int, room: int, n: int, first: 
                     loop.give(fn.select(holds, loop.carried[0] + 1, loop.carried[0]))
                 return fn.sum(loop.results[0])
 
-            with fn.loop(0, 32, 1, [fn.const(0, "i32")]) as loop:
-                more = loop.carried[0] | (fn.const(1, "i32") << fn.i32(31 - loop.index))
-                loop.give(fn.select(fn.compare(counted("uge", more), "sge", n), more, loop.carried[0]))
+            with fn.loop(0, 32, 1, [fn.const(0, "i32"), blocks]) as loop:  # nothing is left to do once n are as large
+                least, rest = loop.carried
+                more = least | (fn.const(1, "i32") << fn.i32(31 - loop.index))
+                there = counted("uge", more, rest)
+                done = fn.compare(there, "eq", n)
+                loop.give(
+                    fn.select(fn.compare(there, "sge", n), more, least), fn.select(done, fn.const(0, "i64"), rest)
+                )  # fmt: skip
             least = loop.results[0]
             level = fn.const(n, "i32") - counted("ugt", least)  # of those that are just as large
-            with fn.loop(0, count, 1, [fn.const(0, "i64"), level]) as loop:
-                cursor, left = loop.carried
-                order = fn.load(x, "i32", loop.index)
-                equal = both(fn, fn.compare(order, "eq", least), fn.compare(left, "sgt", 0))
-                above = fn.compare(order, "ugt", least)
-                taken = fn.emit(f"arith.ori {above.name}, {equal.name} : i1", "i1")
-                with fn.when(taken):
-                    fn.store(loop.index, found, cursor)
-                loop.give(fn.select(taken, cursor + 1, cursor), fn.select(equal, left - 1, left))
+            with fn.loop(0, blocks, 1, [fn.const(0, "i64"), level]) as each:
+                numbers, edge = fn.load(x, VI, each.index * LANES, "i32"), fn.splat(least, LANES)
+                equal, large = (_bits(fn, fn.compare(numbers, how, edge)) for how in ("eq", "uge"))
+                count = fn.cast(fn.math("ctpop", large), "arith.extui", "i64")
+                with fn.loop(0, count, 1, [large, *each.carried]) as loop:
+                    left, cursor, spare = loop.carried
+                    lane = fn.math("cttz", left)
+                    same = fn.compare((equal >> lane) & 1, "ne", 0)
+                    full = both(fn, same, fn.compare(spare, "sle", 0))
+                    with fn.when(fn.compare(fn.cast(full, "arith.extui", "i32"), "eq", 0)):
+                        fn.store(each.index * LANES + fn.cast(lane, "arith.extui", "i64"), found, cursor)
+                    cursor = fn.select(full, cursor, cursor + 1)
+                    loop.give(left & (left - 1), cursor, fn.select(same, spare - 1, spare))
+                each.give(*loop.results[1:])
     return kernel
+
+
+def _bits(fn: Fn, mask: Val) -> Val:
+    """The lanes of a mask as bits."""
+    return fn.cast(fn.cast(mask, "llvm.bitcast", "i16"), "arith.extui", "i32")

@@ -2,7 +2,7 @@
 entries.
 
 A program has ``BM`` rows, ``BM / GP`` tokens of one sequence times the query heads of one cache head, so keys and values are
-read once for the group. ``SPLITS`` programs share the entries of a sequence (flash decoding); their parts meet in `combine`.
+read once for the group. ``splits`` programs share the entries of a sequence (flash decoding); their parts meet in `combine`.
 Drafted tokens also see nodes in Scratch, by their ancestor bits, in the last split. Positions decide what is seen, never places.
 """
 
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from elision.codegen.triton.cache import keys, values
 from elision.codegen.triton.dot import dot
+from elision.codegen.triton.pages import closed
 from elision.codegen.triton.queries import load, places
 from elision.codegen.triton.seen import logits, sees
 
@@ -21,20 +22,21 @@ from elision.codegen.triton.seen import logits, sees
 def attend(
     out, lse, part, kept, q, q_stride, pos, anc, start, slopes, sinks,
     k, v, k_scale, v_scale, entry_pos, length, blocks, entries,
-    draft_k, draft_v, draft_k_scale, draft_v_scale, node_pos, node_live, tokens,
-    scale, softcap, size, first_seen, ring, ring_sinks,
+    draft_k, draft_v, draft_k_scale, draft_v_scale, node_pos, node_live, tokens, splits,
+    scale, softcap, size, first_seen, ring, ring_sinks, pages,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     LISTS: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, DRAFTED: tl.constexpr, PENDING: tl.constexpr,
-    ORDERED: tl.constexpr, NODES: tl.constexpr, SPLITS: tl.constexpr, LSE: tl.constexpr, KEPT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    ORDERED: tl.constexpr, NODES: tl.constexpr, PARTS: tl.constexpr, LSE: tl.constexpr, KEPT: tl.constexpr,
+    LISTED: tl.constexpr, PAGE: tl.constexpr, OPEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (split, tile of tokens, sequence * H + cache head).
 
-    ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; with splits ``part f32[SPLITS, tokens, H G, DVP + 2]`` instead:
+    ``out [tokens, H G, DV]``, ``lse [tokens, H G]`` if ``LSE``; if ``PARTS``, ``part f32[splits, tokens, H G, DVP + 2]`` instead:
     sums, then the largest logit and the sum of the weights. ``kept f32[tokens, H G, entries]`` if ``KEPT``: the logits, for
     scores. ``PENDING``: the tokens of the call are appended but not counted in ``length [sequences, LISTS]``. ``ORDERED``:
-    entry i is at position i. ``RING``: entries are seen for ``ring`` positions only.
+    entry i is at position i. ``RING``: entries are seen for ``ring`` positions only. ``LISTED``: of the entries before the last
+    multiple of ``OPEN``, a token sees those of ``pages i64[tokens, H, LISTED]`` alone; one token a program (``GP = BM``).
     """
     TYPE: tl.constexpr = q.dtype.element_ty
     split = tl.program_id(0)
@@ -63,7 +65,12 @@ def attend(
         if ORDERED and MASK == "window" and not KEPT:
             if first_seen == 0:
                 low = tl.maximum(tl.min(tl.where(there, q_pos, tl.max(q_pos))) - size + 1, 0) // BN * BN
-        share = tl.cdiv(tl.cdiv(high - low, SPLITS), BN) * BN
+        if LISTED > 0:
+            own = (tl.load(start + row) + first).to(tl.int64)
+            until = closed(length, start, row, tl.load(pos + own), OPEN, PENDING)
+            listed = pages + (own * H + h) * LISTED
+            high = n * 0 + LISTED * PAGE + OPEN
+        share = tl.cdiv(tl.cdiv(high - low, splits), BN) * BN
         begin = low + split * share
         end = tl.minimum(begin + share, high)
         k_head, v_head = k + place * blocks * 16 * D, v + place * blocks * 16 * DV
@@ -72,7 +79,19 @@ def attend(
         for at in range(begin, end, BN):
             slot = at + tl.arange(0, BN)
             inside = slot < end
-            k_pos = tl.load(entry_pos + list_ * entries + slot, mask=inside, other=0)
+            if LISTED > 0:
+                rank = slot.to(tl.int32)
+                page = tl.load(listed + tl.minimum(rank // PAGE, LISTED - 1)).to(tl.int32)
+                late = (rank >= LISTED * PAGE).to(tl.int32)  # by numbers: Triton 3.6 fails to lay out such truths
+                slot = (page * PAGE + rank % PAGE) * (1 - late) + (until + rank - LISTED * PAGE) * late
+                inside &= (slot >= 0) & (slot < n)
+                held = inside.to(tl.int32)
+                slot = slot * held + held - 1
+                inside = slot >= 0
+            if LISTED > 0:  # entry i is at position i
+                k_pos = slot
+            else:
+                k_pos = tl.load(entry_pos + list_ * entries + slot, mask=inside, other=0)
             key = keys(k_head, ks_head, slot, inside, D, DP, GROUP_K, TYPE)
             s = logits(query, key, q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, SLOPES)
             seen = inside[None, :] & there[:, None] & sees(q_pos[:, None], k_pos[None, :], MASK, size, first_seen)
@@ -85,7 +104,7 @@ def attend(
             value = values(v_head, vs_head, slot, inside, DV, DVP, GROUP_V, TYPE)
             top, total, sums = _joined(top, total, sums, s, value)
         if DRAFTED:
-            if split == SPLITS - 1:
+            if split == splits - 1:
                 node = tl.arange(0, NODES)
                 bits = tl.load(anc + token, mask=there, other=0)
                 live = tl.load(node_live + row * NODES + node) != 0
@@ -104,7 +123,7 @@ def attend(
                 top, total, sums = _joined(top, total, sums, s, value)
 
         channel = tl.arange(0, DVP)
-        if SPLITS == 1:
+        if not PARTS:
             if SINKS:
                 top, total, sums = _with_sink(top, total, sums, tl.load(sinks + head, mask=there, other=0.0).to(tl.float32))
             where = (token * (H * G) + head)[:, None] * DV + channel[None, :]

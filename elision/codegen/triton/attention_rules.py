@@ -20,7 +20,6 @@ def readable(state: KV) -> None:
     main = state.main[-1]
     need(len(state.main) == 1 and not main.shared, "a cache of several segments")
     need(isinstance(main.slots, Dense | Budget | Ring), f"slots of the kind {main.slots}")
-    need(state.summary is None, "pages that are summarised")
     for encoding, dim in ((main.k, state.dim), (main.v, state.vdim)):
         plain_bytes = isinstance(encoding, Int) and encoding.bits == 8 and encoding.axis == "channel" and not encoding.zero
         need(isinstance(encoding, Float) and encoding.dtype != "f64" or plain_bytes, f"entries stored as {encoding}")
@@ -105,20 +104,30 @@ def attend(to: Launches, value: Value) -> None:
     readable(state)
     need(origin(cached).op == "input", "a cache of the call's own")
     named = dict(zip(value.attr("extras") or (), value.args[2:], strict=True))
-    need("pages" not in named and not value.attr("results"), "chosen pages, or results beside the output")
+    need(not value.attr("results"), "results beside the output")
     name, tokens, drafted = plan.state(cached), plan.axis(q), plan.drafted(plan.axis(q))
-    observed = any(v.op == "observe" and v.args[1] is q for v in plan.graph.values)
+    observe = next((v for v in plan.graph.values if v.op == "observe" and v.args[1] is q), None)
+    observed = observe is not None
     need(not (observed and drafted), "scores of drafted tokens")
     queries, stride = to.tensor(q)
     heads, _ = q.tensor.sizes
     per = heads // state.heads
     single = to.plan.graph.name.startswith("decode")
+    single |= "pages" in named
     tile, splits = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize)
-    slots = state.main[-1].slots
+    slots, padded, pages = state.main[-1].slots, power(per), named.get("pages")
+    if pages is not None:  # a program has one token
+        need(state.keyed_by == "position" and isinstance(slots, Dense), "pages of entries that move")
+        padded = tile.m
     ring = isinstance(slots, Ring)
     sizes = fixed_sizes(state)
     part = to.scratch(tokens, splits * heads * (sizes["DVP"] + 2)) if splits > 1 else None
     lse = to.scratch(tokens, heads) if observed else None
+    kept = None
+    if observe is not None and observe.attr("decoding"):
+        need(isinstance(slots, Budget) and not slots.open, "scores of a cache without a bound")
+        kept = to.scratch(tokens, heads * slots.n)  # type: ignore[union-attr]
+        to.kept[q] = kept
     out = to.new(value)
     sinks = plain(named["sinks"]) if "sinks" in named else None
     shared: dict[str, Arg | None] = {
@@ -129,9 +138,11 @@ def attend(to: Launches, value: Value) -> None:
     only = {"tokens"} if splits == 1 else {"out", "lse", "sinks"}
     none = {n: None for n in only if n != "tokens"}
     args: dict[str, Arg | None] = {
-        **shared, **none, "kept": None, "q": queries, "q_stride": stride, "pos": axis(tokens, "pos"),
+        **shared, **none, "kept": None if kept is None else piece(kept), "q": queries, "q_stride": stride,
+        "pos": axis(tokens, "pos"),
         "anc": axis(tokens, "anc") if drafted else None, "start": axis(tokens, "start"),
         "slopes": plain(named["slopes"]) if "slopes" in named else None, **planes_of(name, state),
+        "splits": Arg(("int", splits), "i32"),
         "entry_pos": cache(name, state, "pos"), "length": cache(name, state, "len_k"), "blocks": size(name, "blocks"),
         "entries": size(name, "entries"),
         **{f"draft_{k}": v if drafted else None for k, v in planes_of(name, state, "draft_").items()},
@@ -140,15 +151,17 @@ def attend(to: Launches, value: Value) -> None:
         "size": integer(mask.size), "first_seen": integer(mask.sinks),
         "ring": integer(slots.window if isinstance(slots, Ring) else 0),
         "ring_sinks": integer(slots.sinks if isinstance(slots, Ring) else 0),
+        "pages": None if pages is None else to.whole(pages),
     }  # fmt: skip
     ordered = state.keyed_by == "position" and state.present.kind == "all" and isinstance(slots, Dense)
     fixed = sizes | dict(
-        G=per, GP=power(per), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named,
+        G=per, GP=padded, MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named,
+        LISTED=0 if pages is None else pages.tensor.width, PAGE=value.attr("page", 0), OPEN=value.attr("open", 0),
         SINKS=sinks is not None and splits == 1, RING=ring, DRAFTED=drafted, PENDING=not drafted, ORDERED=ordered,
-        NODES=nodes(state) or LANES, SPLITS=splits, LSE=observed and splits == 1, KEPT=False, BM=tile.m, BN=tile.n,
+        NODES=nodes(state) or LANES, PARTS=splits > 1, LSE=observed and splits == 1, KEPT=kept is not None, BM=tile.m, BN=tile.n,
     )  # fmt: skip
-    grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // power(per)), ("rows", state.heads))
-    writes = [out.buffer] if part is None else [part]
+    grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // padded), ("rows", state.heads))
+    writes = [out.buffer if part is None else part, *([] if kept is None else [kept])]
     if lse is not None and part is None:
         writes.append(lse)
     to.launch("attend", grid, args, fixed, reads=[name], writes=writes, warps=tile.warps, stages=tile.stages)
@@ -178,6 +191,9 @@ def observe(to: Launches, value: Value) -> None:
     sizes = {k: v for k, v in fixed_sizes(state).items() if k not in ("DV", "DVP", "GROUP_V")}
     for array, decay in state.scores.arrays.items():
         need(decay > 0, "scores that forget at once")
+        if value.attr("decoding"):
+            _mass(to, name, state, array, decay, q)
+            continue
         args: dict[str, Arg | None] = {
             "score": cache(name, state, array), "q": queries, "q_stride": stride, "pos": axis(tokens, "pos"),
             "start": axis(tokens, "start"), "ahead": axis(tokens, "ahead"), "lse": piece(to.lse[q]),
@@ -193,6 +209,17 @@ def observe(to: Launches, value: Value) -> None:
             ADD=True, BM=max(32, power(per)), BN=64,
         )  # fmt: skip
         to.launch("key_scores", (("entries", name, 64), ("rows", state.heads)), args, fixed, reads=[name], writes=[name])
+
+
+def _mass(to: Launches, name: str, state: KV, array: str, decay: float, q: Value) -> None:
+    """What entries received of decoded tokens, from the logits that attention left."""
+    args: dict[str, Arg | None] = {
+        "score": cache(name, state, array), "kept": piece(to.kept[q]), "lse": piece(to.lse[q]),
+        "start": axis(to.plan.axis(q), "start"), "length": cache(name, state, "len_k"), "entries": size(name, "entries"),
+        "wide": size(name, "wide"), "decay": real(decay),
+    }  # fmt: skip
+    fixed = dict(H=state.heads, G=q.tensor.sizes[0] // state.heads, LISTS=lists(state), PENDING=True, ADD=True, BN=128)
+    to.launch("mass", (("entries", name, 128), ("rows", state.heads)), args, fixed, writes=[name])
 
 
 def advance_all(to: Launches) -> None:

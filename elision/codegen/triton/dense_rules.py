@@ -16,6 +16,7 @@ from elision.codegen.triton.launches import Arg, Launches, axis, count, integer,
 from elision.ir.types import DTYPES
 from elision.ir.value import Value
 
+BEST = 16  # tokens that `topk` gives, at the most
 HALF = 2  # slots of weights, and of extras, of a product
 
 
@@ -40,12 +41,13 @@ def products(to: Launches, region: Products) -> None:
     names = [f"x{i}" for i in range(len(region.weights))] + [f"x{HALF + i}" for i in range(len(extras))]
     expr = re.sub(r"\bx(\d+)\b", lambda m: names[int(m[1])], region.expr)
     args: dict[str, Arg | None] = {"y": out, "x": x, "g": gain, "eps": real(float(norm.get("eps", 0.0)))}
+    args["N"] = integer(n)
     args |= {f"e{i}": extras[i] if i < len(extras) else None for i in range(HALF)}
     for i, (planes, _, _) in enumerate(made):
         args |= {f"{name}{i}": p for name, p in zip("wdm", planes, strict=True)}
     forms = {f"FORMAT{i}": f for i, (_, f, _) in enumerate(made)} | {f"G{i}": g for i, (_, _, g) in enumerate(made)}
     fixed = dict(
-        N=n, K=k, **forms, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), KIND0=[*kinds, "", ""][0],
+        K=k, **forms, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), KIND0=[*kinds, "", ""][0],
         KIND1=[*kinds, "", ""][1], EPILOGUE={"expression": expr, "operands": OPERANDS},
     )  # fmt: skip
     tokens = plan.axis(source)
@@ -106,6 +108,11 @@ def norm(to: Launches, value: Value) -> None:
     )  # fmt: skip
     grid = (("tokens", to.plan.axis(value), 1), outer)
     to.launch("norm", grid, args, fixed, writes=[out.buffer], warps=4 if width > 512 else 1)
+
+
+def positions(to: Launches, value: Value) -> None:
+    """A table reads them where they are."""
+    need(value not in to.plan.graph.outputs and all(u.op == "embed" for u in to.users[value]), "positions that are computed with")
 
 
 def embed(to: Launches, value: Value) -> None:
@@ -198,20 +205,18 @@ def _kind(own: list[int], sizes: list[int], outer: int, width: int) -> str:
 
 
 def best(to: Launches, value: Value) -> None:
-    """The index of the largest logit of each token."""
-    x = value.args[0]
+    """The indices of the largest logits of each token."""
+    x, k = value.args[0], value.attr("k")
     parts = {v.attr("index"): v for v in to.plan.graph.values if v.op == "item" and v.args[0] is value}
     unread = 0 not in parts or not to.users[parts[0]] and parts[0] not in to.plan.graph.outputs
-    need(value.attr("k") == 1 and unread and 1 in parts and len(x.tensor.features) == 1, "more than the best one")
+    need(k <= BEST and unread and 1 in parts and len(x.tensor.features) == 1, f"more than the {BEST} best, or their logits")
     width, tokens = x.tensor.width, to.plan.axis(x)
-    block = min(4096, power(width))
+    block = min(4096, power(max(width, k)))
     tiles = -(-width // block)
-    values, index = to.scratch(tokens, tiles), to.scratch(tokens, tiles, 8)
+    values, index = to.scratch(tokens, tiles * k), to.scratch(tokens, tiles * k, 8)
     parted: dict[str, Arg | None] = {"value": piece(values), "index": piece(index, "i64")}
-    grid = (tiles, ("tokens", tokens, 1))
-    to.launch("best_of_tile", grid, parted | {"x": to.whole(x)}, dict(N=width, TILES=tiles, BN=block), writes=[values, index])
+    grid, fixed = (tiles, ("tokens", tokens, 1)), dict(N=width, TILES=tiles, K=k)
+    to.launch("best_of_tile", grid, parted | {"x": to.whole(x)}, fixed | {"BN": block}, writes=[values, index])
     out = to.new(parts[1])
     found = parted | {"best": to.tensor(parts[1])[0]}
-    to.launch(
-        "best_of_tiles", (("tokens", tokens, 1),), found, dict(TILES=tiles, BT=power(tiles)), writes=[out.buffer], warps=1
-    )  # fmt: skip
+    to.launch("best_of_tiles", (("tokens", tokens, 1),), found, fixed | {"BT": power(tiles * k)}, writes=[out.buffer], warps=1)

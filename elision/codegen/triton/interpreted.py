@@ -59,6 +59,10 @@ class Interpreted:
     def clear(self, address: int, nbytes: int) -> None:
         ctypes.memset(address, 0, nbytes)
 
+    def copy(self, target: int, source: int, times: int, nbytes: int, apart: int, source_apart: int) -> None:
+        for i in range(times):
+            ctypes.memmove(target + i * apart, source + i * source_apart, nbytes)
+
     def launch(self, kernel: str, grid: Sequence[int], args: Sequence[int | float]) -> None:
         from elision.codegen.triton.templates import TEMPLATES, constants
 

@@ -13,7 +13,7 @@ from elision.codegen.triton.templates import TEMPLATES
 from elision.ir.encoding import code_dtype
 from elision.ir.launch import Kernel
 from elision.ir.planes import plane_form
-from elision.ir.states import KV, Int
+from elision.ir.states import KV, Float, Int
 from elision.ir.types import DTYPES, NAMES
 from elision.ir.value import Value
 
@@ -67,6 +67,8 @@ def cache(state: str, type: KV, array: str) -> Arg | None:
         dtype = "f32"
     else:
         dtype = {"pos": "i32", "node_pos": "i32", "node_live": "u8", "score": "f32", "local": "f32"}.get(array, "i64")
+        if array == "summary":
+            dtype = tail.k.dtype if isinstance(tail.k, Float) else "f32"
     aligned = ":16" if array not in ("len_k", "len_v", "count") else ""
     return Arg(("state", state, array), f"*{TYPES[dtype]}{aligned}")
 
@@ -119,6 +121,7 @@ class Launches:
         self.widths: dict[int, int] = {}  # elements of a token
         self.users = plan.graph.users()
         self.lse: dict[Value, int] = {}  # buffers with the log-sum-exp of attention, by its queries
+        self.kept: dict[Value, int] = {}  # and with its logits
 
     def launch(
         self, template: str, grid: Sequence[Any], args: Mapping[str, Arg | None], constants: Mapping[str, Any],

@@ -5,6 +5,7 @@ RMS norm needs no pass of its own: ``norm(x) W.T = rsqrt(mean(x^2) + eps) * ((x 
 read for the product anyway. (The products of half precision are then those of ``x * g``, rounded before the row's factor.)
 
 ``gemv`` is for one token a program: what is read is the weights, once. ``gemm`` is for 16 tokens or more, on tensor cores.
+The number of outputs is an argument, so that the products of a model are few kernels.
 ``EPILOGUE`` is the expression as a function of the products and of two extras (`elision.codegen.triton.expression`).
 """
 
@@ -18,7 +19,7 @@ from elision.codegen.triton.weights import inputs, tile
 
 
 @triton.jit
-def _extra(e, token, column, inside, N: tl.constexpr, KIND: tl.constexpr):
+def _extra(e, token, column, inside, N, KIND: tl.constexpr):
     """An operand of the epilogue: a ``row`` for all tokens (a bias), or ``tokens`` (a residual)."""
     if KIND == "row":
         return tl.load(e + column, mask=inside, other=0.0).to(tl.float32)
@@ -30,8 +31,8 @@ def _extra(e, token, column, inside, N: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def gemv(
-    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps,
-    N: tl.constexpr, K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
+    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, N,
+    K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, EPILOGUE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +54,7 @@ def gemv(
 
 @triton.jit
 def _dot(
-    x, g, w, d, m, column, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
+    x, g, w, d, m, column, N, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
     OFFSET: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One token's products ``[BN]`` with the rows ``column`` of a weight, and the sum of its squares."""
@@ -77,8 +78,8 @@ def _dot(
 
 @triton.jit
 def gemm(
-    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, tokens,
-    N: tl.constexpr, K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
+    y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, tokens, N,
+    K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, EPILOGUE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +104,7 @@ def gemm(
 
 @triton.jit
 def _product(
-    x, g, w, d, m, token, tokens, column, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr,
+    x, g, w, d, m, token, tokens, column, N, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Products ``[BM, BN]`` of some tokens with the rows ``column`` of a weight, and the tokens' sums of squares ``[BM]``."""

@@ -3,11 +3,15 @@ decoding."""
 
 from __future__ import annotations
 
+import zlib
+
 from elision.codegen.refusal import need
 from elision.codegen.triton.attention_rules import advance, fixed_sizes, group, nodes, planes_of, readable
 from elision.codegen.triton.configs import power
-from elision.codegen.triton.launches import Arg, Launches, axis, cache, count, integer, on_round, size
+from elision.codegen.triton.launches import Arg, Launches, axis, cache, count, integer, on_round, piece, size
+from elision.ir.drafted import VERIFY
 from elision.ir.states import KV, Budget, Dense
+from elision.ir.value import Value
 
 
 def commit(to: Launches, names: dict[str, KV]) -> None:
@@ -31,8 +35,21 @@ def commit(to: Launches, names: dict[str, KV]) -> None:
         advance(to, name, state, on_round("accepted"), True)
 
 
+def sample(to: Launches, logits: Value, best: Value, tokens: int) -> Arg:
+    """The token of every node: the likeliest, or, of sequences that ask for it, one that is drawn."""
+    chosen = to.scratch(tokens, 1, 8)
+    args: dict[str, Arg | None] = {
+        "chosen": piece(chosen, "i64"), "best": to.whole(best), "logits": to.whole(logits), "row": axis(tokens, "row"),
+        "pos": axis(tokens, "pos"), "numbers": Arg(("round", "numbers"), "*fp32"), "whole": on_round("whole"),
+    }  # fmt: skip
+    n = logits.tensor.width
+    fixed = dict(N=n, WIDE=best.tensor.width, STREAM=zlib.crc32(VERIFY.encode()), BN=min(2048, power(n)))
+    to.launch("sample", (("tokens", tokens, 1),), args, fixed, reads=["round"], writes=[chosen], warps=8)
+    return piece(chosen, "i64")
+
+
 def walk(to: Launches, ids: Arg, best: Arg, tokens: int, most: int) -> None:
-    """The accepted path of each sequence's tree by the greedy rule, and the token after it."""
+    """The accepted path of each sequence's tree by the tokens of its nodes, and the token after it."""
     args: dict[str, Arg | None] = {
         **{n: on_round(n) for n in ("path", "accepted", "next")}, "ids": ids, "best": best, "parent": axis(tokens, "parent"),
         "start": axis(tokens, "start"),
@@ -41,9 +58,9 @@ def walk(to: Launches, ids: Arg, best: Arg, tokens: int, most: int) -> None:
 
 
 def follow(to: Launches, ids: Arg, best: Arg, tokens: int) -> None:
-    """The best token of each sequence becomes its next one, without asking the host."""
+    """The token of each sequence becomes its next one, without asking the host."""
     args: dict[str, Arg | None] = {
-        "ids": ids, "pos": axis(tokens, "pos"), "row": axis(tokens, "row"), "best": best, "tokens": on_round("tokens"),
-        "length": on_round("length"), "count": count(tokens), "most": size("round", "most"),
+        "ids": ids, "pos": axis(tokens, "pos"), "row": axis(tokens, "row"), "best": best, "next": on_round("next"),
+        "tokens": on_round("tokens"), "length": on_round("length"), "count": count(tokens), "most": size("round", "most"),
     }  # fmt: skip
     to.launch("follow", (("tokens", tokens, 32),), args, dict(BLOCK=32), writes=["round"], warps=1)

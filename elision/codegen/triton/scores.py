@@ -28,7 +28,8 @@ def key_scores(
     slot = tl.program_id(0) * BN + tl.arange(0, BN)
     count = tl.load(start + row + 1) - tl.load(start + row)
     place, list_ = (row * H + h).to(tl.int64), (row * LISTS + h % LISTS).to(tl.int64)
-    n = tl.load(length + list_)
+    old = tl.load(length + list_)
+    n = old
     if PENDING:
         n += count
     inside = slot < n
@@ -56,7 +57,7 @@ def key_scores(
         received += tl.sum(share, 0)
     where = score + place * wide + slot
     if ADD:
-        before = tl.load(where, mask=slot < entries, other=0.0)
+        before = tl.load(where, mask=slot < old, other=0.0)  # new entries have no score yet
         tl.store(where, before * tl.exp(count.to(tl.float32) * tl.log(decay)) + received, mask=slot < entries)
     else:
         tl.store(where, received, mask=slot < entries)
@@ -64,15 +65,17 @@ def key_scores(
 
 @triton.jit
 def mass(
-    score, kept, lse, start, length, entries,
-    H: tl.constexpr, G: tl.constexpr, LISTS: tl.constexpr, PENDING: tl.constexpr, BN: tl.constexpr,
+    score, kept, lse, start, length, entries, wide, decay,
+    H: tl.constexpr, G: tl.constexpr, LISTS: tl.constexpr, PENDING: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``score f32[sequences, H, entries]`` of logits ``kept f32[tokens, H G, entries]`` that decoding left: no key is read again.
-    Program (tile of entries, sequence * H + cache head)."""
+    """``score f32[sequences, H, wide]`` of logits ``kept f32[tokens, H G, entries]`` that decoding left: no key is read again.
+    ``ADD``: to the scores that there are, times ``decay``; a sequence has one token at the most. Program (tile of entries,
+    sequence * H + cache head)."""
     row, h = tl.program_id(1) // H, tl.program_id(1) % H
     slot = tl.program_id(0) * BN + tl.arange(0, BN)
     begin, end = tl.load(start + row), tl.load(start + row + 1)
-    n = tl.load(length + row * LISTS + h % LISTS)
+    old = tl.load(length + row * LISTS + h % LISTS)
+    n = old
     if PENDING:
         n += end - begin
     received = tl.zeros([BN], tl.float32)
@@ -81,4 +84,9 @@ def mass(
             head = token * (H * G) + h * G + g
             s = tl.load(kept + head * entries + slot, mask=slot < n, other=float("-inf"))
             received += tl.exp(s - tl.load(lse + head))
-    tl.store(score + (row * H + h).to(tl.int64) * entries + slot, received, mask=slot < entries)
+    score += (row * H + h).to(tl.int64) * wide + slot
+    if ADD:
+        if end > begin:
+            tl.store(score, tl.load(score, mask=slot < old, other=0.0) * decay + received, mask=slot < entries)
+    else:
+        tl.store(score, received, mask=slot < entries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, linear, moe, move, rope, rows, scores
+from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -22,9 +22,16 @@ TEMPLATES: dict[str, Any] = {
     "combine": combine.combine,
     "key_scores": scores.key_scores,
     "mass": scores.mass,
+    "summarise": pages.summarise,
+    "summarised": pages.summarised,
+    "bounds": pages.bounds,
+    "pick": pages.pick,
+    "evict": evict.evict,
+    "move_scores": evict.move_scores,
     "move": move.move,
     "best_of_tile": choose.best_of_tile,
     "best_of_tiles": choose.best_of_tiles,
+    "sample": sample.sample,
     "walk": choose.walk,
     "follow": choose.follow,
     "route": moe.route,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from elision.ir.deferred import Deferred
 from elision.ir.nodes import nodes_of
 from elision.ir.op import need, op, token_axis
 from elision.ir.ops.depth import RunOn
@@ -32,9 +33,7 @@ def _undecided_type(h: Tensor, *more: Tensor, rule: str, threshold: float, lengt
 
 
 @op(_undecided_type)
-def undecided(
-    h: torch.Tensor, *more: torch.Tensor, rule: str, threshold: float, length: int = 0, at: Tokens
-) -> torch.Tensor:
+def undecided(h: torch.Tensor, *more: torch.Tensor, rule: str, threshold: float, length: int = 0, at: Tokens) -> torch.Tensor:
     """Which tokens ``[t]`` go on: those less sure than the threshold (CALM, Schuster et al. 2022, section 3).
 
     ``similarity``: the cosine of the stream ``h`` and what it was before the last layer; ``softmax``: the difference of the two
@@ -55,8 +54,9 @@ def undecided(
     return on & more[-1] if len(more) > RULES[rule] else on
 
 
-def _exits_type(ids: Tensor, *states: KV, graphs: Sequence[Graph], targets: tuple[str, ...], parts: int) -> Types:
+def _exits_type(ids: Tensor, *states: KV, graphs: Sequence[Graph], targets: tuple[str, ...], parts: int, held: int = 0) -> Types:
     need(parts >= 2 and len(targets) in (parts + 1, 2 * parts), f"{len(targets)} targets; expected {parts} parts, fills, a head")
+    need(held in (0, parts - 1) and (not held or len(targets) == 2 * parts), f"held={held}; expected a state for every exit")
     x: Tensor = ids
     for i, graph in enumerate(graphs[:parts]):
         found = call_type(x, *states, graph=graph, target=graph.name)
@@ -65,15 +65,25 @@ def _exits_type(ids: Tensor, *states: KV, graphs: Sequence[Graph], targets: tupl
         assert isinstance(results[0], Tensor)
         x = results[0]
     for graph in graphs[parts:-1]:
-        call_type(x, *states, graph=graph, target=graph.name)
+        late = graph.inputs[0].tensor if held else x
+        call_type(late, *states, graph=graph, target=graph.name)
+        need(late.with_axes() == x.with_axes(), f"{graph.name} takes {late}; expected the stream, {x}")
     return call_type(x, *states, graph=graphs[-1], target=targets[-1])
 
 
 @op(_exits_type)
-def exits(ids: torch.Tensor, *states: Any, targets: tuple[str, ...], parts: int, run_on: RunOn, at: Tokens) -> tuple[Any, ...]:
+def exits(
+    ids: torch.Tensor, *states: Any, targets: tuple[str, ...], parts: int, held: int = 0, run_on: RunOn, at: Tokens
+) -> tuple[Any, ...]:
     """Run a step in ``parts`` (the first targets), each on the tokens that the one before leaves undecided, then the head (the
     last target) on the stream of all tokens where they left it. The targets in between, where there are any, give the caches of
-    the parts after each exit the keys and values of what left there."""
+    the parts after each exit the keys and values of what left there.
+
+    With ``held``, the last states keep the stream of what left at each exit, and the targets in between run the parts after it
+    on what is kept, once a token of its sequence goes on (`elision.ir.deferred`)."""
+    if held:
+        whole = Deferred(states, targets, parts, run_on, at).run(ids)
+        return run_on(targets[-1], (whole, *states), at)
     fills, head = targets[parts:-1], targets[-1]
     x, tokens, here, whole = ids, at, torch.arange(len(ids)), torch.empty(0)
     for i, part in enumerate(targets[:parts]):

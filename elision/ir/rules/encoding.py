@@ -7,9 +7,11 @@ would need all to be encoded again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from elision.errors import IllegalProgram
 from elision.ir.ops.program import origin
+from elision.ir.printer import atom
 from elision.ir.program import state_inputs
 from elision.ir.rules.view import View
 from elision.ir.states import KV
@@ -65,7 +67,7 @@ def _declared(view: View) -> Iterator[IllegalProgram]:
                     "encoding",
                     f"{run} gives back {name} as another type than the program declares",
                     sides=f"{run}: output of {name}, and state {name}",
-                    because=f"whatever runs next reads it as {declared}, and it would be {after}",
+                    because="whatever runs next reads it as {}, and it would be {}".format(*_apart(declared, after)),
                     help="declare the encoding that the state always has; recode only caches that live for one call",
                 )
             if declared != value.type:
@@ -73,7 +75,7 @@ def _declared(view: View) -> Iterator[IllegalProgram]:
                     "encoding",
                     f"{run} takes {name} as another type than the program declares",
                     sides=f"{run}: input {name}, and state {name}",
-                    because=f"the graph has {value.type}, the program {declared or 'no such state'}",
+                    because="the program has {}, the graph {}".format(*_apart(declared, value.type)),
                     help="change a state's type in program.states and in every entry, round and tick that takes it",
                 )
 
@@ -97,3 +99,12 @@ def _bound(view: View) -> Iterator[IllegalProgram]:
 
 def _shape(type: KV) -> tuple[int, int, int]:
     return type.heads, type.dim, type.vdim
+
+
+def _apart(one: object, other: object) -> tuple[str, str]:
+    """Two types as text; of two caches what differs."""
+    if not (isinstance(one, KV) and isinstance(other, KV)):
+        return atom(one) if one else "no such state", atom(other)
+    names = [f.name for f in fields(KV) if getattr(one, f.name) != getattr(other, f.name)]
+    first, second = (", ".join(f"{n}={atom(getattr(type, n))}" for n in names) for type in (one, other))
+    return first, second

@@ -71,6 +71,8 @@ def _change(site: Site, name: str, depth: int | None) -> Iterator[IllegalProgram
         if drafted:
             because = "the tokens are drafts, but the state is not between checkpoint and commit"
             yield illegal(because, "checkpoint it before and commit it after")
+    elif _late(site):
+        return
     elif not drafted:
         because = f"its tokens ({axis}) are not drafts, so it acts at once, as if they were committed"
         yield illegal(because, f"{value.op} at the draft's axis, or before checkpoint or after commit")
@@ -92,6 +94,14 @@ def _change(site: Site, name: str, depth: int | None) -> Iterator[IllegalProgram
     elif isinstance(type.undo, Snapshot) and depth > 1:
         because = "a snapshot goes back to the checkpoint, and nothing runs the accepted tokens again"
         yield illegal(because, f"give it undo=Journal({depth})")
+
+
+def _late(site: Site) -> bool:
+    """Whether it is run by a round with exits on what earlier rounds committed, which nothing takes back."""
+    run, frame = site.top, site.frame
+    while frame.parent is not None and frame.parent.parent is not None:
+        frame = frame.parent
+    return run.op == "exits" and run.attr("held", 0) > 0 and frame.graph.name in run.attr("targets")[run.attr("parts") : -1]
 
 
 def _unpaired(graph: Graph, name: str, op: str) -> IllegalProgram:

@@ -95,20 +95,21 @@ def _stages(view: View) -> Iterator[IllegalProgram]:
 
 
 def _exits(view: View) -> Iterator[IllegalProgram]:
-    """Where nodes leave a step between its parts, the caches of the parts after it are filled there or declare holes, which no
-    draft writes into."""
+    """Where nodes leave a step between its parts, the caches of the parts after it are filled there, or declare holes, or are
+    caught up with by a late form of the part before anybody looks; no draft writes into what declares either."""
     round = view.program.round
     if round is None or running(round).op != "exits":
         return
     names, parts = steps(view.program), running(round).attr("parts")
     written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
     drafted = {n for e in guesses(view.program) for n in written[e]}
+    late = running(round).attr("held", 0) > 0
     for i in range(1, parts):
-        later = set[str]().union(*(written[n] for n in names[i:parts]))
+        later = set[str]().union(*(written[n] for n in names[i : i + 1 if late else parts]))
         filled = written[names[parts + i - 1]] if len(names) > parts + 1 else set()
-        for name in sorted(later - filled):
+        for name in sorted(later if late else later - filled):
             type = view.program.states[name]
-            holes = isinstance(type, KV) and type.present.kind == "masked"
+            holes = isinstance(type, KV) and type.present.kind == ("deferred" if late and name in filled else "masked")
             if not holes or name in drafted:
                 yield IllegalProgram(
                     "validity",

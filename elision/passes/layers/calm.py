@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,10 +14,12 @@ from elision.ir.value import Builder, Graph, Value, live, rewrite
 from elision.passes.base import register
 from elision.passes.calibration import Calibrated, Text
 from elision.passes.layers.classifier import fit, parameters
+from elision.passes.layers.deferring import deferring
 from elision.passes.layers.depth import caches_of, declare, decodes
 from elision.passes.layers.parts import blocks, cut, filling, stream_after, stream_before
 
-FILLS = ("propagate", "mask")
+#: How caches of later layers learn of what left, and what they declare.
+FILLS = {"propagate": "all", "mask": "masked", "defer": "deferred"}
 
 
 @register
@@ -27,7 +29,8 @@ class CALM(Calibrated):
 
     The rewrite in one sentence: a step runs in parts, and a node whose confidence before one of the layers ``exits`` (text:
     ``10+15+20``) reaches ``threshold`` goes from there to the head; the later layers get keys and values of its stream
-    there (``fill`` propagate), or none, so that no later token sees it in them (``fill`` mask).
+    there (``fill`` propagate), or none, so that no later token sees it in them (mask), or their own, of the layers run on it
+    once a later token goes there (defer: what later tokens see is what the whole model computed).
 
     ``rule``: of confidence, see `elision.ir.ops.exits`; ``classifier`` is fitted on about ``tokens`` tokens of calibration
     text to say whether the likeliest token here is that of the whole model. ``length``: in so many positions the threshold falls
@@ -65,14 +68,18 @@ class CALM(Calibrated):
         later = [name for i in layers if i >= exits[0] for name in caches_of(program, i)]
         if self.rule == "classifier":
             program.params |= parameters(stream_after(program.entries["step"]).tensor.width)
-        declare(program, later, "masked" if self.fill == "mask" else "all", self.name)
+        declare(program, later, FILLS[self.fill], self.name)
+        if self.fill == "defer":
+            deferring(program, exits, self.name)
         step = program.entries["step"]
         head = cut(program, step, "head", stream_after(step), step.outputs[:2], (), self.name)
         self._in_parts(program, head, layers, exits)
         program.entries["score"] = self._choosing(program, head, exits)
-        fills = [f"fill_{i}" for i in range(1, len(exits) + 1)] if self.fill == "propagate" else []
+        kind = {"propagate": "fill", "defer": "late"}.get(self.fill)
+        fills = [f"{kind}_{i}" for i in range(1, len(exits) + 1)] if kind else []
         parts = [f"part_{i}" for i in range(len(exits) + 1)]
-        program.round = round_of(program, run=("exits", {"targets": (*parts, *fills, "head"), "parts": len(parts)}))
+        run: dict[str, Any] = {"targets": (*parts, *fills, "head"), "parts": len(parts)}
+        program.round = round_of(program, run=("exits", run | ({"held": len(exits)} if self.fill == "defer" else {})))
 
     def calibrate(self, program: Program, weights: Weights, text: Text) -> dict[str, torch.Tensor]:
         if self.rule != "classifier" or not self.exits:
@@ -108,6 +115,10 @@ class CALM(Calibrated):
         graph = rewrite(program.entries["step"], rule, program.targets, more=lambda: on)
         return replace(graph, outputs=graph.outputs[: -len(on)]), on
 
+    def _where_left(self, b: Builder, h: Value, left: list[Value], exited: list[Value]) -> Value:
+        """``h`` of the tokens that are still there, and of the others what is known."""
+        return b.add("lift", b.add("restrict", h, exited[-1]), left[0], exited[-1], name="left") if left else h
+
     def _undecided(self, b: Builder, head: Graph, h: Value, before: Value, *on: Value) -> Value:
         if self.rule == "similarity":
             more = [before]
@@ -120,20 +131,31 @@ class CALM(Calibrated):
 
     def _choosing(self, program: Program, head: Graph, exits: list[int]) -> Graph:
         """The model's own forward, of all tokens in every layer: those that have left keep their stream (``fill=mask``: and are
-        not among what the others see)."""
+        not among what the others see; ``fill=defer``: for the head alone)."""
         heads = _first_calls(program.entries["score"])
         streams: list[Value] = []
         on: list[Value] = []
         exited: list[Value] = []
+        left: list[Value] = []  # the stream where each token left, of those that have so far (fill=defer)
+        last = blocks(program.entries["score"])[-1][1]
 
         def rule(b: Builder, v: Value, args: tuple[Value, ...]) -> Value | tuple[Value, ...] | None:
             if v in heads:
                 if heads[v] in exits:
                     on.append(self._undecided(b, head, args[0], streams[-1], *on[-1:]))
+                    if self.fill == "defer":
+                        left[:] = [self._where_left(b, args[0], left, exited)]
                     exited.append(b.add("which", on[-1], axis=f"on_{len(on)}"))
                 streams.append(args[0])
             if v.op != "call" or not exited:
                 return None
+            if self.fill == "defer":
+                if v is not last:
+                    return None
+                found = b.add_with("call", args, dict(v.attrs), None)
+                results = b.items(found) if isinstance(found.type, tuple) else [found]
+                h = self._where_left(b, results[0], left, exited)
+                return (h, *results[1:]) if isinstance(found.type, tuple) else h
             h, few = args[0], b.add("restrict", args[0], exited[-1], name="h")
             if self.fill == "mask":
                 args = (few, *(b.add("empty", few, type=a.type) if a.is_state else a for a in args[1:]))

@@ -45,10 +45,12 @@ def layer_streams(program: Program, weights: Weights, sequences: list[torch.Tens
 
 
 def cut(
-    program: Program, step: Graph, name: str, x: Value, results: Sequence[Value], written: Iterable[str], by: str
-) -> Graph:
+    program: Program, step: Graph, name: str, x: Value, results: Sequence[Value], written: Iterable[str], by: str,
+    idle: Iterable[str] = (),
+) -> Graph:  # fmt: skip
     """An entry that computes some values of ``step`` from one that takes the place of its operand (``x``: a value of the step, or
-    that operand itself) and its states, of which it gives back those ``written`` as the step leaves them."""
+    that operand itself) and its states, of which it gives back those ``written`` as the step leaves them. After these come the
+    states ``idle``, which pass by."""
     states = state_inputs(step)
     after = dict(zip(states, [v for v in step.outputs if v.is_state], strict=True))
     written = set(written)
@@ -75,7 +77,7 @@ def cut(
         else:
             args = [known[a] for a in value.args]
             known[value] = b.add_with(value.op, args, dict(value.attrs), None, step.names.get(value))
-    return b.build(*(known[v] for v in wanted))
+    return b.build(*(known[v] for v in wanted), *(b.input(n, program.states[n]) for n in idle))
 
 
 def filling(program: Program, name: str, layers: Iterable[int]) -> Graph:

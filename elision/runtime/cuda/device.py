@@ -29,6 +29,10 @@ class Device(Protocol):
 
     def clear(self, address: int, nbytes: int) -> None: ...
 
+    def copy(self, target: int, source: int, times: int, nbytes: int, apart: int, source_apart: int) -> None:
+        """Copy runs of ``nbytes`` that lie so many bytes apart, from the device to itself."""
+        ...
+
     def launch(self, kernel: str, grid: Sequence[int], args: Sequence[Number]) -> None:
         """Start the kernel's programs; addresses and numbers are its parameters in order."""
         ...

@@ -83,6 +83,11 @@ class Cuda:
         if nbytes:
             self._do("cuMemsetD8Async", c_uint64(address), ctypes.c_ubyte(0), c_size_t(nbytes), self._stream)
 
+    def copy(self, target: int, source: int, times: int, nbytes: int, apart: int, source_apart: int) -> None:
+        for i in range(times if nbytes else 0):
+            to, frm = c_uint64(target + i * apart), c_uint64(source + i * source_apart)
+            self._do("cuMemcpyDtoDAsync_v2", to, frm, c_size_t(nbytes), self._stream)
+
     def wait(self) -> None:
         """Until everything that was asked for is done."""
         self._do("cuStreamSynchronize", self._stream)
@@ -122,11 +127,11 @@ class Cuda:
 
 
 def capability(library: Any = None) -> tuple[int, int]:
-    """The generation of the first GPU and its revision: (9, 0) is sm_90. Raises BadInput without a driver."""
+    """The generation of the first GPU and its revision: (9, 0) is sm_90. Raises BadInput without a driver or GPU."""
     found, device, value = [], c_int(), c_int()
     library = open_driver() if library is None else library
-    library.cuInit(0)
-    library.cuDeviceGet(byref(device), 0)
+    if library.cuInit(0) or library.cuDeviceGet(byref(device), 0):
+        raise BadInput("there is an NVIDIA driver here but no GPU; use target='cpu'")
     for attribute in (_MAJOR, _MINOR):
         library.cuDeviceGetAttribute(byref(value), attribute, device)
         found.append(value.value)

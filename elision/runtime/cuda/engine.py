@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from elision.errors import BadInput
 from elision.ir.flatten import generating_entries
-from elision.ir.launch import DeviceCode, shape_of
+from elision.ir.launch import DeviceCode, need_kernels, shape_of
 from elision.ir.nodes import nodes_of
 from elision.ir.op import lookup
 from elision.ir.planes import plane_form, planes
@@ -36,6 +36,9 @@ class Call:
         self.axes: dict[tuple[int, str], int] = {}
         self.counts: dict[int, int] = {}
         self.longest: dict[int, int] = {}
+        self.feeds = all(row.host < 0 for row in schedule.rows)  # nothing of the host's depends on positions
+        self.fed: tuple[Any, ...] = ()  # which tokens, of which caches, are on the device already (`Natives`)
+        self.graphs: weakref.WeakKeyDictionary[DeviceCache, dict[Any, Callable[[], None]]] = weakref.WeakKeyDictionary()
 
     def buffer(self, index: int) -> int:
         slot = self.schedule.buffers[index].slot
@@ -60,6 +63,7 @@ class Call:
         self.longest[index] = int((start[1:] - start[:-1]).max()) if len(at) else 0
 
     def free(self) -> None:
+        self.device.wait()  # launches may still read it
         for address in (*self.slots.values(), *self.axes.values()):
             self.device.free(address)
 
@@ -68,15 +72,12 @@ class Engine:
     """The entries of a program on a device. Raises BadInput for a program with ops that have no kernel."""
 
     def __init__(self, program: Program, code: DeviceCode, weights: Mapping[str, torch.Tensor], device: Device) -> None:
-        for entry, ops in code.hosts.items():
-            if ops:
-                op, why = ops[0]
-                raise BadInput(f"{program.name} does not run on a GPU: {op} in {entry} has no kernel ({why}); use target='cpu'")
+        need_kernels(program.name, code)
         self.program, self.code, self.device, self._weights = program, code, device, weights
         self.graphs = generating_entries(program)
         self._addresses: dict[tuple[str, int], int] = {}
         self._calls: dict[tuple[str, str], Call] = {}
-        self._round: dict[str, int] = {}
+        self._round: dict[tuple[str, int, int], int] = {}
         self._most = 0
 
     def call(self, entry: str, at: Tokens, ids: torch.Tensor | None) -> Call:
@@ -89,6 +90,7 @@ class Engine:
                 found.free()
             room = max(len(at), {"one": 1, "few": 16, "some": 64}.get(shape, 1))
             found = self._calls[entry, shape] = Call(self, schedules[shape], room, at.rows)
+        found.fed = ()
         found.set_axis(0, at)
         if ids is not None:
             self.device.write(found.buffer(found.schedule.inputs[0]), ids.long().contiguous())
@@ -96,6 +98,10 @@ class Engine:
             if row.host >= 0:
                 self._tokens(found, entry, row, at)
         return found
+
+    def known(self, entry: str, at: Tokens) -> Call | None:
+        """What `call` made for so many tokens before, as it was left."""
+        return self._calls.get((entry, shape_of(len(at), self.code.schedules[entry])))
 
     def _tokens(self, call: Call, entry: str, row: Row, at: Tokens) -> None:
         """What follows from which tokens there are is computed here, before the first launch."""
@@ -150,6 +156,8 @@ class Engine:
                 return -(-call.rows * times // per)
             case ("entries", name, per):
                 return -(-caches[name].sizes["entries"] // per)
+            case ("over", name, n, per):
+                return -(-max(0, min(n, caches[name].sizes["entries"] - n)) // per)
         raise AssertionError(part)
 
     def _argument(self, operand: tuple[Any, ...], call: Call, caches: Caches) -> Number:
@@ -172,8 +180,8 @@ class Engine:
                 return self._most
             case ("size", name, what):
                 return caches[name].sizes[what]
-            case ("round", array):
-                return self.round(array, call.rows)
+            case ("round", array, *width):
+                return self.round(array, call.rows, *width)
         raise AssertionError(operand)
 
     def weight(self, name: str, plane: int) -> int:
@@ -192,12 +200,13 @@ class Engine:
                 self._addresses[name, i if plane >= 0 else -1] = address
         return self._addresses[name, plane]
 
-    def round(self, array: str, rows: int) -> int:
-        """The address of an array of a round, or of the tokens that plain decoding leaves."""
-        if array not in self._round:
-            width = {"path": 64, "tokens": max(1, self._most)}.get(array, 1)
-            self._round[array] = self.device.allocate(8 * rows * width)
-        return self._round[array]
+    def round(self, array: str, rows: int, width: int = 0) -> int:
+        """The address of an array of a round, of the tokens that plain decoding leaves, or of ``width`` numbers a sequence."""
+        key = array, rows, width
+        if key not in self._round:
+            known = {"path": 64, "tokens": max(1, self._most), "numbers": 3, "whole": 3}
+            self._round[key] = self.device.allocate(8 * rows * (width or known.get(array, 1)))
+        return self._round[key]
 
     def begin(self, rows: int, most: int) -> None:
         """A generation of up to ``most`` tokens for each of so many sequences."""

@@ -297,7 +297,7 @@ def _describe(line: np.ndarray[Any, np.dtype[np.int64]], store: KVStore) -> None
     at, parts = abi.STATE, {"": store.segments[store.tail], "draft_": store.segments[-1]}
     if store.tail:
         parts["older_"] = store.segments[0]
-        line[at["older_len_k"]] = store.len["k"][0].data_ptr()
+        line[at["older_len_k"]], line[at["older_len_v"]] = (store.len[what][0].data_ptr() for what in "kv")
         keys = parts["older_"].planes["k"].arrays
         line[at["older_k_groups"]] = keys["scale"].shape[2] if "scale" in keys else 0
     for prefix, rows in parts.items():
