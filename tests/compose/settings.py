@@ -55,7 +55,7 @@ SETTINGS: dict[str, Setting] = {
     "h2o:every=1": _one("h2o:budget=24,recent=8,every=1"),
     "a2sf": _one("a2sf:budget=24,recent=8,sinks=1,alpha=0.9"),
     "keyformer": _one("keyformer:budget=24,recent=8,sinks=1,steps=40"),
-    "ems": _one("ems:budget=24,window=8,theta=0.3"),
+    "ems": _one("ems:budget=24,window=8,theta=0.5"),
     "snapkv": _one("snapkv:budget=24,window=8"),
     "kv-quant": _one("kv-quant"),
     "kivi": _one("kivi:bits=2,group=16,residual=16"),

@@ -8,6 +8,7 @@ from programs import tiny_scorer
 from elision.errors import BadInput, IllegalProgram
 from elision.ir.mask import Mask
 from elision.passes.pipeline import run
+from tests.compose.matrix import verdict
 from tests.compose.subjects import decoder
 
 
@@ -32,3 +33,9 @@ def test_holes_in_a_cache_whose_entries_are_counted_are_refused(kept: str) -> No
     """The tail of blocks ran full while generating; pages were refused without the name of a pass."""
     with pytest.raises(IllegalProgram, match="validity.*without some tokens"):
         decoder().transformed([kept, "calm:exits=2,fill=mask"])
+
+
+@pytest.mark.parametrize("first", ["fastv", "g-search"])
+def test_the_last_tokens_of_a_prompt_are_those_of_the_prompt(first: str) -> None:
+    """Natively the last tokens that a layer still had were taken for the last ones of the prompt."""
+    assert verdict("decoder", (first, "snapkv")) == "native"

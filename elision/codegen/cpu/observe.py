@@ -35,7 +35,7 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
     noise = Noise.of(kernel) if noisy else None
     totals = kernel.tensor("totals") if total else None
     sums = kernel.parts("totals") if noisy and not total else None
-    k_size, zero = BYTES[site.forms[0]], fn.const(0, "i64")
+    k_size = BYTES[site.forms[0]]
     starts, wide = axis.array("start"), padded(state.number("entries"))
 
     def norm(token: Val, query: Val) -> tuple[Val, Val]:
@@ -55,9 +55,11 @@ def observe(name: str, site: Site, array: str = "score", noisy: bool = False, to
     with fn.loop(0, fn.load(kernel.ctx, "i64", SEQUENCES)) as rows:
         row = rows.index
         begin, end = fn.load(starts, "i64", row), fn.load(starts, "i64", row + 1)
-        ahead = fn.load(axis.array("ahead"), "i64", fn.maximum(end - 1, 0))
-        left_out = fn.maximum((end - begin) - fn.maximum(last - ahead, 0), 0)
-        first = begin + fn.select(fn.compare(last, "sgt", 0), left_out, zero)
+        until = fn.select(fn.compare(last, "sgt", 0), end, begin)  # tokens of an axis need not be neighbours in the prompt
+        with fn.loop(begin, until, 1, [begin]) as early:
+            behind = fn.compare(fn.load(axis.array("ahead"), "i64", early.index), "sge", last)
+            early.give(fn.select(behind, early.index + 1, early.carried[0]))
+        first = early.results[0]
         count = (end - first) * site.group
         with fn.when(fn.compare(end, "sgt", begin)), fn.loop(0, site.heads) as heads:
             head = row * site.heads + heads.index
