@@ -41,6 +41,7 @@ SETTINGS: dict[str, Setting] = {
     "unified-skip": _one("unified-skip:keep=2", whole=True),
     "calm": _one("calm:exits=2,threshold=0.035,rule=softmax"),
     "calm:mask": _one("calm:exits=2,threshold=0.035,rule=softmax,fill=mask"),
+    "calm:defer": _one("calm:exits=2,threshold=0.035,rule=softmax,fill=defer"),
     "first-router": _one("first-router:share=0.6,layers=2,threshold=0.9", whole=True),
     "skipdecode": _one("skipdecode:most=4,least=2,length=80,stages=3", whole=True),
     "tome": _one("tome:n=2"),
