@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from programs import tiny_scorer
 
-from elision.errors import BadInput, IllegalProgram
+from elision.errors import BadInput, IllegalProgram, UnsupportedModel
 from elision.ir.mask import Mask
-from elision.passes.pipeline import run
+from elision.passes import from_text
+from elision.passes.pipeline import named, run
 from tests.compose.subjects import decoder
 
 
@@ -25,6 +26,12 @@ def test_a_refusal_names_its_pass() -> None:
     for texts, by in ((["shortgpt:share=0.25,layers=9"], "shortgpt"), (halves, "skip-layers")):
         with pytest.raises(BadInput, match=f"^{by}: "):
             decoder().transformed(texts)
+
+
+def test_a_refusal_stays_of_its_kind() -> None:
+    """A drafter's model that cannot be raised was bad input once it had the name of its pass."""
+    with pytest.raises(UnsupportedModel, match="^spec-sampling: it has no attention"), named(from_text("spec-sampling:model=x")):
+        raise UnsupportedModel("it has no attention")
 
 
 @pytest.mark.parametrize("kept", ["kivi:bits=2,group=16,residual=16", "gear:bits=2,block=16,rank=1", "quest:budget=32,page=8"])
