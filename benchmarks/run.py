@@ -55,20 +55,23 @@ ENGINES = {
 }
 
 
-def machine() -> dict[str, Any]:
-    """What a reader must know to compare."""
-    import torch
-    import transformers
+#: Says the versions that a Python measures with.
+_VERSIONS = """
+import json, platform, torch, transformers
+print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}))
+"""
 
+
+def machine(python: str) -> dict[str, Any]:
+    """What a reader must know to compare, of the Python that measured."""
+    said = subprocess.run([python, "-c", _VERSIONS], check=True, capture_output=True, text=True).stdout
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     return {
         "date": datetime.date.today().isoformat(),
         "processor": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **json.loads(said.splitlines()[-1]),
     }
 
 
@@ -81,7 +84,7 @@ def measure(part: str, python: str) -> None:
         found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     RAW.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in found)
-    (RAW / f"{part}.json").write_text(f'{{"machine": {json.dumps(machine())}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    (RAW / f"{part}.json").write_text(f'{{"machine": {json.dumps(machine(python))}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def kept(part: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def named(step: Pass) -> Iterator[None]:
     except BadInput as err:
         if str(err).removeprefix("pass ").startswith(step.name):
             raise
-        raise BadInput(f"{step.name}: {err}") from err
+        raise type(err)(f"{step.name}: {err}") from err
 
 
 def steps(

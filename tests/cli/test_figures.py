@@ -30,3 +30,14 @@ def test_other_samples_give_another_readme(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_readme_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="no marks"):
         run.between("# Elision", "cpu", [])
+
+
+def test_the_machine_is_said_by_the_python_that_measures(tmp_path: Path) -> None:
+    """Engines of peers live in an environment of their own, with a torch of their own."""
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"__version__ = 'the {name} of the peers'")
+    (tmp_path / "python").write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    found = run.machine(str(tmp_path / "python"))
+    assert found["torch"] == "the torch of the peers" and found["transformers"] == "the transformers of the peers"
+    assert {"date", "processor", "cores", "python"} <= found.keys()

@@ -18,6 +18,7 @@ from elision.ir.requests import Requests
 from elision.ir.value import Builder, Value, rewrite
 from elision.ir.verify import Request
 from elision.ir.warp import Warp
+from elision.llvm.processor import host_level
 from elision.runtime.session import Session
 from elision.runtime.speculation import drafting_of
 from tests.passes.small import tiny
@@ -162,3 +163,15 @@ def test_a_head_of_another_width(text: str) -> None:
     native = compiled(text, width=192)
     assert native.native is not None and not any(native.native.hosts.values())
     torch.testing.assert_close(logits(native), logits(compiled(text, target="reference", width=192)), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not host_level().startswith("x86-64"), reason="levels of x86-64")
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
+def test_older_processors(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without f16c, scales and what repairs a block become floats by functions that the linker must find."""
+    monkeypatch.setattr("elision.codegen.cpu.compile.host_level", lambda: level)
+    passes = ["int4", "gear:bits=2,block=16,rank=1"]
+    native = elision.compile(model(64), passes=passes, target="cpu", threads=1)
+    assert native.native is not None and native.native.level == level
+    found = native.generate(prompts(), max_new_tokens=NEW)
+    assert torch.equal(found, compiled(*passes, target="reference", width=64).generate(prompts(), max_new_tokens=NEW))

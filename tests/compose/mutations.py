@@ -104,6 +104,8 @@ def edited(found: Members, random: Random) -> None:
     name = random.choice(["program.txt", "kernels/cpu.json", "kernels/cpu.mlir", "manifest.json"])
     text = found[name].decode()
     words = list(re.finditer(r"[\w.'-]+", text))
+    if not words:
+        return found.update({name: b"1"})
     start, end = random.choice(words).span()
     other = random.choice([random.choice(words)[0], *map(str, NUMBERS)])
     found[name] = (text[:start] + other + text[end:]).encode()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from programs import tiny_scorer
 
-from elision.errors import BadInput, IllegalProgram
+from elision.errors import BadInput, IllegalProgram, UnsupportedModel
 from elision.ir.mask import Mask
-from elision.passes.pipeline import run
+from elision.passes import from_text
+from elision.passes.pipeline import named, run
 from tests.compose.matrix import verdict
 from tests.compose.subjects import decoder
 
@@ -28,6 +29,12 @@ def test_a_refusal_names_its_pass() -> None:
             decoder().transformed(texts)
 
 
+def test_a_refusal_stays_of_its_kind() -> None:
+    """A drafter's model that cannot be raised was bad input once it had the name of its pass."""
+    with pytest.raises(UnsupportedModel, match="^spec-sampling: it has no attention"), named(from_text("spec-sampling:model=x")):
+        raise UnsupportedModel("it has no attention")
+
+
 @pytest.mark.parametrize("kept", ["kivi:bits=2,group=16,residual=16", "gear:bits=2,block=16,rank=1", "quest:budget=32,page=8"])
 def test_holes_in_a_cache_whose_entries_are_counted_are_refused(kept: str) -> None:
     """The tail of blocks ran full while generating; pages were refused without the name of a pass."""
@@ -39,3 +46,10 @@ def test_holes_in_a_cache_whose_entries_are_counted_are_refused(kept: str) -> No
 def test_the_last_tokens_of_a_prompt_are_those_of_the_prompt(first: str) -> None:
     """Natively the last tokens that a layer still had were taken for the last ones of the prompt."""
     assert verdict("decoder", (first, "snapkv")) == "native"
+
+
+@pytest.mark.parametrize("draft", ["spectr:exit=2", "layer-skip-draft:layers=1", "dyspec:exit=1", "del:exits=1+2"])
+def test_what_a_model_drafts_with_its_own_layers_is_not_held(draft: str) -> None:
+    """Drafted tokens were held as if they had left there, and run late: other tokens, or a state that ran full."""
+    with pytest.raises(IllegalProgram, match="validity.*a draft writes into held_1"):
+        decoder().transformed(["calm:exits=2,threshold=0.035,rule=softmax,fill=defer", draft])

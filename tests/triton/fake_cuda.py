@@ -6,6 +6,7 @@ A module's machine code is taken for the name of its kernel."""
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import Counter
 from typing import Any
 
@@ -31,10 +32,13 @@ class FakeCuda:
         self.capturing: list[Any] | None = None
         self.graphs: list[list[Any]] = [[]]
         self.fails = ""
+        self.threads: set[int] = set()  # those with a context
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> int:
             self.calls[name] += 1
+            asks = name.startswith(("cuMem", "cuStream", "cuGraph", "cuLaunch", "cuModule"))
+            assert not asks or threading.get_ident() in self.threads, f"{name} without context"
             return 1 if name == self.fails else int(getattr(self, f"do_{name}", lambda *_: 0)(*args) or 0)
 
         if not name.startswith("cu"):
@@ -43,6 +47,9 @@ class FakeCuda:
 
     def do_cuGetErrorString(self, status: int, text: Any) -> None:
         text._obj.value = b"out of memory"
+
+    def do_cuCtxSetCurrent(self, context: Any) -> None:
+        self.threads.add(threading.get_ident())
 
     def do_cuDeviceGetCount(self, count: Any) -> None:
         count._obj.value = self.gpus

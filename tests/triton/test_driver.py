@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from fake_cuda import FakeCuda, named
@@ -59,3 +61,20 @@ def test_failures_have_the_words_of_the_driver(code: DeviceCode) -> None:
     fake.fails = "cuMemAlloc_v2"
     with pytest.raises(RuntimeError, match="cuMemAlloc_v2: out of memory"):
         cuda.allocate(1 << 40)
+
+
+def test_other_threads_wait_while_launches_are_recorded(code: DeviceCode) -> None:
+    """What they ask for on the stream would be a part of the graph, and done again with it; each has the context."""
+    named(code)
+    cuda = Cuda(code, FakeCuda(code))
+    found: list[int] = []
+    other = threading.Thread(target=lambda: found.append(cuda.allocate(64)))
+
+    def launches() -> None:
+        other.start()
+        other.join(0.05)
+        assert not found
+
+    cuda.record(launches)
+    other.join(10)
+    assert len(found) == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from elision.codegen.triton.targets import TARGETS
 from elision.errors import ArtefactError, BadInput
 from elision.ir.drafting.policy import Always
 from elision.runtime.cuda.driver import Cuda
+from elision.runtime.cuda.natives import Natives
 from elision.runtime.model import Model
 
 PADDED = torch.tensor([PROMPTS[0], [0] * 5 + PROMPTS[1]])
@@ -97,8 +100,25 @@ def test_memory_of_a_run_is_given_back() -> None:
     counts = []
     for _ in range(3):
         gpu.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, eos_token_id=[])
-        counts.append(fake.calls["cuMemAlloc_v2"] - fake.calls["cuMemFree_v2"])
+        graphs = fake.calls["cuGraphInstantiateWithFlags"] - fake.calls["cuGraphExecDestroy"]
+        counts.append((fake.calls["cuMemAlloc_v2"] - fake.calls["cuMemFree_v2"], graphs))
     assert counts[1] == counts[2]
+
+
+def test_graphs_are_of_all_their_caches() -> None:
+    """One cache that is another now: launches with its old addresses are not started again."""
+    made: list[Any] = []
+
+    def graph(call: Any, caches: Any) -> Any:
+        made.append(caches)
+        return lambda: None
+
+    natives: Any = Natives(SimpleNamespace(graph=graph))  # type: ignore[arg-type]
+    call = SimpleNamespace(graphs=WeakKeyDictionary(), counts={0: 1}, longest={0: 1})
+    a, b, c = (type("Cache", (), {})() for _ in range(3))
+    for second in (b, b, c, c):
+        natives._launch(call, {"a": a, "b": second})
+    assert made == [{"a": a, "b": b}, {"a": a, "b": c}]
 
 
 def test_prefixes_are_refused() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from elision.errors import IllegalProgram
 from elision.ir.mask import Mask
-from elision.ir.program import guesses, running, steps
+from elision.ir.program import guesses, running, state_inputs, steps
 from elision.ir.rules.view import View
 from elision.ir.states import KV
 
@@ -96,7 +96,7 @@ def _stages(view: View) -> Iterator[IllegalProgram]:
 
 def _exits(view: View) -> Iterator[IllegalProgram]:
     """Where nodes leave a step between its parts, the caches of the parts after it are filled there, or declare holes, or are
-    caught up with by a late form of the part before anybody looks; no draft writes into what declares either."""
+    caught up with by a late form of the part before anybody looks; no draft writes into what declares either, or is held."""
     round = view.program.round
     if round is None or running(round).op != "exits":
         return
@@ -104,6 +104,15 @@ def _exits(view: View) -> Iterator[IllegalProgram]:
     written = {n: {s.state(s.value.args[0])[0] for s in view.sites[n] if s.value.op == "append"} for n in view.program.entries}
     drafted = {n for e in guesses(view.program) for n in written[e]}
     late = running(round).attr("held", 0) > 0
+    held = list(state_inputs(view.program.entries["step"]))[1 - parts :] if late else []
+    for name in [name for name in held if name in drafted]:
+        yield IllegalProgram(
+            "validity",
+            f"a draft writes into {name}, which holds the tokens that left at an exit",
+            sides="round: exits",
+            because="what it wrote would be run late as if it had left there",
+            help="draft from tables, or with another model",
+        )
     for i in range(1, parts):
         later = set[str]().union(*(written[n] for n in names[i : i + 1 if late else parts]))
         filled = written[names[parts + i - 1]] if len(names) > parts + 1 else set()

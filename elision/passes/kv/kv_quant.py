@@ -21,9 +21,10 @@ class QuantisedKV(Pass):
     The rewrite in one sentence: the rows of every cache get the encoding `elision.ir.states.Int`, symmetric, with one scale for
     ``group`` channels of a head (0: for all of them); four bits also have a minimum. Drafted rows are rounded as committed ones
     are, so speculation changes nothing. Usual settings: 8 bits with a scale for a row, 4 bits in groups of 32 to 128. Native code
-    reads 8 bits with a scale for a row; the host computes attention over other encodings, which is slow. Error of a number: at
-    most half of its group's scale. Plain rounding, of no paper; ``kv_dtype="int8"`` (`insert-cache`) asks for the 8 bits of the
-    default from the beginning. There is no setting that rounds nothing: leave the pass out.
+    reads these, of a key up to eight groups, of a value groups of multiples of 16 channels or all of them; the host computes
+    attention over other groups, which is slow. Error of a number: at most half of its group's scale. Plain rounding, of no paper;
+    ``kv_dtype="int8"`` (`insert-cache`) asks for the 8 bits of the default from the beginning. There is no setting that rounds
+    nothing: leave the pass out.
     """
 
     bits: int = 8

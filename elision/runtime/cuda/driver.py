@@ -4,6 +4,8 @@ triton."""
 from __future__ import annotations
 
 import ctypes
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
@@ -36,6 +38,9 @@ class Cuda:
 
     def __init__(self, code: DeviceCode, library: Any = None) -> None:
         self._library = open_driver() if library is None else library
+        self._context: c_void_p | None = None
+        self._here = threading.local()  # whether the context is that of the thread, which each has to say
+        self._turn = threading.RLock()  # what another thread asked for while launches are recorded would be recorded too
         self._do("cuInit", 0)
         device, context, stream = c_int(), c_void_p(), c_void_p()
         self._do("cuDeviceGetCount", byref(device))
@@ -44,15 +49,19 @@ class Cuda:
         self._do("cuDeviceGet", byref(device), 0)
         self.target, binaries = _fitting(code.binaries, *capability(self._library))
         self._do("cuDevicePrimaryCtxRetain", byref(context), device)
-        self._do("cuCtxSetCurrent", context)
+        self._context = context
         self._do("cuStreamCreate", byref(stream), 1)  # waits for no other stream
         self._stream, self._kernels, self._functions = stream, code.kernels, dict[str, c_void_p]()
         self._binaries = binaries
         self._scratch = c_uint64(0)  # kernels here ask for none, but their last two parameters are its addresses
 
     def _do(self, name: str, *args: Any) -> None:
-        """Call the driver. Raises RuntimeError with its own words if it fails."""
-        status = getattr(self._library, name)(*args)
+        """Call the driver, from any thread. Raises RuntimeError with its own words if it fails."""
+        if self._context is not None and not hasattr(self._here, "set"):
+            self._here.set = True
+            self._do("cuCtxSetCurrent", self._context)
+        with self._turn:
+            status = getattr(self._library, name)(*args)
         if status:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(status, byref(text))
@@ -116,14 +125,20 @@ class Cuda:
         for name in self._kernels:  # modules cannot be loaded while launches are captured
             self._function(name)
         graph, ready = c_void_p(), c_void_p()
-        self._do("cuStreamBeginCapture_v2", self._stream, c_int(_THREAD_LOCAL))
-        try:
-            launches()
-        finally:
-            self._do("cuStreamEndCapture", self._stream, byref(graph))
+        with self._turn:
+            self._do("cuStreamBeginCapture_v2", self._stream, c_int(_THREAD_LOCAL))
+            try:
+                launches()
+            finally:
+                self._do("cuStreamEndCapture", self._stream, byref(graph))
         self._do("cuGraphInstantiateWithFlags", byref(ready), graph, ctypes.c_ulonglong(0))
         self._do("cuGraphDestroy", graph)
-        return lambda: self._do("cuGraphLaunch", ready, self._stream)
+
+        def start() -> None:
+            self._do("cuGraphLaunch", ready, self._stream)
+
+        weakref.finalize(start, self._do, "cuGraphExecDestroy", ready).atexit = False  # the device may be gone by then
+        return start
 
 
 def capability(library: Any = None) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class Natives:
     def _launch(self, call: Call, caches: Mapping[str, DeviceCache]) -> None:
         """The launches of a call as a graph, which is recorded once for caches and numbers of tokens."""
         kept = call.graphs.setdefault(next(iter(caches.values())), {})
-        key = (*call.counts.items(), *call.longest.items())
+        key = (*map(weakref.ref, caches.values()), *call.counts.items(), *call.longest.items())
         if key not in kept:
             kept[key] = self.engine.graph(call, caches)
         kept[key]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 
@@ -15,6 +16,7 @@ class Code:
     """The functions of one object file, by name. Stays loaded as long as the process."""
 
     def __init__(self, data: bytes) -> None:
+        _find_halves()
         api = llvm.library()
         self._jit = _POINTER()
         _check(api.LLVMOrcCreateLLJIT(ctypes.byref(self._jit), None))
@@ -30,6 +32,14 @@ class Code:
         found = ctypes.c_uint64()
         _check(llvm.library().LLVMOrcLLJITLookup(self._jit, ctypes.byref(found), name.encode()))
         return found.value
+
+
+@functools.cache
+def _find_halves() -> None:
+    """Code for processors without f16c converts floats of 16 bits by functions of the compiler's library, which the linker looks
+    for in this process (where there is no such library, it says what it misses)."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1", ctypes.RTLD_GLOBAL)
 
 
 @functools.cache
