@@ -34,7 +34,7 @@ LAYERS = {
     "shortgpt": [f"shortgpt:share={share}" for share in (0.1, 0.2, 0.3)],
     "unified-skip": [f"unified-skip:keep={keep},speedup=1.5" for keep in (27, 24, 21)],
     "skipdecode": [f"skipdecode:length=2048,stages=16,most=30,least={least}" for least in (24, 18, 12)],
-    "calm": [f"calm:exits=15+20+25,threshold={t}" for t in (0.99, 0.95, 0.9)],
+    "calm": [f"calm:exits=20+25,rule=softmax,threshold={t}" for t in (0.9, 0.7, 0.5)],
     "first-router": [f"first-router:share={share}" for share in (0.1, 0.2, 0.3)],
 }
 WEIGHTS = {
