@@ -122,7 +122,8 @@ def frontier(part: str) -> str:
     for row in kept(part)["rows"]:
         if row["passes"]:
             found.setdefault(row["method"], {})[row["speedup"]] = max(row["divergence"], LEAST)
-    return chart(f"speed-up of decoding (1: {FAMILIES[part]})", f"divergence from the unmodified model, nats (at least {LEAST})", found)
+    up = f"divergence from the unmodified model, nats (at least {LEAST})"
+    return chart(f"speed-up of decoding (1: {FAMILIES[part]})", up, found)
 
 
 def between(text: str, mark: str, lines: list[str]) -> str:
