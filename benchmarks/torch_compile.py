@@ -28,6 +28,7 @@ from elision.backend import report
 from elision.frontend.source import load_source
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo import Clock  # noqa: E402
 from torch_compile_backend import packaged  # noqa: E402
 
 console = Console(stderr=True, soft_wrap=True)
@@ -107,19 +108,6 @@ def table(cases: list[Prepared], rounds: int, raw: list[dict[str, Any]]) -> list
         lines.append(case.row(rounds, raw))
         console.print(lines[-1])
     return lines
-
-
-class Clock:
-    """A streamer that notes when each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def generation(turns: int, raw: list[dict[str, Any]], tokens: int = 33) -> list[str]:
