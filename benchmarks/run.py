@@ -1,10 +1,11 @@
 """Measures what the README shows, and draws it: `python benchmarks/run.py [PART ..] [--draw] [--peers PYTHON]`.
 
-Parts: cpu (against the peers), torch-compile, kv, layers, weights (quality against speed of every method of a family). A part
-keeps its raw samples, with the date and the machine, in `benchmarks/results/raw/PART.json`, in the place of the last ones when
-it has ended well. Then everything is drawn from what is kept, `--draw` does that alone: tables between marks in README.md,
-pictures in `docs/figures/`. Parts take from 5 to 15 minutes each on two cores, and want the machine for themselves. The engines
-of the peers may live in an environment of their own, ``--peers``, beside Elision's requirements.
+Parts: cpu (against the peers), torch-compile, memory (artefacts as they are opened); kv, layers, weights, tokens (quality
+against speed of every method of a family); speculate (speed, since the tokens are the same). A part keeps its raw samples, with
+the date and the machine, in `benchmarks/results/raw/PART.json`, in the place of the last ones when it has ended well. Then
+everything is drawn from what is kept, `--draw` does that alone: tables between marks in README.md, pictures in `docs/figures/`.
+Parts take from 1 to 15 minutes each on two cores, and want the machine for themselves. The engines of the peers may live in an
+environment of their own, ``--peers``, beside Elision's requirements.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ RAW, FIGURES = ROOT / "benchmarks" / "results" / "raw", ROOT / "docs" / "figures
 COMMANDS = {
     "cpu": ["cpu.py", "--raw"],
     "torch-compile": ["torch_compile.py", "--raw"],
+    "memory": ["memory.py", "--raw"],
     "kv": ["frontier.py", "kv", "--rows"],
     "layers": ["frontier.py", "layers", "--rows"],
     "weights": ["frontier.py", "weights", "--rows"],
+    "tokens": ["tokens.py", "--part", "encoder", "--raw"],
+    "speculate": ["speculation.py", "--formats", "fp32", "--prompts", "6", "--tokens", "96", "--raw"],
 }
 LEAST = 1e-4  # of a divergence, that a picture shows
 FAMILIES = {"kv": "unmodified model, cache of floats", "layers": "all layers", "weights": "weights of 32 bits"}
@@ -82,7 +86,10 @@ def measure(part: str, python: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
         subprocess.run([python, str(ROOT / "benchmarks" / script), *options, str(rows)], check=True)
-        found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+        keep(part, [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()], python)
+
+
+def keep(part: str, found: list[dict[str, Any]], python: str) -> None:
     RAW.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in found)
     (RAW / f"{part}.json").write_text(f'{{"machine": {json.dumps(machine(python))}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
@@ -114,16 +121,68 @@ def calls(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def frontier(part: str) -> str:
-    """The picture of a family, SVG."""
+def opened(found: dict[str, Any]) -> list[str]:
+    """An artefact of each format as it is opened."""
+    lines = ["| artefact | file, MB | first token after, s | not verified, s | memory over weights and states, MB |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for name in dict.fromkeys(row["format"] for row in found["rows"]):
+        sure, fast = ([r for r in found["rows"] if r["format"] == name and r["verify"] is v][-1] for v in (True, False))
+        over = (sure["over"] - sure["states"]) / 1e6
+        lines.append(f"| {name} | {sure['file'] / 1e6:.0f} | {sure['first']:.2f} | {fast['first']:.2f} | {over:.0f} |")
+    return lines
+
+
+def speedups(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Plain over speculative decoding by the clock on the wall, by kind of text and drafters; medians over prompts."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row["kind"], {})[row["drafters"]] = statistics.median(s["wall"] for s in row["samples"])
+    return found
+
+
+def drafters(found: dict[str, Any]) -> list[str]:
+    """What sets of drafters gain, by kind of text."""
+    kinds = speedups(found["rows"])
+    lines = [f"| speed-up of decoding, 32 bits | {' | '.join(kinds)} | mean |", "|---" + "|---:" * (len(kinds) + 1) + "|"]
+    for name in next(iter(kinds.values())):
+        gains = [kind[name] for kind in kinds.values()]
+        told = " + ".join(f"`{drafter}`" for drafter in name.split(" + "))
+        lines.append(f"| {told} | {' | '.join(f'{gain:.2f}' for gain in gains)} | {statistics.mean(gains):.2f} |")
+    return lines
+
+
+def frontier(part: str, rows: list[dict[str, Any]]) -> str:
+    """The picture of a family, SVG: what decoding gains, and how far its distributions are from the unmodified model's."""
     from chart import chart
 
     found: dict[str, dict[float, float]] = {}
-    for row in kept(part)["rows"]:
+    for row in rows:
         if row["passes"]:
             found.setdefault(row["method"], {})[row["speedup"]] = max(row["divergence"], LEAST)
     up = f"divergence from the unmodified model, nats (at least {LEAST})"
     return chart(f"speed-up of decoding (1: {FAMILIES[part]})", up, found)
+
+
+def merged(part: str, rows: list[dict[str, Any]]) -> str:
+    """The picture of the family tokens, SVG: what an encoder gains, and whether it still tells texts apart as it did."""
+    from chart import chart
+
+    found: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row["passes"]:
+            found.setdefault(row["method"], {1.0: 1.0})[row["speedup"]] = row["correlation"]
+    return chart("speed-up of all-MiniLM-L6-v2, texts of 512 tokens", "rank correlation of similarities", found, linear=True)
+
+
+def drafted(part: str, rows: list[dict[str, Any]]) -> str:
+    """The picture of the family speculate, SVG: what drafters gain on kinds of text."""
+    from chart import bars
+
+    return bars("speed-up of decoding, tokens the same", speedups(rows), level=1.0)
+
+
+TABLES = {"cpu": engines, "torch-compile": calls, "memory": opened, "speculate": drafters}
+PICTURES = {"kv": frontier, "layers": frontier, "weights": frontier, "tokens": merged, "speculate": drafted}
 
 
 def between(text: str, mark: str, lines: list[str]) -> str:
@@ -138,7 +197,7 @@ def between(text: str, mark: str, lines: list[str]) -> str:
 
 def readme(text: str) -> str:
     """The README with the tables that what is kept gives."""
-    for part, table in {"cpu": engines, "torch-compile": calls}.items():
+    for part, table in TABLES.items():
         if not (RAW / f"{part}.json").exists():
             continue
         found = kept(part)
@@ -163,9 +222,9 @@ def main() -> None:
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for part in FAMILIES:
+    for part, picture in PICTURES.items():
         if (RAW / f"{part}.json").exists():
-            (FIGURES / f"{part}.svg").write_text(frontier(part), encoding="utf-8")
+            (FIGURES / f"{part}.svg").write_text(picture(part, kept(part)["rows"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

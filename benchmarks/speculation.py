@@ -1,6 +1,6 @@
 """Speculation against plain decoding of the same engine, on four kinds of text: what is accepted, and what it is worth.
 
-python benchmarks/speculation.py [--formats fp32 bf16 ...] [--tokens 128] [--prompts 8] [--output FILE]
+python benchmarks/speculation.py [--formats fp32 bf16 ...] [--tokens 128] [--prompts 8] [--raw FILE.jsonl] [--output FILE]
 
 Greedy, SmolLM2-135M-Instruct, 2 threads. For every prompt plain decoding and sets of drafters take turns. Drafters begin cold and
 keep their tables from prompt to prompt; the first ``WARM`` prompts of every kind are run before the others and not counted. Two
@@ -13,10 +13,11 @@ different.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +147,11 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--raw", type=Path, help="where samples go, a line of JSON for each format, set of drafters and kind")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    raw: list[str] = []
     lines = [f"{platform.machine()}, 2 threads, {args.tokens} tokens, {args.prompts} prompts of each kind.", ""]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -157,8 +160,13 @@ def main() -> None:
             steps = ", ".join(f"{n}: {t / times[0]:.2f}" for n, t in zip(SIZES, times, strict=True))
             part = [f"## {name}", "", f"A step of n nodes against one ({times[0] * 1e3:.2f} ms): {steps}.", ""]
             part += [f"Runs with other tokens than plain decoding: {wrong}.", "", *table(samples), ""]
+            for (label, kind), found in samples.items():
+                row = {"format": name, "drafters": label, "kind": kind, "wrong": wrong, "samples": [asdict(s) for s in found]}
+                raw.append(json.dumps(row) + "\n")
             print("\n".join(part), flush=True)
             lines += part
+    if args.raw:
+        args.raw.write_text("".join(raw), encoding="utf-8")
     if args.output:
         args.output.write_text("\n".join(["# Speculative decoding of SmolLM2-135M-Instruct on the CPU", "", *lines]))
 

