@@ -226,7 +226,7 @@ def advance_all(to: Launches) -> None:
     """Committed tokens are counted once everything has been read."""
     plan, done = to.plan, set()
     for value in plan.graph.values:
-        if value.op == "append" and not plan.drafted(plan.axis(value.args[1])):
+        if value.op == "append" and origin(value).op == "input" and not plan.drafted(plan.axis(value.args[1])):
             state = value.type
             assert isinstance(state, KV)
             if (name := plan.state(value)) not in done:

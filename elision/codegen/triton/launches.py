@@ -157,10 +157,14 @@ class Launches:
         aligned = ref.offset * item % 16 == 0 and stride * item % 16 == 0
         return Arg(("tensor", ref.buffer, ref.offset * item), f"*{TYPES[dtype]}{':16' if aligned else ''}"), integer(stride)
 
+    def is_whole(self, value: Value) -> bool:
+        """Whether its tokens lie one after the other."""
+        ref = self.plan.ref(value)
+        return ref.offset == 0 and ref.contiguous and self.widths.get(ref.buffer, 1) == max(1, prod(ref.shape))
+
     def whole(self, value: Value) -> Arg:
         """A value whose tokens lie one after the other. Raises NotNative for a part of something wider."""
-        ref = self.plan.ref(value)
-        need(ref.offset == 0 and self.widths.get(ref.buffer, 1) == max(1, prod(ref.shape)), "a part of something wider")
+        need(self.is_whole(value), "a part of something wider")
         return self.tensor(value)[0]
 
 

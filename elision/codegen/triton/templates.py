@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
+from elision.codegen.triton import (
+    append,
+    attend,
+    choose,
+    combine,
+    evict,
+    images,
+    linear,
+    moe,
+    move,
+    own,
+    pages,
+    rope,
+    rows,
+    sample,
+    scores,
+)  # fmt: skip
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -20,6 +36,9 @@ TEMPLATES: dict[str, Any] = {
     "advance": append.advance,
     "attend": attend.attend,
     "combine": combine.combine,
+    "attend_own": own.attend_own,
+    "patches": images.patches,
+    "prepend": images.prepend,
     "key_scores": scores.key_scores,
     "mass": scores.mass,
     "summarise": pages.summarise,
