@@ -184,6 +184,7 @@ def observe(to: Launches, value: Value) -> None:
         q in to.lse and state.scores.gumbel is None and "sinks" not in named, "scores without the attention before them, or noisy"
     )
     readable(state)
+    need(plan.axis(q) not in to.counted, "scores of a prompt that tokens have been left out of")
     plan.follow(value, cached)
     name, tokens = plan.state(value), plan.axis(q)
     queries, stride = to.tensor(q)

@@ -185,6 +185,22 @@ def pointwise(to: Launches, value: Value, expr: str) -> None:
     _pointwise(to, value, operands, expr)
 
 
+def ones(to: Launches, value: Value) -> None:
+    _pointwise(to, value, [(axis(to.plan.axis(value), "row"), integer(1), "single")], "x0 * 0.0 + 1.0")
+
+
+def concat(to: Launches, value: Value) -> None:
+    sizes = value.tensor.sizes
+    outer, place, parts = prod(sizes[:-1]), 0, [(x.tensor.sizes[-1], *to.tensor(x)) for x in value.args]
+    out = to.new(value)
+    for width, source, stride in parts:
+        args: dict[str, Arg | None] = {"y": to.tensor(value)[0], "x": source, "x_stride": stride, "place": integer(place)}
+        block = min(1024, power(width))
+        grid = (("tokens", to.plan.axis(value), 1), outer, -(-width // block))
+        to.launch("concat", grid, args, dict(WIDE=sizes[-1], OUTER=outer, D=width, BD=block), writes=[out.buffer])
+        place += width
+
+
 def results(to: Launches) -> None:
     """What the caller gets lies in memory of its own."""
     for value in to.plan.graph.outputs:

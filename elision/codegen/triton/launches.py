@@ -122,6 +122,8 @@ class Launches:
         self.users = plan.graph.users()
         self.lse: dict[Value, int] = {}  # buffers with the log-sum-exp of attention, by its queries
         self.kept: dict[Value, int] = {}  # and with its logits
+        self.counted: set[int] = set()  # axes whose tokens are found on the device
+        self.places: dict[Value, int] = {}  # buffers that say where tokens are on such an axis, by what makes it
 
     def launch(
         self, template: str, grid: Sequence[Any], args: Mapping[str, Arg | None], constants: Mapping[str, Any],

@@ -1,5 +1,5 @@
-"""The launches of attention to the call's own tokens. A cache that lives for one call is never made: its keys and values are read
-where they were computed."""
+"""The launches of attention to the call's own tokens, and of what they receive of it. A cache that lives for one call is never
+made: its keys and values are read where they were computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from elision.codegen.refusal import need
 from elision.codegen.triton.configs import attention, power
-from elision.codegen.triton.launches import Arg, Launches, axis, integer, plain, real
+from elision.codegen.triton.launches import Arg, Launches, axis, integer, piece, plain, real
 from elision.ir.mask import Mask
 from elision.ir.states import KV, Dense, Float
 from elision.ir.types import DTYPES
@@ -54,10 +54,12 @@ def attend(to: Launches, value: Value) -> None:
     need(not value.attr("results") and "pages" not in named, "results beside the output, or pages of the call's own tokens")
     need(q.tensor.tokens == k.tensor.tokens, "attention to other tokens than those that ask")
     tokens, heads, per = to.plan.axis(q), q.tensor.sizes[0], q.tensor.sizes[0] // state.heads
-    tile, _ = attention("many", power(per), False, max(state.dim, state.vdim), DTYPES[q.tensor.dtype].itemsize)
+    wide, itemsize = max(state.dim, state.vdim), DTYPES[q.tensor.dtype].itemsize
+    tile, _ = attention("many", power(per), False, wide, itemsize)
+    rows = max(16, power(per)) if itemsize > 2 and wide > 64 else tile.m  # float32 takes twice the registers
     given: dict[str, Any] = {}
-    for name, rows in (("q", q), ("k", k), ("v", v)):
-        given[name], given[f"{name}_stride"] = to.tensor(rows)
+    for name, each in (("q", q), ("k", k), ("v", v)):
+        given[name], given[f"{name}_stride"] = to.tensor(each)
     out = to.new(value)
     args: dict[str, Arg | None] = {
         "out": to.tensor(value)[0], **given, "pos": axis(tokens, "pos"), "start": axis(tokens, "start"),
@@ -68,8 +70,38 @@ def attend(to: Launches, value: Value) -> None:
     fixed = dict(
         H=state.heads, G=per, GP=power(per), D=state.dim, DV=state.vdim, DP=max(16, power(state.dim)),
         DVP=max(16, power(state.vdim)), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named,
-        SINKS="sinks" in named, BM=tile.m, BN=tile.n,
+        SINKS="sinks" in named, BM=rows, BN=tile.n,
     )  # fmt: skip
     assert heads == per * state.heads
-    grid = (("longest", tokens, tile.m // power(per)), ("rows", state.heads))
+    grid = (("longest", tokens, rows // power(per)), ("rows", state.heads))
     to.launch("attend_own", grid, args, fixed, writes=[out.buffer], warps=tile.warps, stages=tile.stages)
+
+
+def looking(to: Launches, value: Value, who: dict[str, int], least: float) -> None:
+    """What tokens receive of the attention of ``who`` looks: the ``FIRST`` or the ``LAST`` so many of a sequence."""
+    q, k, *extra = value.args
+    mask, names = value.attr("mask", Mask("full")), value.attr("extras") or ()
+    named = dict(zip(names or ["sized"] * len(extra), extra, strict=True))
+    tokens, (heads, dim), of_keys = to.plan.axis(q), q.tensor.sizes, k.tensor.sizes[0]
+    per, given = heads // of_keys, dict[str, Arg | None]()
+    for name, rows in (("q", q), ("k", k)):
+        given[name], given[f"{name}_stride"] = to.tensor(rows)
+    lse = to.scratch(tokens, heads)
+    args: dict[str, Arg | None] = {
+        "lse": piece(lse), **given, "pos": axis(tokens, "pos"), "start": axis(tokens, "start"),
+        "slopes": plain(named["slopes"]) if "slopes" in named else None,
+        "sized": to.whole(named["sized"]) if "sized" in named else None, "scale": real(float(value.attr("scale"))),
+        "softcap": real(float(value.attr("softcap") or 0.0)), "size": integer(mask.size), "first_seen": integer(mask.sinks),
+    }  # fmt: skip
+    fixed = dict(
+        H=of_keys, G=per, GP=power(per), D=dim, DP=max(16, power(dim)), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")),
+        SLOPES="slopes" in named, SIZED="sized" in named, FIRST=0, LAST=0, BM=max(16, power(per)), BN=32,
+    ) | who  # fmt: skip
+    few = max(who.values())
+    grid: tuple[Any, ...] = (-(-few // (fixed["BM"] // power(per))), ("rows", of_keys))
+    sinks = plain(named["sinks"]) if "sinks" in named else None
+    to.launch("looks", grid, args | {"sinks": sinks}, fixed | {"SINKS": sinks is not None}, writes=[lse])
+    out = to.new(value)
+    args |= {"score": to.tensor(value)[0], "weight": None, "settled": None, "least": real(least)}
+    grid = (("longest", tokens, 32), ("rows", 1))
+    to.launch("received", grid, args, fixed | {"WEIGHTED": False, "BM": 16}, writes=[out.buffer])

@@ -11,8 +11,12 @@ from elision.ir.value import Value
 
 
 def chosen(to: Launches, value: Value) -> None:
-    """Which token of each sequence it is follows from how many there are."""
-    to.plan.axes(value)
+    """Which token of each sequence it is follows from how many there are; its position may be known on the device only."""
+    before, made = to.plan.axis(value.args[0]), to.plan.axes(value)
+    if before in to.counted:
+        to.counted.add(made)
+        args: dict[str, Arg | None] = {"y": axis(made, "pos"), "x": axis(before, "pos"), "index": axis(made, "index")}
+        to.launch("restrict", (("tokens", made, 1), 1), args, dict(K=1, BK=1))
 
 
 def patches(to: Launches, value: Value) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from elision.ir.flatten import flat_entries
+from elision.ir.kept import is_counted, stay
 from elision.ir.launch import DeviceCode, need_kernels, shape_of
-from elision.ir.nodes import nodes_of
+from elision.ir.nodes import counts_of, nodes_of
 from elision.ir.op import lookup
 from elision.ir.planes import plane_form, planes
 from elision.ir.program import Program
@@ -33,6 +34,16 @@ def _made(value: Value, parent: Tokens) -> Made:
     x = torch.empty(len(parent), *value.args[0].tensor.sizes, device="meta")
     index, tokens = lookup(value.op).body(x, **dict(value.attrs), at=parent)
     return tokens, None if index.is_meta else index
+
+
+def _left(value: Value, before: Tokens, placed: Tokens) -> Made:
+    """The axis of the tokens that stay by an op. Which they are, and where, is found on the device."""
+    counts, ends = counts_of(before)[1].tolist(), torch.searchsorted(placed.row, torch.arange(placed.rows + 1)).tolist()
+    spans = [int(placed.pos[b - 1] - placed.pos[a]) + 1 if b > a else 0 for a, b in zip(ends, ends[1:], strict=False)]
+    left = torch.tensor([stay(value, n, span) for n, span in zip(counts, spans, strict=True)])
+    row = torch.arange(before.rows).repeat_interleave(left)
+    unknown = torch.zeros(len(row), dtype=torch.int64)
+    return Tokens(row, unknown, before.rows), unknown
 
 
 class Call:
@@ -118,10 +129,14 @@ class Engine:
     def _axes(self, entry: str, schedule: Schedule, at: Tokens) -> dict[int, Made]:
         """The tokens of every axis: those that are given, and what ops make of them."""
         found: dict[int, Made] = {0: (at, None)}
+        placed = {0: at}  # by axis, the nearest before it whose positions are known here; it begins and ends where they do
         for row in schedule.rows:
             if row.host >= 0:
                 _, axis, parent = row.operands[0]
-                found[axis] = _made(self.graphs[entry].values[row.host], found[parent][0])
+                value, before = self.graphs[entry].values[row.host], found[parent][0]
+                counted = is_counted(value.args[0])
+                found[axis] = _left(value.args[0], before, placed[parent]) if counted else _made(value, before)
+                placed[axis] = placed[parent] if counted else found[axis][0]
         return found
 
     def run(self, call: Call, caches: Caches) -> None:
