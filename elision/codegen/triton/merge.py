@@ -13,7 +13,7 @@ def compact(index, to_pos, place, chosen, pos, start, kept, ASSIGN: tl.constexpr
     Program (sequence); ``start``, ``kept``: where sequences begin on both axes."""
     row = tl.program_id(0)
     begin, to = tl.load(start + row), tl.load(kept + row)
-    count = tl.load(start + row + 1) - begin
+    count = (tl.load(start + row + 1) - begin).to(tl.int32)
     for at in range(0, count, BN):
         i = at + tl.arange(0, BN)
         token = begin + i
@@ -22,11 +22,11 @@ def compact(index, to_pos, place, chosen, pos, start, kept, ASSIGN: tl.constexpr
             stays = inside & (tl.load(chosen + token, mask=inside, other=-1) == token)
         else:
             stays = inside & (tl.load(chosen + token, mask=inside, other=0) != 0)
-        new = to + tl.cumsum(stays.to(tl.int64), 0) - 1
+        new = to + tl.cumsum(stays.to(tl.int32), 0) - 1
         tl.store(index + new, token, mask=stays)
         tl.store(to_pos + new, tl.load(pos + token, mask=stays, other=0), mask=stays)
         tl.store(place + token, new, mask=stays)
-        to += tl.sum(stays.to(tl.int64), 0)
+        to += tl.sum(stays.to(tl.int32), 0)
 
 
 @triton.jit

@@ -37,17 +37,18 @@ def nearest(
     odd rank, or (``SIDED``) those of ``side`` 1 those of side 2. Program (tile of tokens, sequence)."""
     STEP: tl.constexpr = 1 if SIDED else 2
     row = tl.program_id(1)
-    begin, end = tl.load(start + row), tl.load(start + row + 1)
-    token = begin + (tl.program_id(0) * BM + tl.arange(0, BM)) * STEP
-    asks = token < end
+    begin = tl.load(start + row)
+    count = (tl.load(start + row + 1) - begin).to(tl.int32)
+    rank = (tl.program_id(0) * BM + tl.arange(0, BM)) * STEP
+    token, asks = begin + rank, rank < count
     if SIDED:
         asks &= tl.load(side + token, mask=asks, other=0) == 1
     if tl.max(asks.to(tl.int32), 0) > 0:
         top = tl.full([BM], float("-inf"), tl.float32)
-        found = token
-        for at in range(begin + STEP - 1, end, BN * STEP):
-            other = at + tl.arange(0, BN) * STEP
-            answers = other < end
+        found = rank
+        for at in range(STEP - 1, count, BN * STEP):
+            place = at + tl.arange(0, BN) * STEP
+            other, answers = begin + place, place < count
             if SIDED:
                 answers &= tl.load(side + other, mask=answers, other=0) == 2
             s = tl.zeros([BM, BN], tl.float32)
@@ -58,8 +59,8 @@ def nearest(
                 s += dot(a, tl.trans(b))
             s = tl.where(answers[None, :], s, float("-inf"))
             most = tl.max(s, 1)
-            which = tl.min(tl.where((s == most[:, None]) & answers[None, :], other[None, :], end), 1)
+            which = tl.min(tl.where((s == most[:, None]) & answers[None, :], place[None, :], count), 1)
             found = tl.where(most > top, which, found)
             top = tl.maximum(top, most)
         tl.store(best + token, top, mask=asks)
-        tl.store(to + token, found, mask=asks)
+        tl.store(to + token, begin + found, mask=asks)
