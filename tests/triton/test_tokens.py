@@ -16,12 +16,13 @@ from test_programs import compiled
 
 from elision.codegen.triton.looked import looks, received
 from elision.codegen.triton.merge import compact, joined, merge
+from elision.codegen.triton.rank import halves, importance, remain, settle, stand, uniform
 from elision.codegen.triton.select import join_rest, join_similar, stays
 from elision.codegen.triton.similar import nearest, unit
-from elision.ir.kept import stay
+from elision.ir.kept import stay, twins
 from elision.ir.mask import Mask
 from elision.ir.op import lookup
-from elision.ir.ops import axes, matching, prompt
+from elision.ir.ops import axes, matching, prompt, ranking
 from elision.ir.tokens import Tokens
 from elision.ir.types import Axis, Tensor
 from elision.ir.value import Builder, Value
@@ -163,10 +164,46 @@ def looked(
     return score
 
 
+@pytest.mark.parametrize("rounds,keep,similar", [(1, 0.5, 0.5), (3, 0.6, 1.0), (12, 0.8, 0.3)])
+def test_page_rank_and_what_goes_by_it(rounds: int, keep: float, similar: float) -> None:
+    """Some sequences settle before the last round, others do not."""
+    q, k, at = randn(30, 6, 20), randn(30, 2, 20, seed=1), AT
+    rest, lse = (0.2, 0.0, 0, 0), torch.full((30, 6), torch.nan)
+    fixed = SIZES | dict(MASK="full", SOFTCAP=False, SLOPES=False, SIZED=False, FIRST=0, LAST=0, BM=16, BN=16)
+    looks[(6, 8)](lse, q, 120, k, 40, at.pos, START, None, None, None, *rest, SINKS=False, **fixed)
+    new, old, settled = torch.full((30, 6), torch.nan), torch.full((30, 6), torch.nan), torch.full((30,), 7, dtype=torch.int32)
+    wide = dict(H=6, HP=8, BN=16)
+    uniform[(4,)](new, settled, START, **wide)
+    for i in range(rounds):
+        new, old = old, new
+        received[(2, 4)](
+            new, q, 120, k, 40, at.pos, START, None, None, lse, old, settled, *rest, 0.0, WEIGHTED=True, **fixed
+        )  # fmt: skip
+        if i:
+            settle[(4,)](settled, new, old, START, ranking.SETTLED, **wide)
+    score = torch.full((30,), torch.nan)
+    importance[(4,)](score, new, START, *ranking.SPREAD, **wide)
+    exact = ranking.pagerank(q, k, scale=0.2, rounds=rounds, at=at)
+    assert torch.allclose(score, exact, rtol=1e-5) and settled[[0, 21]].tolist() == [int(rounds > 9), int(rounds > 1)]
+    value = choosing("prune", T, K, keep=keep, similar=similar)
+    to, more = kept(value, at), torch.tensor([twins(value, n) for n in (21, 0, 1, 8)])
+    rows, best = torch.zeros(30, 40), torch.full((30,), torch.nan)
+    unit[(30,)](rows, k, 40, H=2, D=20, HP=2, DP=32, FORM="whole")
+    side, left, assign, other = (torch.full((30,), -1, dtype=d) for d in (torch.int32, torch.int32, torch.int64, torch.int64))
+    halves[(4,)](side, exact, START, to, more, SKIP=1, BN=16)
+    tiles = dict(W=40, SIDED=True, BM=16, BN=16, BK=32)
+    nearest[(2, 4)](best, other, rows, side, START, **tiles)
+    remain[(4,)](left, side, best, START, to, more, SKIP=1, BN=16)
+    nearest[(2, 4)](best, other, rows, left, START, **tiles)
+    stand[(2,)](assign, left, other, 30, BLOCK=16)
+    assert torch.equal(assign, ranking.prune(exact, k, keep=keep, similar=similar, at=at))
+
+
 @pytest.mark.parametrize(
     "name,text",
     [
         ("BertModel", "tome:share=0.3,metric=heads"), ("ViTModel", "tome:n=2"), ("BertModel", "evit:keep=0.6,layers=0"),
+        ("ViTModel", "zero-tprune:keep=0.5,similar=0.3,layers=0,rounds=3"),
         pytest.param("NomicBertModel", "tome:n=3", marks=pytest.mark.nightly),
         pytest.param("CLIPVisionModelWithProjection", "evit:keep=0.4,layers=0", marks=pytest.mark.nightly),
     ],

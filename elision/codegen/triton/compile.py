@@ -17,6 +17,7 @@ from elision.codegen.triton import (
     moe_rules,
     own_rules,
     page_rules,
+    rank_rules,
     round_rules,
     token_rules,
 )
@@ -145,6 +146,8 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "foremost": (merge_rules.foremost, "keep", "first", "last"),
     "received": (merge_rules.received, "mask", "scale", "softcap", "extras", "last"),
     "regard": (merge_rules.regard, "scale"),
+    "pagerank": (rank_rules.pagerank, "scale", "rounds"),
+    "prune": (rank_rules.prune, "keep", "similar", "protect"),
     "clusters": (merge_rules.compact, "axis"),
     "which": (merge_rules.compact, "axis"),
     "merge": (merge_rules.merge,),

@@ -70,7 +70,8 @@ def received(
 ):  # fmt: skip
     """``score [tokens]``: the mean over heads and over the tokens that look, at least ``least``; program (tile of tokens,
     sequence). If ``WEIGHTED``, ``score f32[tokens, H G]`` instead: of every head the sum over tokens times ``weight f32[tokens, H
-    G]``, and of a sequence that is ``settled`` the weights themselves."""
+    G]``, and of a sequence that is ``settled`` (at its first token) the weights
+    themselves."""
     row = tl.program_id(1)
     begin, end = tl.load(start + row), tl.load(start + row + 1)
     entry = begin + tl.program_id(0) * BN + tl.arange(0, BN)
@@ -80,7 +81,7 @@ def received(
         whole = tl.zeros([BN], tl.float32)
         still = 0
         if WEIGHTED:
-            still = tl.load(settled + row)
+            still = tl.load(settled + begin)
         for head in range(0, H * G):
             h = head // G
             total = tl.zeros([BN], tl.float32)

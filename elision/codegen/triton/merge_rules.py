@@ -8,9 +8,9 @@ from math import prod
 import torch
 
 from elision.codegen.refusal import need
+from elision.codegen.triton import own_rules
 from elision.codegen.triton.configs import power
 from elision.codegen.triton.launches import Arg, Launches, axis, count, piece
-from elision.codegen.triton.own_rules import looking
 from elision.ir.kept import is_counted
 from elision.ir.types import DTYPES
 from elision.ir.value import Value
@@ -18,30 +18,30 @@ from elision.ir.value import Value
 _RUN = 1024  # tokens that a program looks at together
 
 
-def _axis_of(to: Launches, value: Value) -> int:
+def axis_of(to: Launches, value: Value) -> int:
     """The axis of what stays by the operand of `clusters` or `which`."""
     users = [v for v in to.users[value] if v.op in ("clusters", "which")]
     need(len(users) == 1, f"{value.op} that is no axis of tokens")
     return to.plan.axis(users[0])
 
 
-def _starts(to: Launches, value: Value) -> dict[str, Arg]:
-    return {"start": axis(to.plan.axis(value), "start"), "kept": axis(_axis_of(to, value), "start")}
+def starts(to: Launches, value: Value) -> dict[str, Arg]:
+    return {"start": axis(to.plan.axis(value), "start"), "kept": axis(axis_of(to, value), "start")}
 
 
 def match(to: Launches, value: Value) -> None:
     keys, heads = value.args[0], value.attr("heads", False)
-    tokens, starts = to.plan.axis(keys), _starts(to, value)
-    rows, width = _unit(to, keys, "heads" if heads else "mean")
-    best, other = _nearest(to, rows, width, tokens, None)
+    tokens, given = to.plan.axis(keys), starts(to, value)
+    rows, width = unit(to, keys, "heads" if heads else "mean")
+    best, other = nearest(to, rows, width, tokens, None)
     out = to.new(value)
     args: dict[str, Arg | None] = {
-        "assign": to.tensor(value)[0], "best": piece(best), "to": piece(other, "i64"), **starts,
+        "assign": to.tensor(value)[0], "best": piece(best), "to": piece(other, "i64"), **given,
     }  # fmt: skip
     to.launch("join_similar", (("rows", 1),), args, dict(SKIP=value.attr("protect", 1), BN=_RUN), writes=[out.buffer])
 
 
-def _unit(to: Launches, keys: Value, form: str) -> tuple[int, int]:
+def unit(to: Launches, keys: Value, form: str) -> tuple[int, int]:
     """Keys of length 1, and how many channels they have."""
     heads, dim = keys.tensor.sizes
     width, tokens = dim if form == "mean" else heads * dim, to.plan.axis(keys)
@@ -53,7 +53,7 @@ def _unit(to: Launches, keys: Value, form: str) -> tuple[int, int]:
     return rows, width
 
 
-def _nearest(to: Launches, rows: int, width: int, tokens: int, side: int | None) -> tuple[int, int]:
+def nearest(to: Launches, rows: int, width: int, tokens: int, side: int | None) -> tuple[int, int]:
     best, other = to.scratch(tokens, 1), to.scratch(tokens, 1, 8)
     args = {
         "best": piece(best), "to": piece(other, "i64"), "x": piece(rows), "side": None if side is None else piece(side, "i32"),
@@ -65,16 +65,16 @@ def _nearest(to: Launches, rows: int, width: int, tokens: int, side: int | None)
 
 
 def fuse(to: Launches, value: Value) -> None:
-    starts = _starts(to, value)
-    score, out = to.whole(value.args[0]), to.new(value)
-    args: dict[str, Arg | None] = {"assign": to.tensor(value)[0], "score": score, **starts}
+    given, score = starts(to, value), to.whole(value.args[0])
+    out = to.new(value)
+    args: dict[str, Arg | None] = {"assign": to.tensor(value)[0], "score": score, **given}
     to.launch("join_rest", (("rows", 1),), args, dict(FIRST=value.attr("protect", 1), BN=_RUN), writes=[out.buffer])
 
 
 def foremost(to: Launches, value: Value) -> None:
-    starts = _starts(to, value)
-    score, out = to.whole(value.args[0]), to.new(value)
-    args: dict[str, Arg | None] = {"mask": to.tensor(value)[0], "score": score, **starts}
+    given, score = starts(to, value), to.whole(value.args[0])
+    out = to.new(value)
+    args: dict[str, Arg | None] = {"mask": to.tensor(value)[0], "score": score, **given}
     fixed = dict(FIRST=value.attr("first", 1), LAST=value.attr("last", 1), BN=_RUN)
     to.launch("stays", (("rows", 1),), args, fixed, writes=[out.buffer])
 
@@ -128,9 +128,9 @@ def gather(to: Launches, value: Value) -> None:
 
 def received(to: Launches, value: Value) -> None:
     """What the last tokens look at."""
-    looking(to, value, {"LAST": value.attr("last", 1)}, 0.0)
+    own_rules.received(to, value, {"LAST": value.attr("last", 1)}, 0.0)
 
 
 def regard(to: Launches, value: Value) -> None:
     """What the first token looks at."""
-    looking(to, value, {"FIRST": 1}, torch.finfo(DTYPES[value.tensor.dtype]).tiny ** 0.5)
+    own_rules.received(to, value, {"FIRST": 1}, torch.finfo(DTYPES[value.tensor.dtype]).tiny ** 0.5)

@@ -77,8 +77,9 @@ def attend(to: Launches, value: Value) -> None:
     to.launch("attend_own", grid, args, fixed, writes=[out.buffer], warps=tile.warps, stages=tile.stages)
 
 
-def looking(to: Launches, value: Value, who: dict[str, int], least: float) -> None:
-    """What tokens receive of the attention of ``who`` looks: the ``FIRST`` or the ``LAST`` so many of a sequence."""
+def looking(to: Launches, value: Value, who: dict[str, int]) -> tuple[dict[str, Arg | None], dict[str, Any]]:
+    """The log-sum-exp of ``who`` looks: the ``FIRST`` or the ``LAST`` so many of a sequence, or all. Result: the arguments and
+    constants by which `received` says what tokens receive of them."""
     q, k, *extra = value.args
     mask, names = value.attr("mask", Mask("full")), value.attr("extras") or ()
     named = dict(zip(names or ["sized"] * len(extra), extra, strict=True))
@@ -97,11 +98,17 @@ def looking(to: Launches, value: Value, who: dict[str, int], least: float) -> No
         H=of_keys, G=per, GP=power(per), D=dim, DP=max(16, power(dim)), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")),
         SLOPES="slopes" in named, SIZED="sized" in named, FIRST=0, LAST=0, BM=max(16, power(per)), BN=32,
     ) | who  # fmt: skip
-    few = max(who.values())
-    grid: tuple[Any, ...] = (-(-few // (fixed["BM"] // power(per))), ("rows", of_keys))
+    few, tile = max(who.values(), default=0), fixed["BM"] // power(per)
+    grid: tuple[Any, ...] = (-(-few // tile) if few else ("longest", tokens, tile), ("rows", of_keys))
     sinks = plain(named["sinks"]) if "sinks" in named else None
     to.launch("looks", grid, args | {"sinks": sinks}, fixed | {"SINKS": sinks is not None}, writes=[lse])
+    none: dict[str, Arg | None] = {"weight": None, "settled": None, "least": real(0.0)}
+    return args | none, fixed | {"WEIGHTED": False, "BM": 16}
+
+
+def received(to: Launches, value: Value, who: dict[str, int], least: float) -> None:
+    """What tokens receive of the attention of ``who`` looks, on average."""
+    args, fixed = looking(to, value, who)
     out = to.new(value)
-    args |= {"score": to.tensor(value)[0], "weight": None, "settled": None, "least": real(least)}
-    grid = (("longest", tokens, 32), ("rows", 1))
-    to.launch("received", grid, args, fixed | {"WEIGHTED": False, "BM": 16}, writes=[out.buffer])
+    args |= {"score": to.tensor(value)[0], "least": real(least)}
+    to.launch("received", (("longest", to.plan.axis(value), 32), ("rows", 1)), args, fixed, writes=[out.buffer])

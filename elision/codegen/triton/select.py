@@ -17,11 +17,11 @@ def join_similar(assign, best, to, start, kept, SKIP: tl.constexpr, BN: tl.const
     """``assign i64[tokens]``: the tokens of even rank, after the first ``SKIP``, that resemble others most (``best``) join these
     (``to``), as many as have to go; all others name themselves."""
     row = tl.program_id(0)
-    begin, count, left = _sequence(start, kept, row)
-    least, before = _least(best, begin, count, count - left, 2, SKIP, 0, 0, BN)
+    begin, count, left = sequence(start, kept, row)
+    least, before = least_of(best, begin, count, count - left, 2, SKIP, 0, 0, BN)
     for at in range(0, count, BN):
         i = at + tl.arange(0, BN)
-        goes = _among(best, begin, i, count, least, before, 2, SKIP, 0, 0)
+        goes = among(best, begin, i, count, least, before, 2, SKIP, 0, 0)
         other = tl.load(to + begin + i, mask=goes, other=0)
         tl.store(assign + begin + i, tl.where(goes, other, begin + i), mask=i < count)
 
@@ -30,18 +30,18 @@ def join_similar(assign, best, to, start, kept, SKIP: tl.constexpr, BN: tl.const
 def join_rest(assign, score, start, kept, FIRST: tl.constexpr, BN: tl.constexpr):
     """The best tokens stay, and the first ``FIRST`` do; the others join the best of their own, the last that is kept."""
     row = tl.program_id(0)
-    begin, count, left = _sequence(start, kept, row)
-    least, before = _least(score, begin, count, tl.where(left == count, left, left - 1), 1, 0, FIRST, 0, BN)
-    low, ahead = _least(score, begin, count, left, 1, 0, FIRST, 0, BN)
+    begin, count, left = sequence(start, kept, row)
+    least, before = least_of(score, begin, count, tl.where(left == count, left, left - 1), 1, 0, FIRST, 0, BN)
+    low, ahead = least_of(score, begin, count, left, 1, 0, FIRST, 0, BN)
     target = begin * 0 + MOST
     for at in range(0, count, BN):
         i = at + tl.arange(0, BN)
-        more = _among(score, begin, i, count, low, ahead, 1, 0, FIRST, 0)
-        more &= ~_among(score, begin, i, count, least, before, 1, 0, FIRST, 0)
+        more = among(score, begin, i, count, low, ahead, 1, 0, FIRST, 0)
+        more &= ~among(score, begin, i, count, least, before, 1, 0, FIRST, 0)
         target = tl.minimum(target, tl.min(tl.where(more, i, MOST), 0).to(tl.int64))
     for at in range(0, count, BN):
         i = at + tl.arange(0, BN)
-        stays = _among(score, begin, i, count, least, before, 1, 0, FIRST, 0)
+        stays = among(score, begin, i, count, least, before, 1, 0, FIRST, 0)
         tl.store(assign + begin + i, begin + tl.where(stays, i.to(tl.int64), target), mask=i < count)
 
 
@@ -49,16 +49,16 @@ def join_rest(assign, score, start, kept, FIRST: tl.constexpr, BN: tl.constexpr)
 def stays(mask, score, start, kept, FIRST: tl.constexpr, LAST: tl.constexpr, BN: tl.constexpr):
     """``mask u8[tokens]``: the first ``FIRST``, the last ``LAST`` and the best of the rest."""
     row = tl.program_id(0)
-    begin, count, left = _sequence(start, kept, row)
-    least, before = _least(score, begin, count, left, 1, 0, FIRST, LAST, BN)
+    begin, count, left = sequence(start, kept, row)
+    least, before = least_of(score, begin, count, left, 1, 0, FIRST, LAST, BN)
     for at in range(0, count, BN):
         i = at + tl.arange(0, BN)
-        found = _among(score, begin, i, count, least, before, 1, 0, FIRST, LAST)
+        found = among(score, begin, i, count, least, before, 1, 0, FIRST, LAST)
         tl.store(mask + begin + i, found.to(tl.uint8), mask=i < count)
 
 
 @triton.jit
-def _sequence(start, kept, row):
+def sequence(start, kept, row):
     """Where a sequence begins, its tokens, and how many of them are kept."""
     begin = tl.load(start + row)
     count = (tl.load(start + row + 1) - begin).to(tl.int32)
@@ -66,7 +66,7 @@ def _sequence(start, kept, row):
 
 
 @triton.jit
-def _least(
+def least_of(
     score, begin, count, want, STEP: tl.constexpr, SKIP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BN: tl.constexpr
 ):
     """The least rank of the best ``want`` tokens, and the place before which equal ones are among them (all, if there are no
@@ -90,12 +90,12 @@ def _reached(
     total = tl.zeros([BN], tl.int32)
     for at in range(0, count, BN):
         i = at + tl.arange(0, BN)
-        total += _among(score, begin, i, count, least, before, STEP, SKIP, FIRST, LAST).to(tl.int32)
+        total += among(score, begin, i, count, least, before, STEP, SKIP, FIRST, LAST).to(tl.int32)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _among(
+def among(
     score, begin, i, count, least, before, STEP: tl.constexpr, SKIP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
 ):
     """Whether the tokens of rank ``i`` are over the least rank, or are it and lie before a place. Every ``STEP``-th token counts,

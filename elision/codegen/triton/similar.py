@@ -34,7 +34,8 @@ def nearest(
 ):
     """For the tokens that ask, the largest product of their rows of ``x f32[tokens, W]`` with one that answers, in the same
     sequence, and whose it is, of equal ones the first: ``best f32[tokens]``, ``to i64[tokens]``. Tokens of even rank ask those of
-    odd rank, or (``SIDED``) those of ``side`` 1 those of side 2. Program (tile of tokens, sequence)."""
+    odd rank, or (``SIDED``) those of ``side`` 1 those of side 2, and of others ``best`` is -inf.
+    Program (tile of tokens, sequence)."""
     STEP: tl.constexpr = 1 if SIDED else 2
     row = tl.program_id(1)
     begin = tl.load(start + row)
@@ -43,9 +44,9 @@ def nearest(
     token, asks = begin + rank, rank < count
     if SIDED:
         asks &= tl.load(side + token, mask=asks, other=0) == 1
+    top = tl.full([BM], float("-inf"), tl.float32)
+    found = rank
     if tl.max(asks.to(tl.int32), 0) > 0:
-        top = tl.full([BM], float("-inf"), tl.float32)
-        found = rank
         for at in range(STEP - 1, count, BN * STEP):
             place = at + tl.arange(0, BN) * STEP
             other, answers = begin + place, place < count
@@ -62,5 +63,5 @@ def nearest(
             which = tl.min(tl.where((s == most[:, None]) & answers[None, :], place[None, :], count), 1)
             found = tl.where(most > top, which, found)
             top = tl.maximum(top, most)
-        tl.store(best + token, top, mask=asks)
-        tl.store(to + token, begin + found, mask=asks)
+    tl.store(best + token, tl.where(asks, top, float("-inf")), mask=rank < count)
+    tl.store(to + token, begin + found, mask=asks)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from elision.ir.flatten import flat_entries
-from elision.ir.kept import is_counted, stay
+from elision.ir.kept import is_counted, stay, twins
 from elision.ir.launch import DeviceCode, need_kernels, shape_of
 from elision.ir.nodes import counts_of, nodes_of
 from elision.ir.op import lookup
@@ -25,15 +25,15 @@ from elision.runtime.cuda.device import Device, Number
 Caches = Mapping[str, DeviceCache]
 
 
-#: The tokens of an axis and, of one that was chosen from another, which of its tokens they are.
-Made = tuple[Tokens, torch.Tensor | None]
+#: The tokens of an axis, and further arrays of it: ``index``, of one that was chosen from another which of its tokens they are.
+Made = tuple[Tokens, dict[str, torch.Tensor]]
 
 
 def _made(value: Value, parent: Tokens) -> Made:
     """The axis that an op makes of another, without what it makes of the numbers there."""
     x = torch.empty(len(parent), *value.args[0].tensor.sizes, device="meta")
     index, tokens = lookup(value.op).body(x, **dict(value.attrs), at=parent)
-    return tokens, None if index.is_meta else index
+    return tokens, {} if index.is_meta else {"index": index}
 
 
 def _left(value: Value, before: Tokens, placed: Tokens) -> Made:
@@ -43,7 +43,8 @@ def _left(value: Value, before: Tokens, placed: Tokens) -> Made:
     left = torch.tensor([stay(value, n, span) for n, span in zip(counts, spans, strict=True)])
     row = torch.arange(before.rows).repeat_interleave(left)
     unknown = torch.zeros(len(row), dtype=torch.int64)
-    return Tokens(row, unknown, before.rows), unknown
+    more = {"twins": torch.tensor([twins(value, n) for n in counts])} if value.op == "prune" else {}
+    return Tokens(row, unknown, before.rows), {"index": unknown, **more}
 
 
 class Call:
@@ -68,7 +69,7 @@ class Call:
         slot = self.schedule.buffers[index].slot
         return self.slots[slot] if slot >= 0 else 0
 
-    def set_axis(self, index: int, at: Tokens, chosen: torch.Tensor | None = None) -> None:
+    def set_axis(self, index: int, at: Tokens, more: Mapping[str, torch.Tensor]) -> None:
         """Put an axis's arrays where kernels find them."""
         start = torch.searchsorted(at.row, torch.arange(self.rows + 1))
         arrays = {"row": at.row, "pos": at.pos, "start": start}
@@ -77,9 +78,7 @@ class Call:
         else:
             end = start[at.row + 1]
             arrays["ahead"] = end - 1 - torch.arange(len(at)) if at.ahead is None else at.ahead
-        if chosen is not None:
-            arrays["index"] = chosen
-        for name, array in arrays.items():
+        for name, array in {**arrays, **more}.items():
             if (index, name) not in self.axes:
                 self.axes[index, name] = self.device.allocate(8 * (max(self.room[index], self.rows) + 1))
             self.device.write(self.axes[index, name], array.long().contiguous())
@@ -116,8 +115,8 @@ class Engine:
                 found.free()
             found = self._calls[entry, shape] = Call(self, schedules[shape], room, at.rows)
         found.fed = ()
-        for i, (tokens, chosen) in axes.items():
-            found.set_axis(i, tokens, chosen)
+        for i, (tokens, more) in axes.items():
+            found.set_axis(i, tokens, more)
         for buffer, x in zip(found.schedule.inputs, given, strict=True):
             self.device.write(found.buffer(buffer), (x if x.is_floating_point() else x.long()).contiguous())
         return found
@@ -128,7 +127,7 @@ class Engine:
 
     def _axes(self, entry: str, schedule: Schedule, at: Tokens) -> dict[int, Made]:
         """The tokens of every axis: those that are given, and what ops make of them."""
-        found: dict[int, Made] = {0: (at, None)}
+        found: dict[int, Made] = {0: (at, {})}
         placed = {0: at}  # by axis, the nearest before it whose positions are known here; it begins and ends where they do
         for row in schedule.rows:
             if row.host >= 0:
