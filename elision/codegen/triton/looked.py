@@ -12,13 +12,17 @@ from elision.codegen.triton.seen import logits, sees
 
 
 @triton.jit
-def asked(begin, end, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The tokens of a sequence that look: the first ``FIRST``, the last ``LAST``, or, of both 0, all."""
+def asked(start, row, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Where a sequence begins, its tokens, and from which to which they look: the first ``FIRST``, the last ``LAST``, or, of both
+    0, all."""
+    begin = tl.load(start + row)
+    count = (tl.load(start + row + 1) - begin).to(tl.int32)
+    low, high = count * 0, count
     if FIRST > 0:
-        end = tl.minimum(end, begin + FIRST)
+        high = tl.minimum(count, FIRST)
     if LAST > 0:
-        begin = tl.maximum(begin, end - LAST)
-    return begin, end
+        low = tl.maximum(count - LAST, 0)
+    return begin, count, low, high
 
 
 @triton.jit
@@ -31,23 +35,22 @@ def looks(
     """``lse f32[tokens, H G]`` of the tokens that look; program (tile of them, sequence * H + head of keys). ``sized
     [tokens]``: of keys that stand for several tokens."""
     row, h = tl.program_id(1) // H, tl.program_id(1) % H
-    begin, end = tl.load(start + row), tl.load(start + row + 1)
-    low, high = asked(begin, end, FIRST, LAST)
-    first = low - begin + tl.program_id(0) * (BM // GP)
-    if begin + first < high:
+    begin, count, low, high = asked(start, row, FIRST, LAST)
+    first = low + tl.program_id(0) * (BM // GP)
+    if first < high:
         token, g, there = places(start, row, first, G, GP, BM)
-        there &= token < high
+        there &= token < begin + high
         head = h * G + g
         query = load(q, token, head, there, q_stride, D, DP)
         q_pos = tl.load(pos + token, mask=there, other=-1)
         slope = tl.load(slopes + head, mask=there, other=0.0).to(tl.float32)[:, None] if SLOPES else 0.0
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        for at in range(begin, end, BN):
-            entry = at + tl.arange(0, BN)
+        for at in range(0, count, BN):
+            rank = at + tl.arange(0, BN)
             s = _seen(
-                query, q_pos, there, k, k_stride, pos, entry, entry < end, h, slope, sized, scale, softcap, size, first_seen,
-                D, DP, MASK, SOFTCAP, SLOPES, SIZED,
+                query, q_pos, there, k, k_stride, pos, begin + rank, rank < count, h, slope, sized, scale, softcap, size,
+                first_seen, D, DP, MASK, SOFTCAP, SLOPES, SIZED,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -73,11 +76,10 @@ def received(
     G]``, and of a sequence that is ``settled`` (at its first token) the weights
     themselves."""
     row = tl.program_id(1)
-    begin, end = tl.load(start + row), tl.load(start + row + 1)
-    entry = begin + tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = entry < end
-    if begin + tl.program_id(0) * BN < end:
-        low, high = asked(begin, end, FIRST, LAST)
+    begin, count, low, high = asked(start, row, FIRST, LAST)
+    rank = tl.program_id(0) * BN + tl.arange(0, BN)
+    entry, inside = begin + rank, rank < count
+    if tl.program_id(0) * BN < count:
         whole = tl.zeros([BN], tl.float32)
         still = 0
         if WEIGHTED:
@@ -86,8 +88,8 @@ def received(
             h = head // G
             total = tl.zeros([BN], tl.float32)
             for at in range(low, high, BM):
-                token = at + tl.arange(0, BM)
-                there = token < high
+                looking = at + tl.arange(0, BM)
+                token, there = begin + looking, looking < high
                 query = rows_of(q, q_stride, token, there, head, D, DP)
                 q_pos = tl.load(pos + token, mask=there, other=-1)
                 slope = tl.load(slopes + head).to(tl.float32) if SLOPES else 0.0
