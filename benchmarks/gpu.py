@@ -138,7 +138,7 @@ def round_time(engine: Engine, rows: int, context: int, nodes: int, least: float
     row, pos, parent, anc = pack([Tree((-1, *(i // 2 for i in range(nodes - 1))))] * rows, decoder.lengths)
     call = engine.call("step", Tokens(row, pos, rows, parent, anc), torch.zeros(len(row)))
     step = engine.graph(call, decoder.caches)
-    commit = engine.graph(engine.call("commit", Tokens(row[:0], pos[:0], rows), None), decoder.caches)
+    commit = engine.graph(engine.call("commit", Tokens(row[:0], pos[:0], rows)), decoder.caches)
 
     def both() -> None:
         step()

@@ -42,7 +42,7 @@ def compile(
     ``["skip-layers:layers=3", "stored"]``. ``dtype``, ``kv_dtype``: of weights and activations, and of the cache (default: the
     model's own); ``target``: ``cpu``, ``reference`` (the interpreter), or GPUs, as ``cuda:sm_90`` or ``hip:gfx942``: several of
     these may be given, and one of the first two besides. Code for GPUs is compiled ahead of time, for `load` with
-    ``device="cuda"``; ``target="cuda"`` is the GPU of this machine, and the model generates on it at once.
+    ``device="cuda"``; ``target="cuda"`` is the GPU of this machine, and the model runs on it at once.
     ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
     ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
     ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or ``i64[sequences, n]`` (default: half
@@ -109,7 +109,7 @@ def finish(
     raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), here: bool = False, **facts: Any
 ) -> Model:
     """The model of a program that passes made of ``raised``, with native code for ``host="cpu"`` where it has a native form, and
-    with code for these GPUs; ``here``: it generates on the one of this process. ``facts``: what `Model` is told besides."""
+    with code for these GPUs; ``here``: it runs on the one of this process. ``facts``: what `Model` is told besides."""
     from elision.hf import CompiledModel
     from elision.ir.coverage import coverage
 
@@ -174,7 +174,7 @@ def load(
 
     ``target``: ``"cpu"`` for native code, ``"reference"`` for the interpreter; None takes what the artefact has. Code for a
     processor that can do more than this one is made again, where the MLIR bindings are installed. ``device="cuda"``: the model
-    generates on the first GPU of this process, by the machine code in the artefact (``target="cuda:sm_90"`` of `compile`).
+    runs on the first GPU of this process, by the machine code in the artefact (``target="cuda:sm_90"`` of `compile`).
 
     Raises BadInput for a file or a device that is not there, ArtefactError for one that is damaged, foreign, of another version,
     or without code for this processor.

@@ -61,7 +61,7 @@ class CompiledModel(Model):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")  # of what it takes and gives, also where it generates on a GPU
+        return torch.device("cpu")  # of what it takes and gives, also where it runs on a GPU
 
     @property
     def dtype(self) -> torch.dtype:

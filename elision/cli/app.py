@@ -70,7 +70,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     threads: Threads = None,
-    device: Annotated[str | None, typer.Option(help="cuda: generate on the GPU that the artefact has code for.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda: run on the GPU that the artefact has code for.")] = None,
 ) -> None:
     """Generate text, printed as it comes."""
     import torch

@@ -164,6 +164,12 @@ class Planner:
         found = {o[1] for o in operands if o[0] == "tensor"} - {*writes}
         self._drafts.append(_Draft(kernel, operands, found | {*reads}, {*writes}))
 
+    def axes(self, value: Value) -> int:
+        """A row by which the runtime makes the axis of a value, before the first launch: ``("made", axis, axis before)``."""
+        made, parent = self.axis(value), self.axis(value.args[0])
+        self._drafts.append(_Draft("", [("made", made, parent)], host=self.graph.values.index(value)))
+        return made
+
     def host(self, value: Value, index: int, why: str) -> None:
         """The host runs the op on the same memory. Its operands are described in full, its results are shared by the threads."""
         self.hosts.append((value.op, why))

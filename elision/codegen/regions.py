@@ -51,7 +51,7 @@ def regions(graph: Graph) -> list[Region]:
         if value in fused:
             found_regions.append(fused[value])
         elif value.op == "linear":
-            found_regions.append(_alone(value))
+            found_regions.append(alone(value))
         else:
             found_regions.append(value)
     return found_regions
@@ -91,7 +91,8 @@ def _whole_numbers(graph: Graph, of_positions: set[Value]) -> set[Value]:
     return found
 
 
-def _alone(value: Value) -> Products:
+def alone(value: Value) -> Products:
+    """A product with its bias, and nothing after it."""
     x, weight, *bias = value.args
     return Products(value, x, (weight,), "x0 + x1" if bias else "x0", tuple(bias), value.attr("a8", 0))
 

@@ -30,12 +30,6 @@ def flat_entries(program: Program) -> dict[str, Graph]:
     return found
 
 
-def generating_entries(program: Program) -> dict[str, Graph]:
-    """`flat_entries` without the model's own forward, where there are others."""
-    found = flat_entries(program)
-    return {name: graph for name, graph in found.items() if name != "score" or len(found) == 1}
-
-
 def committed(step: Graph) -> Graph:
     """A step over tokens that are committed already: they join the caches at once. For roots of trees, which are accepted
     whatever else is, that is `step` and then `commit` of the root."""

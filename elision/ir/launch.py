@@ -16,6 +16,8 @@ order of one stream. The first operand of a row is its grid, the others are the 
     ("round", array)           of a round, by sequence: path, accepted, next; how tokens are drawn: numbers, whole
     ("round", array, n)        n numbers for each sequence, int64
     ("count", axis), ("rows", ""), ("int", n), ("float", x)
+
+A row with the operand ("made", axis, parent) is no launch: before the first one the runtime makes this axis, by the op ``host``.
 """
 
 from __future__ import annotations
@@ -67,14 +69,21 @@ class DeviceCode:
 
 
 def need_kernels(name: str, code: DeviceCode) -> None:
-    """Raises BadInput if an op of the program of that name has no kernel, naming the op and the reason."""
-    for entry, ops in code.hosts.items():
-        if ops:
-            op, why = ops[0]
-            raise BadInput(
-                f"{name} does not run on a GPU: {op} in {entry} has no kernel ({why}); leave out the pass that brought it, or "
-                "use target='cpu'"
-            )
+    """Raises BadInput if an op of the program of that name has no kernel, naming the op and the reason. A model that generates
+    may do without its own forward (`score`): that is asked for when it is called."""
+    for entry in code.hosts:
+        if entry != "score" or not code.schedules:
+            need_entry(name, code, entry)
+
+
+def need_entry(name: str, code: DeviceCode, entry: str) -> None:
+    """Raises BadInput if an op of that entry has no kernel."""
+    if ops := code.hosts.get(entry):
+        op, why = ops[0]
+        raise BadInput(
+            f"{name} does not run on a GPU: {op} in {entry} has no kernel ({why}); leave out the pass that brought it, or "
+            "use target='cpu'"
+        )
 
 
 #: Classes of shapes: the most tokens of a call (0: any number).

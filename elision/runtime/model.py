@@ -50,7 +50,7 @@ class Output(dict[str, torch.Tensor]):
 
 class Model:
     """A program with its weights. Calls may run at the same time from several threads; each has its own states. With a
-    ``device`` it generates there (``gpu``: the code for it); its own forward is the host's."""
+    ``device`` it runs there (``gpu``: the code for it)."""
 
     def __init__(
         self,
@@ -193,15 +193,20 @@ class Model:
         **other: Any,
     ) -> Output:
         """The model's own forward: its outputs by name, of every token ``[B, T, ...]`` (zeros at padding) or of every sequence
-        ``[B, ...]``. ``other``: its further inputs, such as ``token_type_ids`` (zeros if left out) or ``pixel_values``.
+        ``[B, ...]``, on the device of the inputs. ``other``: its further inputs, such as ``token_type_ids`` (zeros if left out)
+        or ``pixel_values``.
         """
         graph = self.program.entries["score"]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **other}
+        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+        given |= {name: x.cpu() for name, x in tensors.items()}
+        where = next((x.device for x in tensors.values()), torch.device("cpu"))
         with self._threads(self._beside("score")), torch.no_grad():
             batch = forward.batch(graph, given)
             self._check_length(batch.positions)
             found = self._interpreter.run(graph, batch.inputs, batch.axes)
-            return Output(forward.outputs(graph, self.program.meta["outputs"], batch, found))
+            placed = forward.outputs(graph, self.program.meta["outputs"], batch, found)
+            return Output({name: x.to(where) for name, x in placed.items()})
 
     def prefix(self, inputs: str | torch.Tensor) -> Prefix:
         """Read once what many prompts will begin with, a text or token ids ``[T]`` or ``[1, T]``: for ``generate(.., prefix=)``.

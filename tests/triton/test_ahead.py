@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from encoders import encoder
 from test_programs import compiled
 
 import elision
@@ -37,9 +38,14 @@ def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
     """Of the shapes of Mixtral, with weights of four bits and a cache of bytes; then what methods that evict have besides."""
     code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"))))
     there = {k.template for k in code.kernels.values()}
-    for method in ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0"):
-        more = one_of_each(plan_program(shaped("llama-3-8b", ("insert-cache:dtype=int8", method)))).kernels
-        code = DeviceCode({**code.kernels, **{f"more_{n}": k for n, k in more.items() if k.template not in there}}, {}, {})
+    methods = ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0")
+    others = [shaped("llama-3-8b", ("insert-cache:dtype=int8", method)) for method in methods]
+    others.append(compiled("LlamaConfig", ("fastv:layer=1,keep=0.5",), num_hidden_layers=2).program)
+    for method in ("tome:n=2", "evit:layers=0", "zero-tprune:layers=0,rounds=3"):
+        others.append(elision.compile(encoder("ViTModel", num_hidden_layers=2), passes=[method], target="reference").program)
+    for i, program in enumerate(others):
+        more = {f"{n}_{i}": k for n, k in one_of_each(plan_program(program)).kernels.items() if k.template not in there}
+        code, there = DeviceCode({**code.kernels, **more}, {}, {}), there | {k.template for k in more.values()}
     assert {k.template for k in code.kernels.values()} == set(TEMPLATES)
     build(code, [target])
     found = totals(code, target)

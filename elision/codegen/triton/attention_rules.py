@@ -184,6 +184,7 @@ def observe(to: Launches, value: Value) -> None:
         q in to.lse and state.scores.gumbel is None and "sinks" not in named, "scores without the attention before them, or noisy"
     )
     readable(state)
+    need(plan.axis(q) not in to.counted, "scores of a prompt that tokens have been left out of")
     plan.follow(value, cached)
     name, tokens = plan.state(value), plan.axis(q)
     queries, stride = to.tensor(q)
@@ -226,7 +227,7 @@ def advance_all(to: Launches) -> None:
     """Committed tokens are counted once everything has been read."""
     plan, done = to.plan, set()
     for value in plan.graph.values:
-        if value.op == "append" and not plan.drafted(plan.axis(value.args[1])):
+        if value.op == "append" and origin(value).op == "input" and not plan.drafted(plan.axis(value.args[1])):
             state = value.type
             assert isinstance(state, KV)
             if (name := plan.state(value)) not in done:

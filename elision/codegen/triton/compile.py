@@ -8,12 +8,24 @@ from typing import Any
 from elision.codegen import views
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative, knows, need
-from elision.codegen.regions import OF_INPUTS, OF_TOKENS, Products, Region, regions
-from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, page_rules, round_rules
+from elision.codegen.regions import Products, Region, regions
+from elision.codegen.triton import (
+    attention_rules,
+    dense_rules,
+    evict_rules,
+    merge_rules,
+    moe_rules,
+    own_rules,
+    page_rules,
+    rank_rules,
+    round_rules,
+    token_rules,
+)
 from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
-from elision.ir.flatten import generating_entries
+from elision.ir.flatten import flat_entries
 from elision.ir.launch import DeviceCode
+from elision.ir.ops.program import origin
 from elision.ir.program import Program, Tick, committed_states, running, steps
 from elision.ir.states import KV
 from elision.ir.value import Graph, Value
@@ -27,10 +39,12 @@ def plan_program(program: Program) -> DeviceCode:
     kernels = Kernels()
     schedules: dict[str, dict[str, abi.Schedule]] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
-    for entry, graph in generating_entries(program).items():
+    for entry, graph in flat_entries(program).items():
         schedules[entry] = {}
         for shape in ("many",) if entry in _MANY else ("one", "few", "some"):
             schedules[entry][shape], hosts[entry] = _entry(kernels, graph, shape)
+    if hosts.get("score"):
+        schedules.pop("score")
     names = [n for n in committed_states(program) if isinstance(program.states[n], KV)] if program.round is not None else []
     if names:
         try:
@@ -55,20 +69,16 @@ def _entry(kernels: Kernels, graph: Graph, shape: str) -> tuple[abi.Schedule, li
     plan = Planner(graph, True, lambda name: [])
     to = Launches(kernels, plan, shape)
     found = plan.plan(regions(graph), lambda _, region: _emit(to, region), lambda _: _end(to))
-    return found, _left(plan)
-
-
-def _left(plan: Planner) -> list[tuple[str, str]]:
-    """What has no kernel, and is not known before the first launch."""
-    return [h for h in plan.hosts if h[0] not in (*OF_TOKENS, *OF_INPUTS)]
+    return found, plan.hosts
 
 
 def _end(to: Launches) -> None:
     attention_rules.advance_all(to)
+    dense_rules.results(to)
     graph, plan = to.plan.graph, to.plan
     best = next((v for v in graph.outputs if v.op == "item" and v.args[0].op == "topk" and v in plan.refs), None)
     state = next((v.type for v in graph.inputs if isinstance(v.type, KV)), None)
-    if best is None or state is None or not graph.inputs[0].tensor.tokens == best.tensor.tokens or _left(plan):
+    if best is None or state is None or not graph.inputs[0].tensor.tokens == best.tensor.tokens or plan.hosts:
         return
     given, tokens = to.whole(graph.inputs[0]), plan.axis(best)
     found = round_rules.sample(to, best.args[0].args[0], best, tokens)
@@ -106,6 +116,16 @@ def _map(to: Launches, value: Value) -> None:
     dense_rules.pointwise(to, value, value.attr("expr"))
 
 
+def _kept(kept: Any, own: Any) -> Any:
+    """One rule for caches that stay, one for those that live for the call."""
+
+    def rule(to: Launches, value: Value) -> None:
+        begins = origin(next(a for a in value.args if a.is_state))
+        (kept if begins.op == "input" else own)(to, value)
+
+    return rule
+
+
 #: The rule of an op, and the attributes that it knows.
 _RULES: dict[str, tuple[Any, ...]] = {
     "embed": (dense_rules.embed,),
@@ -116,10 +136,32 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "map": (_map, "expr", "dtype"),
     "view": (lambda to, value: views.view(to.plan, value), "shape"),
     "positions": (dense_rules.positions,),
+    "first": (token_rules.chosen, "axis"),
+    "last": (token_rules.chosen, "axis"),
+    "patches": (token_rules.patches, "height", "width", "axis"),
+    "extended": (token_rules.extended, "k", "axis"),
+    "prepend": (token_rules.prepend,),
+    "match": (merge_rules.match, "n", "share", "protect", "heads"),
+    "fuse": (merge_rules.fuse, "keep", "protect"),
+    "foremost": (merge_rules.foremost, "keep", "first", "last"),
+    "received": (merge_rules.received, "mask", "scale", "softcap", "extras", "last"),
+    "regard": (merge_rules.regard, "scale"),
+    "pagerank": (rank_rules.pagerank, "scale", "rounds"),
+    "prune": (rank_rules.prune, "keep", "similar", "protect"),
+    "clusters": (merge_rules.compact, "axis"),
+    "which": (merge_rules.compact, "axis"),
+    "merge": (merge_rules.merge,),
+    "collect": (merge_rules.merge,),
+    "joined": (merge_rules.joined,),
+    "gather": (merge_rules.gather,),
+    "ones": (dense_rules.ones, "dtype"),
+    "concat": (dense_rules.concat,),
     "slice": (lambda to, value: views.slice_(to.plan, value), "start", "stop", "axis"),
     "topk": (dense_rules.best, "k"),
-    "append": (attention_rules.append,),
-    "attend": (attention_rules.attend, "mask", "scale", "softcap", "extras", "results", "page", "open"),
+    "fresh": (own_rules.fresh, "type"),
+    "empty": (own_rules.empty, "type"),
+    "append": (_kept(attention_rules.append, own_rules.append),),
+    "attend": (_kept(attention_rules.attend, own_rules.attend), "mask", "scale", "softcap", "extras", "results", "page", "open"),
     "pick": (page_rules.pick, "n", "page", "open", "room", "first"),
     "observe": (attention_rules.observe, "mask", "scale", "softcap", "extras", "last", "decoding"),
     "route": (

@@ -9,10 +9,11 @@ from typing import Any
 
 from elision.codegen.planner import Ref
 from elision.codegen.refusal import knows, need
-from elision.codegen.regions import LINEAR, Products
+from elision.codegen.regions import LINEAR, Products, alone
 from elision.codegen.triton.configs import gemv, power, product
 from elision.codegen.triton.expression import OPERANDS
 from elision.codegen.triton.launches import Arg, Launches, axis, count, integer, piece, plain, real, weight
+from elision.ir.ops.program import origin
 from elision.ir.types import DTYPES
 from elision.ir.value import Value
 
@@ -25,7 +26,12 @@ def products(to: Launches, region: Products) -> None:
     if value.op == "linear":
         knows(value, LINEAR)
     need(region.a8 == 0, "activations rounded to integers")
-    need(len(region.weights) <= HALF and len(region.extras) <= HALF, "a product of more than two weights, or with more operands")
+    if value.op == "map" and max(len(region.weights), len(region.extras)) > HALF:
+        for each in value.args:
+            if each.op == "linear" and each not in plan.refs:
+                products(to, alone(each))
+        return pointwise(to, value, value.attr("expr"))
+    need(len(region.x.tensor.features) == 1, "a product of several feature axes")
     source, gain, norm = region.x, None, dict[str, Any]()
     if region.x in plan.tables:
         source = region.x.args[0]
@@ -112,7 +118,8 @@ def norm(to: Launches, value: Value) -> None:
 
 def positions(to: Launches, value: Value) -> None:
     """A table reads them where they are."""
-    need(value not in to.plan.graph.outputs and all(u.op == "embed" for u in to.users[value]), "positions that are computed with")
+    if value in to.plan.graph.outputs or any(u.op != "embed" for u in to.users[value]):
+        _pointwise(to, value, [(axis(to.plan.axis(value), "pos"), integer(1), "single")], "x0")
 
 
 def embed(to: Launches, value: Value) -> None:
@@ -146,7 +153,7 @@ def rope(to: Launches, value: Value) -> None:
     x, freq = value.args
     need(len(x.tensor.features) == 2, "a rotation of other than [tokens, heads, channels]")
     users = to.users[value]
-    if users and all(u.op == "append" and u.args[1] is value and u.args[2] is not value for u in users):
+    if users and all(u.op == "append" and u.args[1] is value and u.args[2] is not value and _stays(u) for u in users):
         to.tensor(x)
         to.plan.tables[value] = to.plan.ref(x)
         return
@@ -161,23 +168,59 @@ def rope(to: Launches, value: Value) -> None:
     to.launch("rope", (("tokens", to.plan.axis(value), 1), heads), args, fixed, writes=[out.buffer], warps=1)
 
 
+def _stays(value: Value) -> bool:
+    """Whether a cache is there after the call."""
+    return origin(value).op == "input"
+
+
 def pointwise(to: Launches, value: Value, expr: str) -> None:
     need(len(value.args) <= OPERANDS, "an expression of many operands")
     sizes = [d for d in value.tensor.features if isinstance(d, int)]
     outer, width = prod(sizes[:-1]), sizes[-1] if sizes else 1
-    args: dict[str, Arg | None] = {}
-    kinds = []
-    for i in range(OPERANDS):
-        if i >= len(value.args):
-            args |= {f"x{i}": None, f"s{i}": integer(0)}
-            kinds.append("")
-            continue
-        given = value.args[i]
+    operands = []
+    for given in value.args:
         own = [d for d in given.tensor.features if isinstance(d, int)] if given.op != "param" else list(given.tensor.sizes)
-        args |= dict(
-            zip((f"x{i}", f"s{i}"), (plain(given), integer(0)) if given.op == "param" else to.tensor(given), strict=True)
-        )
-        kinds.append(_kind(own, sizes, outer, width))
+        place = (plain(given), integer(0)) if given.op == "param" else to.tensor(given)
+        operands.append((*place, _kind(own, sizes, outer, width)))
+    _pointwise(to, value, operands, expr)
+
+
+def ones(to: Launches, value: Value) -> None:
+    _pointwise(to, value, [(axis(to.plan.axis(value), "row"), integer(1), "single")], "x0 * 0.0 + 1.0")
+
+
+def concat(to: Launches, value: Value) -> None:
+    sizes = value.tensor.sizes
+    outer, place, parts = prod(sizes[:-1]), 0, [(x.tensor.sizes[-1], *to.tensor(x)) for x in value.args]
+    out = to.new(value)
+    for width, source, stride in parts:
+        args: dict[str, Arg | None] = {"y": to.tensor(value)[0], "x": source, "x_stride": stride, "place": integer(place)}
+        block = min(1024, power(width))
+        grid = (("tokens", to.plan.axis(value), 1), outer, -(-width // block))
+        to.launch("concat", grid, args, dict(WIDE=sizes[-1], OUTER=outer, D=width, BD=block), writes=[out.buffer])
+        place += width
+
+
+def results(to: Launches) -> None:
+    """What the caller gets lies in memory of its own."""
+    for value in to.plan.graph.outputs:
+        if value not in to.plan.refs or to.is_whole(value):
+            continue
+        if not to.plan.refs[value].contiguous:
+            to.plan.hosts.append((value.op, "a result with gaps"))
+        else:
+            _pointwise(to, value, [(*to.tensor(value), "full")], "x0")
+
+
+def _pointwise(to: Launches, value: Value, operands: list[tuple[Arg, Arg, str]], expr: str) -> None:
+    """An expression of operands: addresses, elements from token to token, and how each lies beside the result."""
+    sizes = [d for d in value.tensor.features if isinstance(d, int)]
+    outer, width = prod(sizes[:-1]), sizes[-1] if sizes else 1
+    args: dict[str, Arg | None] = {}
+    for i in range(OPERANDS):
+        place = operands[i][:2] if i < len(operands) else (None, integer(0))
+        args |= dict(zip((f"x{i}", f"s{i}"), place, strict=True))
+    kinds = [kind for *_, kind in operands] + [""] * (OPERANDS - len(operands))
     out = to.new(value)
     args["y"] = to.tensor(value)[0]
     block = min(1024, power(width))

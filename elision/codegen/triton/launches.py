@@ -122,6 +122,8 @@ class Launches:
         self.users = plan.graph.users()
         self.lse: dict[Value, int] = {}  # buffers with the log-sum-exp of attention, by its queries
         self.kept: dict[Value, int] = {}  # and with its logits
+        self.counted: set[int] = set()  # axes whose tokens are found on the device
+        self.places: dict[Value, int] = {}  # buffers that say where tokens are on such an axis, by what makes it
 
     def launch(
         self, template: str, grid: Sequence[Any], args: Mapping[str, Arg | None], constants: Mapping[str, Any],
@@ -157,10 +159,14 @@ class Launches:
         aligned = ref.offset * item % 16 == 0 and stride * item % 16 == 0
         return Arg(("tensor", ref.buffer, ref.offset * item), f"*{TYPES[dtype]}{':16' if aligned else ''}"), integer(stride)
 
+    def is_whole(self, value: Value) -> bool:
+        """Whether its tokens lie one after the other."""
+        ref = self.plan.ref(value)
+        return ref.offset == 0 and ref.contiguous and self.widths.get(ref.buffer, 1) == max(1, prod(ref.shape))
+
     def whole(self, value: Value) -> Arg:
         """A value whose tokens lie one after the other. Raises NotNative for a part of something wider."""
-        ref = self.plan.ref(value)
-        need(ref.offset == 0 and self.widths.get(ref.buffer, 1) == max(1, prod(ref.shape)), "a part of something wider")
+        need(self.is_whole(value), "a part of something wider")
         return self.tensor(value)[0]
 
 

@@ -54,6 +54,16 @@ def restrict(y, x, index, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def concat(y, x, x_stride, place, WIDE: tl.constexpr, OUTER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """``x [tokens, OUTER, D]`` becomes the channels from ``place`` on of ``y [tokens, OUTER, WIDE]``; program (token, outer, run
+    of ``BD`` channels)."""
+    token, outer = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channel = tl.program_id(2) * BD + tl.arange(0, BD)
+    found = tl.load(x + token * x_stride + outer * D + channel, mask=channel < D, other=0.0)
+    tl.store(y + (token * OUTER + outer) * WIDE + place + channel, found, mask=channel < D)
+
+
+@triton.jit
 def pointwise(
     y, x0, x1, x2, x3, s0, s1, s2, s3,
     OUTER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr,

@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
+from elision.codegen.triton import (
+    append,
+    attend,
+    choose,
+    combine,
+    evict,
+    images,
+    linear,
+    looked,
+    merge,
+    moe,
+    move,
+    own,
+    pages,
+    rank,
+    rope,
+    rows,
+    sample,
+    scores,
+    select,
+    similar,
+)  # fmt: skip
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -20,6 +41,26 @@ TEMPLATES: dict[str, Any] = {
     "advance": append.advance,
     "attend": attend.attend,
     "combine": combine.combine,
+    "attend_own": own.attend_own,
+    "looks": looked.looks,
+    "received": looked.received,
+    "unit": similar.unit,
+    "nearest": similar.nearest,
+    "join_similar": select.join_similar,
+    "join_rest": select.join_rest,
+    "stays": select.stays,
+    "uniform": rank.uniform,
+    "settle": rank.settle,
+    "importance": rank.importance,
+    "halves": rank.halves,
+    "remain": rank.remain,
+    "stand": rank.stand,
+    "compact": merge.compact,
+    "joined": merge.joined,
+    "merge": merge.merge,
+    "concat": rows.concat,
+    "patches": images.patches,
+    "prepend": images.prepend,
     "key_scores": scores.key_scores,
     "mass": scores.mass,
     "summarise": pages.summarise,

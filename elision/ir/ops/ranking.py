@@ -43,10 +43,10 @@ def pagerank(q: torch.Tensor, k: torch.Tensor, *, scale: float, rounds: int, at:
     the others give the root of their mean square.
     """
     group, score, begin = q.shape[1] // k.shape[1], q.new_zeros(len(at)), 0
-    for n in counts_of(at)[1].tolist():
+    for n in filter(None, counts_of(at)[1].tolist()):  # a sequence may have no tokens
         x, keys = q[begin : begin + n].float(), k[begin : begin + n].float().repeat_interleave(group, 1)
         a = ((x * scale).transpose(0, 1) @ keys.permute(1, 2, 0)).softmax(-1)  # [heads, n, n]
-        s = a.mean(1)[:, None] if n else a[:, :1]  # the first round
+        s = a.mean(1)[:, None]  # the first round
         for _ in range(rounds - 1):
             s, before = s @ a, s
             if float((s - before).abs().max()) * n < SETTLED:

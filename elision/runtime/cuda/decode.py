@@ -63,7 +63,7 @@ class Decoder:
         engine, rows = self.engine, self.rows
         call = engine.call("step", at, torch.tensor([i for each in ids for i in each]))
         engine.run(call, self.caches)
-        commit = engine.call("commit", Tokens(row[:0], pos[:0], rows), None)
+        commit = engine.call("commit", Tokens(row[:0], pos[:0], rows))
         engine.run(commit, self.caches)
         for cache in self.caches.values():
             cache.drop()

@@ -8,35 +8,60 @@ from typing import Any
 
 import torch
 
-from elision.ir.flatten import generating_entries
+from elision.ir.flatten import flat_entries
+from elision.ir.kept import is_counted, stay, twins
 from elision.ir.launch import DeviceCode, need_kernels, shape_of
-from elision.ir.nodes import nodes_of
+from elision.ir.nodes import counts_of, nodes_of
 from elision.ir.op import lookup
 from elision.ir.planes import plane_form, planes
 from elision.ir.program import Program
-from elision.ir.schedule import Row, Schedule
+from elision.ir.schedule import Schedule
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES
+from elision.ir.value import Value
 from elision.runtime.cuda.caches import DeviceCache
 from elision.runtime.cuda.device import Device, Number
 
 Caches = Mapping[str, DeviceCache]
 
 
-class Call:
-    """An entry for a class of shapes, with memory for the tokens that it was made for; kept, so that graphs stay valid."""
+#: The tokens of an axis, and further arrays of it: ``index``, of one that was chosen from another which of its tokens they are.
+Made = tuple[Tokens, dict[str, torch.Tensor]]
 
-    def __init__(self, engine: Engine, schedule: Schedule, room: int, rows: int) -> None:
+
+def _made(value: Value, parent: Tokens) -> Made:
+    """The axis that an op makes of another, without what it makes of the numbers there."""
+    x = torch.empty(len(parent), *value.args[0].tensor.sizes, device="meta")
+    index, tokens = lookup(value.op).body(x, **dict(value.attrs), at=parent)
+    return tokens, {} if index.is_meta else {"index": index}
+
+
+def _left(value: Value, before: Tokens, placed: Tokens) -> Made:
+    """The axis of the tokens that stay by an op. Which they are, and where, is found on the device."""
+    counts, ends = counts_of(before)[1].tolist(), torch.searchsorted(placed.row, torch.arange(placed.rows + 1)).tolist()
+    spans = [int(placed.pos[b - 1] - placed.pos[a]) + 1 if b > a else 0 for a, b in zip(ends, ends[1:], strict=False)]
+    left = torch.tensor([stay(value, n, span) for n, span in zip(counts, spans, strict=True)])
+    row = torch.arange(before.rows).repeat_interleave(left)
+    unknown = torch.zeros(len(row), dtype=torch.int64)
+    more = {"twins": torch.tensor([twins(value, n) for n in counts])} if value.op == "prune" else {}
+    return Tokens(row, unknown, before.rows), {"index": unknown, **more}
+
+
+class Call:
+    """An entry for a class of shapes, with memory for the tokens of each axis that it was made for; kept, so that graphs stay
+    valid."""
+
+    def __init__(self, engine: Engine, schedule: Schedule, room: Mapping[int, int], rows: int) -> None:
         self.schedule, self.room, self.rows, self.device = schedule, room, rows, engine.device
         slots: dict[int, int] = {}
         for buffer in schedule.buffers:
             if buffer.slot >= 0:
-                slots[buffer.slot] = max(slots.get(buffer.slot, 0), buffer.width)
-        self.slots = {slot: self.device.allocate(max(256, width * room)) for slot, width in slots.items()}
+                slots[buffer.slot] = max(slots.get(buffer.slot, 0), buffer.width * room[buffer.axis])
+        self.slots = {slot: self.device.allocate(max(256, nbytes)) for slot, nbytes in slots.items()}
         self.axes: dict[tuple[int, str], int] = {}
         self.counts: dict[int, int] = {}
         self.longest: dict[int, int] = {}
-        self.feeds = all(row.host < 0 for row in schedule.rows)  # nothing of the host's depends on positions
+        self.feeds = all(row.host < 0 for row in schedule.rows)  # no axis depends on positions
         self.fed: tuple[Any, ...] = ()  # which tokens, of which caches, are on the device already (`Natives`)
         self.graphs: weakref.WeakKeyDictionary[DeviceCache, dict[Any, Callable[[], None]]] = weakref.WeakKeyDictionary()
 
@@ -44,7 +69,7 @@ class Call:
         slot = self.schedule.buffers[index].slot
         return self.slots[slot] if slot >= 0 else 0
 
-    def set_axis(self, index: int, at: Tokens, chosen: torch.Tensor | None = None) -> None:
+    def set_axis(self, index: int, at: Tokens, more: Mapping[str, torch.Tensor]) -> None:
         """Put an axis's arrays where kernels find them."""
         start = torch.searchsorted(at.row, torch.arange(self.rows + 1))
         arrays = {"row": at.row, "pos": at.pos, "start": start}
@@ -53,11 +78,9 @@ class Call:
         else:
             end = start[at.row + 1]
             arrays["ahead"] = end - 1 - torch.arange(len(at)) if at.ahead is None else at.ahead
-        if chosen is not None:
-            arrays["index"] = chosen
-        for name, array in arrays.items():
+        for name, array in {**arrays, **more}.items():
             if (index, name) not in self.axes:
-                self.axes[index, name] = self.device.allocate(8 * (max(self.room, self.rows) + 1))
+                self.axes[index, name] = self.device.allocate(8 * (max(self.room[index], self.rows) + 1))
             self.device.write(self.axes[index, name], array.long().contiguous())
         self.counts[index] = len(at)
         self.longest[index] = int((start[1:] - start[:-1]).max()) if len(at) else 0
@@ -74,45 +97,46 @@ class Engine:
     def __init__(self, program: Program, code: DeviceCode, weights: Mapping[str, torch.Tensor], device: Device) -> None:
         need_kernels(program.name, code)
         self.program, self.code, self.device, self._weights = program, code, device, weights
-        self.graphs = generating_entries(program)
+        self.graphs = flat_entries(program)
         self._addresses: dict[tuple[str, int], int] = {}
         self._calls: dict[tuple[str, str], Call] = {}
         self._round: dict[tuple[str, int, int], int] = {}
         self._most = 0
 
-    def call(self, entry: str, at: Tokens, ids: torch.Tensor | None) -> Call:
-        """Memory for a call of an entry with these tokens, which are put there."""
+    def call(self, entry: str, at: Tokens, *given: torch.Tensor) -> Call:
+        """Memory for a call of an entry with these tokens, which are put there, and what is ``given`` of them."""
         schedules = self.code.schedules[entry]
         shape = shape_of(len(at), schedules)
+        axes = self._axes(entry, schedules[shape], at)
+        room = {i: max(len(tokens), {"one": 1, "few": 16, "some": 64}.get(shape, 1)) for i, (tokens, _) in axes.items()}
         found = self._calls.get((entry, shape))
-        if found is None or found.room < len(at) or found.rows != at.rows:
+        if found is None or found.rows != at.rows or any(found.room[i] < len(tokens) for i, (tokens, _) in axes.items()):
             if found is not None:
                 found.free()
-            room = max(len(at), {"one": 1, "few": 16, "some": 64}.get(shape, 1))
             found = self._calls[entry, shape] = Call(self, schedules[shape], room, at.rows)
         found.fed = ()
-        found.set_axis(0, at)
-        if ids is not None:
-            self.device.write(found.buffer(found.schedule.inputs[0]), ids.long().contiguous())
-        for row in found.schedule.rows:
-            if row.host >= 0:
-                self._tokens(found, entry, row, at)
+        for i, (tokens, more) in axes.items():
+            found.set_axis(i, tokens, more)
+        for buffer, x in zip(found.schedule.inputs, given, strict=True):
+            self.device.write(found.buffer(buffer), (x if x.is_floating_point() else x.long()).contiguous())
         return found
 
     def known(self, entry: str, at: Tokens) -> Call | None:
         """What `call` made for so many tokens before, as it was left."""
         return self._calls.get((entry, shape_of(len(at), self.code.schedules[entry])))
 
-    def _tokens(self, call: Call, entry: str, row: Row, at: Tokens) -> None:
-        """What follows from which tokens there are is computed here, before the first launch."""
-        value = self.graphs[entry].values[row.host]
-        op, (_, results) = lookup(value.op), row.operands[1]
-        found: Any = op.body(torch.empty(len(at), 0), **dict(value.attrs), at=at)
-        if op.makes_axis:
-            found, tokens = found
-            call.set_axis(results[0][6], tokens, found)
-        if results[0][0] == "view" and call.buffer(results[0][1]):
-            self.device.write(call.buffer(results[0][1]), found.contiguous())
+    def _axes(self, entry: str, schedule: Schedule, at: Tokens) -> dict[int, Made]:
+        """The tokens of every axis: those that are given, and what ops make of them."""
+        found: dict[int, Made] = {0: (at, {})}
+        placed = {0: at}  # by axis, the nearest before it whose positions are known here; it begins and ends where they do
+        for row in schedule.rows:
+            if row.host >= 0:
+                _, axis, parent = row.operands[0]
+                value, before = self.graphs[entry].values[row.host], found[parent][0]
+                counted = is_counted(value.args[0])
+                found[axis] = _left(value.args[0], before, placed[parent]) if counted else _made(value, before)
+                placed[axis] = placed[parent] if counted else found[axis][0]
+        return found
 
     def run(self, call: Call, caches: Caches) -> None:
         """The launches of a call, in order."""
@@ -188,7 +212,7 @@ class Engine:
         """The address of a weight's plane; all of them are put there at the first use."""
         if (name, plane) not in self._addresses:
             type = self.program.params[name]
-            form = plane_form(type.encoding, type.row)
+            form = plane_form(type.encoding, type.row if type.axes else 1)
             if plane < 0 or form is None:
                 assert type.encoding is not None
                 parts: tuple[torch.Tensor, ...] = (type.encoding.decode(self._weights[name], type.row).to(DTYPES[type.dtype]),)

@@ -20,6 +20,7 @@ import torch
 
 from elision.ir.flatten import decoding
 from elision.ir.interp import Native
+from elision.ir.launch import need_entry
 from elision.ir.op import lookup
 from elision.ir.ops.program import origin
 from elision.ir.program import committed_states, running
@@ -48,6 +49,8 @@ class Natives:
         """By name of a graph, what runs in its place."""
         graph, schedules = self.engine.program.round, self.engine.code.schedules
         found: dict[str, Native] = {n: partial(self.run, n) for n in schedules if n in self.engine.program.entries}
+        if "score" in self.engine.program.entries and "score" not in schedules:
+            found["score"] = self._refused
         found |= {t.graph.name: partial(self._tick, t.graph) for t in self.engine.program.ticks}
         if graph is not None and {v.op for v in graph.values} - {"input", "param"} <= _FORM:
             found[graph.name] = partial(self._round, graph)
@@ -64,12 +67,17 @@ class Natives:
         with self._lock:
             if not at.drafted:
                 _need_room(caches, np.bincount(at.row.numpy(), minlength=at.rows))
-            call = self.engine.call(entry, at, next(a for a in args if isinstance(a, torch.Tensor)))
+            call = self.engine.call(entry, at, *(a for a in args if isinstance(a, torch.Tensor)))
             self.engine.run(call, caches)
             places = iter(range(len(call.schedule.outputs)))
             return tuple(
                 caches[graph.names[origin(v)]] if v.is_state else self.engine.output(call, next(places)) for v in graph.outputs
             )
+
+    def _refused(self, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
+        """The model's own forward where an op of it has no kernel. Raises BadInput that names it."""
+        need_entry(self.engine.program.name, self.engine.code, "score")
+        raise AssertionError("score was neither planned nor refused")
 
     def _tick(self, graph: Graph, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         """Evict from the caches of the sequences ``at``, as a graph of the clock says."""
@@ -77,7 +85,7 @@ class Natives:
         caches = {name: a for name, a in given.items() if isinstance(a, DeviceCache)}
         if caches:
             with self._lock:
-                self._launch(self.engine.call(graph.name, at, None), caches)
+                self._launch(self.engine.call(graph.name, at), caches)
         for value in (v for v in graph.outputs if v.op == "select"):
             caches[graph.names[origin(value)]].evicted(at.row.numpy(), value.args[1].attr("n"))
         return tuple(given[graph.names[origin(v)]] for v in graph.outputs)
@@ -97,7 +105,7 @@ class Natives:
         """Commit the paths that are on the device."""
         _need_room(caches, count)
         none = torch.zeros(0, dtype=torch.int64)
-        self._launch(self.engine.call("commit", Tokens(none, none, rows), None), caches)
+        self._launch(self.engine.call("commit", Tokens(none, none, rows)), caches)
         for cache in caches.values():
             cache.drop()
 
