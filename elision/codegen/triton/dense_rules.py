@@ -57,7 +57,8 @@ def products(to: Launches, region: Products) -> None:
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, 1)), fixed | {"BN": tile.n, "BK": tile.k}
         to.launch("gemv", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
     else:
-        tile = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize)
+        decoded = any(form.layout for _, form in made if form)
+        tile = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize, decoded)
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, tile.m)), fixed | {"BM": tile.m, "BN": tile.n, "BK": tile.k}
         args["tokens"] = count(tokens)
         to.launch("gemm", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
