@@ -23,14 +23,17 @@ TINY = dict(
     max_position_embeddings=72,
 )  # fmt: skip
 MIXED = {"num_local_experts": 6, "num_experts_per_tok": 2}
-#: Of a shape: family, query heads, key heads, channels of a head, hidden, inside, vocabulary.
+#: Of a shape (`CHECKED` are no models): family, query heads, key heads, channels of a head, hidden, inside, vocabulary.
 SHAPES: dict[str, tuple[str, int, int, int, int, int, int]] = {
     "smollm2": ("LlamaConfig", 9, 3, 64, 576, 1536, 49152),
     "llama-3-8b": ("LlamaConfig", 32, 8, 128, 4096, 14336, 128256),
     "qwen3-8b": ("Qwen3Config", 32, 8, 128, 4096, 12288, 151936),
     "tiny": ("LlamaConfig", 4, 2, 16, 32, 64, 64),
+    "small": ("LlamaConfig", 2, 1, 128, 256, 256, 64),
+    "medium": ("LlamaConfig", 16, 4, 128, 2048, 4096, 4096),
     "mixtral": ("MixtralConfig", 32, 8, 128, 4096, 14336, 32000),
 }
+CHECKED = ("tiny", "small", "medium")
 
 
 @cache
