@@ -39,7 +39,8 @@ from math import prod
 import torch
 
 from elision.errors import BadInput
-from elision.ir.panels import PANEL, PanelLayout, panel_layout
+from elision.ir.block_layout import BlockLayout
+from elision.ir.panels import PANEL, from_panels, panel_layout, to_panels
 from elision.ir.weights import Blocks, WeightEncoding, weight_encoding
 
 __all__ = ["PANEL", "pack", "packing_of", "panel_bytes", "panels", "unpack"]
@@ -87,7 +88,7 @@ def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:
     if isinstance(encoding, Blocks) and encoding.format in _FLOATS:
         weight = weight.contiguous().view(_FLOATS[encoding.format])
     elif encoding is not None:
-        return _layout(encoding, _width(encoding, size)).pack(weight).flatten()
+        return to_panels(_layout(encoding, _width(encoding, size)), weight).flatten()
     by_panel = torch.unflatten(weight, -2, (-1, PANEL)).transpose(-1, -2)
     return by_panel.contiguous().view(-1).view(torch.uint8)
 
@@ -102,7 +103,7 @@ def unpack(data: torch.Tensor, packing: str, shape: tuple[int, ...]) -> torch.Te
         rows = by_panel.reshape(*lead, -1, k)[..., :n, :].clone(memory_format=torch.contiguous_format)
         return rows if encoding is None else rows.view(torch.uint8)
     layout = _layout(encoding, k)
-    return layout.unpack(data.view(*lead, panels(n), -1), k // layout.elements)[..., :n, :].contiguous()
+    return from_panels(layout, data.view(*lead, panels(n), -1), k // layout.elements)[..., :n, :].contiguous()
 
 
 def _encoding(packing: str) -> WeightEncoding | None:
@@ -112,7 +113,7 @@ def _encoding(packing: str) -> WeightEncoding | None:
     return None if format == "f32" else weight_encoding(format)
 
 
-def _layout(encoding: WeightEncoding, k: int) -> PanelLayout:
+def _layout(encoding: WeightEncoding, k: int) -> BlockLayout:
     found = panel_layout(encoding, k)
     if found is None:
         raise BadInput(f"rows of {k} weights in {encoding} have no panels; expected groups of whole quads, or blocks of GGUF")

@@ -1,13 +1,16 @@
-"""How kernels of a GPU want weights in memory: codes, scales and minima apart, so that reads of codes are aligned.
+"""How kernels of a GPU want weights in memory: what lies side by side is read side by side.
 
-``plane_form`` says how a weight of an encoding is read; `planes` makes the planes from stored rows (`elision.ir.weights`), and
-`stored` the rows again: every bit kept, none added. Rows that have no such form are decoded when they are loaded.
+A weight is up to three planes, of every bit of the stored rows (`elision.ir.weights`) and none more:
 
-    form       codes                      scales, minima        encodings
-    float      [.., N, K] of their type   -                     none, BF16, F16
-    int8       i8[.., N, K]               d f16[.., N, K / G]   Q8_0, int8
-    nibbles    u8[.., N, K / 2]           d                     Q4_0
-    nibbles+m  u8[.., N, K / 2]           d, m                  Q4_1, int4
+    codes      of floats [.., N, K] of their type; of codes of eight bits i8[.., N, K]; of fewer bits u8[.., N, row bytes], a row
+               being, one after the other,
+                   nibbles   K / 2        the low four bits: of every ``half`` bytes first the low, then the high nibbles
+                   high      K * high / 8 the bits above them: of every ``order`` bytes first the lowest, then the next ones
+                   scales    of its runs  16 signed bytes for a block (Q6_K), or 12 (Q4_K, Q5_K: `elision.ir.block_layout.plain6`)
+    scales     d f16[.., N, K / block]
+    minima     m f16[.., N, K / block]
+
+and means ``(d * s) * (q - offset) + m``, or ``- m * t`` with minima of runs. `PlaneForm.text` says all that to a kernel.
 """
 
 from __future__ import annotations
@@ -16,64 +19,75 @@ from dataclasses import dataclass
 
 import torch
 
-from elision.ir.weights import Blocks, Int4, Int8, WeightEncoding
+from elision.ir.block_layout import BlockLayout, block_layout, join
+from elision.ir.weights import Blocks, WeightEncoding
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
 class PlaneForm:
-    """``name``: how codes are read; ``group``: codes that share a scale; ``numbers``: fp16 numbers before the codes of a
-    block."""
+    """The planes of a weight whose blocks are ``layout``; None: its codes are floats."""
 
-    name: str
-    group: int = 1
-    numbers: int = 0
+    layout: BlockLayout | None
+
+    @property
+    def text(self) -> str:
+        """What a kernel has to know, in words ``name=number``; a number that is not there is 0."""
+        layout = self.layout
+        if layout is None:
+            return "float"
+        facts = {
+            "bits": layout.bits, "half": layout.half if layout.bits == 4 else 0, "high": layout.high, "order": self.order,
+            "run": layout.run, "block": layout.elements, "scales": layout.scales[1] if layout.scales else 0,
+            "minimum": len(layout.numbers) - 1, "offset": layout.offset,
+        }  # fmt: skip
+        return " ".join(f"{name}={number}" for name, number in facts.items() if number)
+
+    @property
+    def block(self) -> int:
+        """Weights that share their fp16 numbers."""
+        return 1 if self.layout is None else self.layout.elements
+
+    @property
+    def codes(self) -> int:
+        """Codes of a byte."""
+        return 2 if self.layout is not None and self.layout.bits == 4 else 1
+
+    @property
+    def numbers(self) -> int:
+        """Planes of fp16 numbers."""
+        return 0 if self.layout is None else len(self.layout.numbers)
+
+    @property
+    def order(self) -> int:
+        """Of bytes with high bits."""
+        return 0 if self.layout is None else min(32, self.layout.high_bytes)
 
     @property
     def code(self) -> torch.dtype:
-        return torch.int8 if self.name == "int8" else torch.uint8
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of the codes of a block."""
-        return self.group if self.name == "int8" else self.group // 2
-
-
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_BLOCKS = {"Q8_0": PlaneForm("int8", 32, 1), "Q4_0": PlaneForm("nibbles", 32, 1), "Q4_1": PlaneForm("nibbles+m", 32, 2)}
+        return torch.int8 if self.codes == 1 else torch.uint8
 
 
 def plane_form(encoding: WeightEncoding | None, k: int) -> PlaneForm | None:
-    """How rows of ``k`` weights are read; None if they have to be decoded first."""
-    match encoding:
-        case None:
-            return PlaneForm("float")
-        case Blocks(format):
-            return PlaneForm("float") if format in _FLOATS else _BLOCKS.get(format)
-        case Int8(group):
-            return PlaneForm("int8", group or k, 1)
-        case Int4(group):
-            return PlaneForm("nibbles+m", group, 2)
-    return None
+    """How rows of ``k`` weights are read; None if they have to be decoded first, not being whole blocks."""
+    if encoding is None or isinstance(encoding, Blocks) and encoding.format in _FLOATS:
+        return PlaneForm(None)
+    layout = block_layout(encoding, k)
+    return None if layout is None or k % layout.elements else PlaneForm(layout)
 
 
 def planes(weight: torch.Tensor, encoding: WeightEncoding | None, form: PlaneForm) -> tuple[torch.Tensor, ...]:
     """Codes, then scales, then minima, of a plain weight or of stored rows ``u8[.., N, row bytes]``."""
-    if encoding is None:
-        return (weight,)
-    if form.name == "float":
-        return (weight.contiguous().view(_FLOATS[str(encoding)]),)
-    blocks = torch.unflatten(weight, -1, (-1, 2 * form.numbers + form.code_bytes))
-    heads = [blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16).squeeze(-1) for i in range(form.numbers)]
-    return (blocks[..., 2 * form.numbers :].flatten(-2).contiguous().view(form.code), *heads)
-
-
-def stored(parts: tuple[torch.Tensor, ...], encoding: WeightEncoding | None, form: PlaneForm) -> torch.Tensor:
-    """The weight that has these planes."""
-    codes, *heads = parts
-    if encoding is None:
-        return codes
-    if form.name == "float":
-        return codes.view(torch.uint8)
-    numbers = [h.contiguous().unsqueeze(-1).view(torch.uint8) for h in heads]
-    codes = torch.unflatten(codes.view(torch.uint8), -1, (-1, form.code_bytes))
-    return torch.cat((*numbers, codes), -1).flatten(-2)
+    layout = form.layout
+    if layout is None:
+        return (weight if encoding is None else weight.contiguous().view(_FLOATS[str(encoding)]),)
+    blocks = torch.unflatten(weight, -1, (-1, layout.nbytes))
+    numbers = [blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1) for at in layout.numbers]
+    parts = [blocks[..., layout.low : layout.low + layout.low_bytes].flatten(-2)]
+    if layout.high:
+        high = layout.high_codes(blocks).flatten(-2)
+        parts.append(join(torch.unflatten(high, -1, (-1, 8 // layout.high, form.order)), layout.high).flatten(-2))
+    if layout.scales:
+        parts.append(layout.run_scales(blocks).flatten(-2))
+    return (torch.cat(parts, -1).view(form.code), *numbers)

@@ -13,7 +13,7 @@ from encoders import encoder
 from test_programs import compiled
 
 import elision
-from benchmarks.gpu_shapes import SHAPES, shaped
+from benchmarks.gpu_shapes import CHECKED, SHAPES, shaped
 from elision.cli.gpu import compiled as compiled_lines
 from elision.cli.gpu import kernels as tables_of
 from elision.codegen.triton.ahead import build, totals
@@ -35,8 +35,8 @@ def one_of_each(code: DeviceCode) -> DeviceCode:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
-    """Of the shapes of Mixtral, with weights of four bits and a cache of bytes; then what methods that evict have besides."""
-    code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"))))
+    """Of the shapes of Mixtral, with K-quants and a cache of bytes; then what methods that evict have besides."""
+    code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"), stored="Q5_K")))
     there = {k.template for k in code.kernels.values()}
     methods = ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0")
     others = [shaped("llama-3-8b", ("insert-cache:dtype=int8", method)) for method in methods]
@@ -56,13 +56,25 @@ def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [n for n in SHAPES if n != "tiny"])
+@pytest.mark.parametrize("name", [n for n in SHAPES if n not in CHECKED])
 def test_every_kernel_of_a_model_compiles(name: str, target: str) -> None:
     code = plan_program(shaped(name))
     assert not any(code.hosts.values())
     build(code, [target])
     spilling = {n: b.spills for n, b in code.binaries[target].items() if b.spills}
     assert not spilling and totals(code, target)["kernels"] == len(code.kernels)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("format", ["int4(group=32)", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_products_with_encoded_weights_compile_without_spills(format: str, target: str) -> None:
+    """For one token, some and many, with one weight and with two; shared memory is what gfx942 has."""
+    planned = plan_program(shaped("llama-3-8b", ("int4:group=32",), stored=format)).kernels
+    code = DeviceCode({n: k for n, k in planned.items() if k.template in ("gemv", "gemm", "embed")}, {}, {})
+    build(code, [target])
+    assert len(code.kernels) > 12
+    assert {n: (b.spills, b.shared) for n, b in code.binaries[target].items() if b.spills or b.shared > 64 << 10} == {}
 
 
 def test_an_artefact_has_what_was_compiled(tmp_path: Path) -> None:

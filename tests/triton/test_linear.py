@@ -11,7 +11,6 @@ from elision.codegen.triton.linear import gemm, gemv
 from elision.ir import expr as scalar
 from elision.ir.ops.dense import norm
 from elision.ir.planes import plane_form, planes
-from elision.ir.planes import stored as unpacked
 from elision.ir.weights import weight_encoding
 
 FORMATS = [
@@ -23,30 +22,47 @@ FORMATS = [
     "Q8_0",
     "Q4_0",
     "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
     "BF16",
     "F16",
 ]
 K = 96
 
 
-def weight(format: str, n: int, seed: int = 0) -> tuple[list[torch.Tensor | None], str, int, torch.Tensor]:
-    """Planes (codes, scales, minima), the name of their form, its group, and the weights that they mean."""
+def width(*formats: str) -> int:
+    """Inputs of a product with weights in these formats: some blocks, and not a power of two."""
+    return 768 if any(f.endswith("_K") for f in formats) else K
+
+
+def bounded(x: torch.Tensor) -> torch.Tensor:
+    """A copy, behind which no numbers lie: whoever reads beyond its end finds NaN."""
+    data = torch.full((x.numel() * x.element_size() + 8192,), 255, dtype=torch.uint8).view(x.dtype)
+    data[: x.numel()] = x.flatten()
+    return data[: x.numel()].view_as(x)
+
+
+def weight(format: str, n: int, seed: int = 0, k: int = K) -> tuple[list[torch.Tensor | None], str, torch.Tensor]:
+    """Planes (codes, scales, minima), how they are read, and the weights that they mean."""
     if format in ("f32", "bf16", "f16"):
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[format]
-        plain = torch.randn(n, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        return [plain, None, None], "float", 1, plain.double()
+        plain = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return [bounded(plain), None, None], "float", plain.double()
     encoding = weight_encoding(format)
-    rows, form = stored(format, n, K), plane_form(encoding, K)
+    rows, form = stored(format, n, k), plane_form(encoding, k)
     assert form is not None
-    parts = planes(rows, encoding, form)
-    return [*parts, None, None][:3], form.name, form.group, encoding.decode(rows, K).double()
+    parts = map(bounded, planes(rows, encoding, form))
+    return [*parts, None, None][:3], form.text, encoding.decode(rows, k).double()
 
 
 def products(x: torch.Tensor, formats: list[str], n: int, expr: str, extras: dict[str, torch.Tensor], gain: torch.Tensor | None,
              many: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What the kernel gives, and what it should, in float64."""
-    t, made = len(x), [weight(f, n, i) for i, f in enumerate(formats)]
-    (p0, f0, g0, w0), (p1, f1, g1, w1) = made if len(made) == 2 else (made[0], ([None] * 3, "", 1, None))
+    (t, k), made = x.shape, [weight(f, n, i, x.shape[1]) for i, f in enumerate(formats)]
+    (p0, f0, w0), (p1, f1, w1) = made if len(made) == 2 else (made[0], ([None] * 3, "", None))
     kinds, more = [*extras, "", ""][:2], [*extras.values(), None, None][:2]
     names = [f"x{i}" for i in range(len(made) + len(extras))]
     slots = ["x0", "x1"][: len(made)] + ["x2", "x3"][: len(extras)]
@@ -55,13 +71,13 @@ def products(x: torch.Tensor, formats: list[str], n: int, expr: str, extras: dic
     y = torch.full((t, n), torch.nan)
     args = [y, x, gain, *p0, *p1, *more, 1e-5]
     fixed = dict(
-        N=n, K=K, FORMAT0=f0, G0=g0, FORMAT1=f1, G1=g1, NORM=gain is not None, OFFSET=1.0, KIND0=kinds[0], KIND1=kinds[1],
+        N=n, K=k, FORMAT0=f0, FORMAT1=f1, NORM=gain is not None, OFFSET=1.0, KIND0=kinds[0], KIND1=kinds[1],
         EPILOGUE=expression(scalar.canonical(expr)),
     )  # fmt: skip
     if many:
-        gemm[(-(-n // 16), -(-t // 16))](*args, t, **fixed, BM=16, BN=16, BK=32)
+        gemm[(-(-n // 16), -(-t // 16))](*args, t, **fixed, BM=16, BN=16, BK=32 if k == K else 256)
     else:
-        gemv[(-(-n // 16), t)](*args, **fixed, BN=16, BK=64)
+        gemv[(-(-n // 16), t)](*args, **fixed, BN=16, BK=64 if k == K else 256)
     wide = x.double()
     if gain is not None:
         wide = norm(wide, gain.double(), kind="rms", eps=1e-5, offset=1.0)
@@ -80,7 +96,7 @@ def products(x: torch.Tensor, formats: list[str], n: int, expr: str, extras: dic
 @pytest.mark.parametrize("format", [*FORMATS, "f32", "bf16", "f16"])
 def test_every_format(format: str, many: bool) -> None:
     for t, n in ((1, 16), (17, 37)) if many else ((2, 37),):
-        x = torch.randn(t, K, generator=torch.Generator().manual_seed(t))
+        x = torch.randn(t, width(format), generator=torch.Generator().manual_seed(t))
         found, expected = products(x, [format], n, "x0", {}, None, many)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -121,8 +137,13 @@ def test_expressions(text: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_planes_keep_every_bit(format: str) -> None:
-    encoding = weight_encoding(format)
-    rows, form = stored(format, 6, K), plane_form(encoding, K)
+    """One bit set in a row of zeros is one bit set in its planes, each at a place of its own: as many bytes as in the file."""
+    encoding, k = weight_encoding(format), width(format)
+    size, form = encoding.row_bytes(k), plane_form(encoding, k)
     assert form is not None
-    assert torch.equal(unpacked(planes(rows, encoding, form), encoding, form), rows)
-    assert sum(p.numel() * p.element_size() for p in planes(rows, encoding, form)) == rows.numel()
+    bits = (torch.arange(8 * size)[:, None] == torch.arange(8 * size)).view(8 * size, size, 8)
+    rows = (bits.int() << torch.arange(8)).sum(-1).to(torch.uint8)
+    parts = torch.cat([p.flatten(1).contiguous().view(torch.uint8) for p in planes(rows, encoding, form)], 1)
+    assert parts.shape == rows.shape
+    moved = (parts[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1).int()
+    assert torch.equal(moved.sum(0), torch.ones(8 * size)) and torch.equal(moved.sum(1), torch.ones(8 * size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from test_linear import K, weight
+from test_linear import weight, width
 
 from elision.codegen.triton.choose import best_of_tile, best_of_tiles
 from elision.codegen.triton.expression import expression
@@ -45,11 +45,13 @@ def test_rope(style: str, r: int) -> None:
     assert torch.allclose(y, dense.rope(x, freq, style=style, scale=1.25, at=tokens), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("format", ["f32", "bf16", "Q8_0", "Q4_0", "Q4_1", "int4(group=16)", "int8(group=row)"])
+@pytest.mark.parametrize("format", ["f32", "bf16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K", "int4(group=16)", "int8(group=row)"])
 def test_embed(format: str) -> None:
-    planes, form, group, w = weight(format, 37)
-    ids, y = torch.tensor([36, 0, 17, 17]), torch.full((4, K), torch.nan)
-    embed[(4, 3)](y, ids, *planes, K=K, FORMAT=form, G=group, BK=32)
+    k = width(format)
+    planes, form, w = weight(format, 37, k=k)
+    ids, y = torch.tensor([36, 0, 17, 17]), torch.full((4, k), torch.nan)
+    block = 32 if k < 256 else 256
+    embed[(4, -(-k // block))](y, ids, *planes, K=k, FORMAT=form, BK=block)
     assert torch.equal(y.double(), w[ids]) or format not in ("f32", "bf16") and torch.allclose(y.double(), w[ids], rtol=1e-6)
 
 
@@ -97,19 +99,28 @@ def test_route(kind: str, biased: bool, renormalise: bool) -> None:
     assert torch.equal(index, expected[1]) and torch.allclose(weights, expected[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("weighted", ["input", "output"])
-def test_experts(weighted: str) -> None:
-    x, gate, index = randn(4, 32), randn(4, 2, seed=1).sigmoid(), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])
-    up, down = randn(3, 48, 32, seed=2), randn(3, 32, 24, seed=3)
-    h, parts, y = torch.full((4, 2, 24), torch.nan), torch.full((4, 2, 32), torch.nan), torch.full((4, 32), torch.nan)
-    fixed = dict(EXPERTS=3, PICKED=2, FORMAT="float", G=1, BN=16, BK=32)
-    expert_gemv[(2, 8)](
-        h, x, gate, index, up, None, None, N=24, K=32, SHARED=True, WEIGHTED=weighted == "input", PARTS=2,
+def expert_weight(format: str, n: int, k: int, seed: int) -> tuple[list[torch.Tensor | None], str, torch.Tensor]:
+    """Of three experts: planes, how they are read, the weights that they mean."""
+    planes, form, w = weight(format, 3 * n, seed, k)
+    return [None if p is None else p.view(3, n, -1) for p in planes], form, w.view(3, n, k).float()
+
+
+@pytest.mark.parametrize("weighted,formats,inner", [
+    ("input", ("f32", "f32"), 24), ("output", ("f32", "f32"), 24), ("output", ("Q4_0", "Q6_K"), 256),
+    ("output", ("Q8_0", "Q5_K"), 256),
+])  # fmt: skip
+def test_experts(weighted: str, formats: tuple[str, str], inner: int) -> None:
+    x, gate, index = randn(4, 32) * 0.1, randn(4, 2, seed=1).sigmoid(), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])
+    (ups, form, up), (downs, other, down) = expert_weight(formats[0], 2 * inner, 32, 2), expert_weight(formats[1], 32, inner, 3)
+    h, parts, y = torch.full((4, 2, inner), torch.nan), torch.full((4, 2, 32), torch.nan), torch.full((4, 32), torch.nan)
+    fixed = dict(EXPERTS=3, PICKED=2, BN=16 if inner < 256 else 64, BK=32 if inner < 256 else 128)
+    expert_gemv[(-(-inner // fixed["BN"]), 8)](
+        h, x, gate, index, *ups, FORMAT=form, N=inner, K=32, SHARED=True, WEIGHTED=weighted == "input", PARTS=2,
         EXPR=expression("silu(x0) * x1", 2), **fixed,
     )  # fmt: skip
     expert_gemv[(2, 8)](
-        parts, h, gate, index, down, None, None, N=32, K=24, SHARED=False, WEIGHTED=False, PARTS=1, EXPR=expression("x0", 2),
-        **fixed,
+        parts, h, gate, index, *downs, FORMAT=other, N=32, K=inner, SHARED=False, WEIGHTED=False, PARTS=1,
+        EXPR=expression("x0", 2), **fixed,
     )  # fmt: skip
     mixed[(4, 2)](y, parts, gate, N=32, PICKED=2, WEIGHTED=weighted == "output", BN=16)
     assert torch.allclose(y, moe.experts(x, gate, index, up, down, expr="silu(x0) * x1", weighted=weighted), rtol=1e-4, atol=1e-4)

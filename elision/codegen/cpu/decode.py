@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from elision.codegen.cpu.emit import Fn, Val, like, vector
-from elision.ir.panels import PANEL, QUAD, panel_layout
+from elision.ir.panels import PANEL, QUAD, panel_layout, run_bytes
 from elision.ir.weights import weight_encoding
 
 PLAIN = {"f32": "f32", "BF16": "i16", "F16": "f16"}  # formats that are a number per weight, and the type that is read
@@ -77,7 +77,7 @@ class Decoder:
                 high = high >> (shift if lane is not None else fn.splat(shift, PANEL))
                 scale = scale * self._float((both & 15) | (high & 3) << 4)
                 minimum = -(minimum * self._float(both >> 4 | ((high >> 2) & 3) << 4))
-        place = fn.at(base, PANEL * layout.head_bytes + run * (PANEL * layout.run_bytes))
+        place = fn.at(base, PANEL * layout.head_bytes + run * (PANEL * run_bytes(layout)))
         above = None
         if layout.high:
             above = load(place, "i32", 0, QUAD)

@@ -26,6 +26,8 @@ class Tile:
 
 #: Products by the class of shapes, for activations of 2 bytes.
 _PRODUCTS = {"few": Tile(16, 32, 128), "some": Tile(64, 64, 64), "many": Tile(128, 128, 64, 8)}
+#: With weights that are decoded, which takes registers: larger ones spill.
+_DECODED = {"few": Tile(16, 32, 128), "some": Tile(64, 64, 32), "many": Tile(128, 64, 32, 8)}
 
 
 def power(n: int) -> int:
@@ -38,9 +40,9 @@ def gemv(outputs: int, codes: int) -> Tile:
     return Tile(1, 4 if outputs <= 2048 else 8, min(512, power(codes)))
 
 
-def product(shape: str, codes: int, itemsize: int) -> Tile:
+def product(shape: str, codes: int, itemsize: int, decoded: bool = False) -> Tile:
     """float32 is multiplied outside of tensor cores: smaller tiles."""
-    tile = _PRODUCTS[shape]
+    tile = (_DECODED if decoded else _PRODUCTS)[shape]
     if itemsize > 2:
         tile = Tile(min(tile.m, 64), min(tile.n, 32), 32, 4, 2)
     return Tile(tile.m, tile.n, max(16, min(tile.k, power(codes))), tile.warps, tile.stages)

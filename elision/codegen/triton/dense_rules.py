@@ -39,7 +39,7 @@ def products(to: Launches, region: Products) -> None:
     x, k = to.whole(source), source.tensor.width
     n = sum(region.weights[0].tensor.sizes[:1])
     out = _result(to, value, n)
-    made = [weight(w) for w in region.weights] + [([None, None, None], "", 1)] * (HALF - len(region.weights))
+    made = [weight(w) for w in region.weights] + [([None, None, None], None)] * (HALF - len(region.weights))
     extras, kinds = [], []
     for extra in region.extras:
         extras.append(plain(extra) if extra.op == "param" else to.whole(extra))
@@ -49,21 +49,22 @@ def products(to: Launches, region: Products) -> None:
     args: dict[str, Arg | None] = {"y": out, "x": x, "g": gain, "eps": real(float(norm.get("eps", 0.0)))}
     args["N"] = integer(n)
     args |= {f"e{i}": extras[i] if i < len(extras) else None for i in range(HALF)}
-    for i, (planes, _, _) in enumerate(made):
+    for i, (planes, _) in enumerate(made):
         args |= {f"{name}{i}": p for name, p in zip("wdm", planes, strict=True)}
-    forms = {f"FORMAT{i}": f for i, (_, f, _) in enumerate(made)} | {f"G{i}": g for i, (_, _, g) in enumerate(made)}
+    forms = {f"FORMAT{i}": form.text if form else "" for i, (_, form) in enumerate(made)}
     fixed = dict(
         K=k, **forms, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), KIND0=[*kinds, "", ""][0],
         KIND1=[*kinds, "", ""][1], EPILOGUE={"expression": expr, "operands": OPERANDS},
     )  # fmt: skip
     tokens = plan.axis(source)
-    codes = k // 2 if any(f.startswith("nibbles") for _, f, _ in made) else k
+    codes = k // max(form.codes for _, form in made if form)
     if to.shape == "one":
         tile = gemv(n, codes)
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, 1)), fixed | {"BN": tile.n, "BK": tile.k}
         to.launch("gemv", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
     else:
-        tile = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize)
+        decoded = any(form.layout for _, form in made if form)
+        tile = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize, decoded)
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, tile.m)), fixed | {"BM": tile.m, "BN": tile.n, "BK": tile.k}
         args["tokens"] = count(tokens)
         to.launch("gemm", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
@@ -124,9 +125,9 @@ def positions(to: Launches, value: Value) -> None:
 
 def embed(to: Launches, value: Value) -> None:
     ids, table = value.args
-    planes, form, group = weight(table)
+    planes, form = weight(table)
     k = table.tensor.row
-    codes = k // 2 if form.startswith("nibbles") else k
+    codes = k // form.codes
     out = to.new(value)
     block = min(1024, power(codes))
     args = {
@@ -135,7 +136,7 @@ def embed(to: Launches, value: Value) -> None:
         **dict(zip("wdm", planes, strict=True)),
     }
     grid = (("tokens", to.plan.axis(value), 1), -(-codes // block))
-    to.launch("embed", grid, args, dict(K=k, FORMAT=form, G=group, BK=block), writes=[out.buffer])
+    to.launch("embed", grid, args, dict(K=k, FORMAT=form.text, BK=block), writes=[out.buffer])
 
 
 def restrict(to: Launches, value: Value) -> None:

@@ -12,7 +12,7 @@ from elision.codegen.refusal import need
 from elision.codegen.triton.templates import TEMPLATES
 from elision.ir.encoding import code_dtype
 from elision.ir.launch import Kernel
-from elision.ir.planes import plane_form
+from elision.ir.planes import PlaneForm, plane_form
 from elision.ir.states import KV, Float, Int
 from elision.ir.types import DTYPES, NAMES
 from elision.ir.value import Value
@@ -73,21 +73,21 @@ def cache(state: str, type: KV, array: str) -> Arg | None:
     return Arg(("state", state, array), f"*{TYPES[dtype]}{aligned}")
 
 
-def weight(value: Value) -> tuple[list[Arg | None], str, int]:
-    """The planes of a weight (codes, scales, minima), how they are read, and how many weights share a scale. A weight without
-    such a form is decoded when it is loaded."""
+def weight(value: Value) -> tuple[list[Arg | None], PlaneForm]:
+    """The planes of a weight (codes, scales, minima), and how they are read. A weight without such a form is decoded when it is
+    loaded."""
     need(value.op == "param", f"{value.op} in the place of a weight")
     type, name = value.tensor, value.attr("name")
     form = plane_form(type.encoding, type.row)
-    if form is None or form.group > 1 and type.row % form.group:
-        return [Arg(("weight", name, -1), f"*{TYPES[type.dtype]}:16"), None, None], "float", 1
+    if form is None:
+        return [Arg(("weight", name, -1), f"*{TYPES[type.dtype]}:16"), None, None], PlaneForm(None)
     if type.encoding is None:
         code = TYPES[type.dtype]
     else:
         code = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(str(type.encoding), TYPES[NAMES[form.code]])
     planes: list[Arg | None] = [Arg(("weight", name, 0), f"*{code}:16")]
     planes += [Arg(("weight", name, 1 + i), "*fp16:16") if i < form.numbers else None for i in range(2)]
-    return planes, form.name, form.group
+    return planes, form
 
 
 def plain(value: Value) -> Arg:

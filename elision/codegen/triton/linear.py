@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from elision.codegen.triton.dot import dot
-from elision.codegen.triton.weights import inputs, tile
+from elision.codegen.triton.weights import halves, inputs, tile
 
 
 @triton.jit
@@ -32,18 +32,17 @@ def _extra(e, token, column, inside, N, KIND: tl.constexpr):
 @triton.jit
 def gemv(
     y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, N,
-    K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, EPILOGUE: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, FORMAT0: tl.constexpr, FORMAT1: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr,
+    KIND1: tl.constexpr, EPILOGUE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``y [tokens, N]``; program (outputs / BN, token). ``BK`` codes at a time. ``FORMAT1`` "": there is one weight."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1).to(tl.int64)
     x += token * K
-    first, squares = _dot(x, g, w0, d0, m0, column, N, K, FORMAT0, G0, NORM, OFFSET, BN, BK)
+    first, squares = _dot(x, g, w0, d0, m0, column, N, K, FORMAT0, NORM, OFFSET, BN, BK)
     second = first
     if FORMAT1 != "":
-        second, squares = _dot(x, g, w1, d1, m1, column, N, K, FORMAT1, G1, NORM, OFFSET, BN, BK)
+        second, squares = _dot(x, g, w1, d1, m1, column, N, K, FORMAT1, NORM, OFFSET, BN, BK)
     if NORM:
         factor = tl.rsqrt(squares / K + eps)
         first, second = first * factor, second * factor
@@ -54,42 +53,39 @@ def gemv(
 
 @triton.jit
 def _dot(
-    x, g, w, d, m, column, N, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
-    OFFSET: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, g, w, d, m, column, N, K: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One token's products ``[BN]`` with the rows ``column`` of a weight, and the sum of its squares."""
-    halves: tl.constexpr = 1 if FORMAT == "float" or FORMAT == "int8" else 2
-    codes: tl.constexpr = K // halves
-    row = column.to(tl.int64)[:, None]
+    codes: tl.constexpr = K // halves(FORMAT)
+    row, wanted = column.to(tl.int64)[:, None], (column < N)[:, None]
     sums = tl.zeros([BN, BK], tl.float32)
     squares = tl.zeros([BK], tl.float32)
     for start in range(0, codes, BK):
         at = start + tl.arange(0, BK)
-        inside = (column < N)[:, None] & (at < codes)[None, :]
-        for half in tl.static_range(halves):
-            place = inputs(at, half, FORMAT, G)
+        for half in tl.static_range(halves(FORMAT)):
+            place = inputs(at, half, FORMAT)
             value = tl.load(x + place, mask=at < codes, other=0.0).to(tl.float32)
             if NORM:
                 squares += value * value
                 value *= tl.load(g + place, mask=at < codes, other=0.0).to(tl.float32) + OFFSET
-            sums += tile(w, d, m, row, at[None, :], inside, half, FORMAT, G, K).to(tl.float32) * value[None, :]
+            sums += tile(w, d, m, row, wanted, start, half, FORMAT, K, BK).to(tl.float32) * value[None, :]
     return tl.sum(sums, 1), tl.sum(squares, 0)
 
 
 @triton.jit
 def gemm(
     y, x, g, w0, d0, m0, w1, d1, m1, e0, e1, eps, tokens, N,
-    K: tl.constexpr, FORMAT0: tl.constexpr, G0: tl.constexpr, FORMAT1: tl.constexpr, G1: tl.constexpr,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, EPILOGUE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, FORMAT0: tl.constexpr, FORMAT1: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, KIND0: tl.constexpr,
+    KIND1: tl.constexpr, EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``y [tokens, N]``; program (outputs / BN, tokens / BM)."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     token = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
-    first, squares = _product(x, g, w0, d0, m0, token, tokens, column, N, K, FORMAT0, G0, NORM, OFFSET, BM, BN, BK)
+    first, squares = _product(x, g, w0, d0, m0, token, tokens, column, N, K, FORMAT0, NORM, OFFSET, BM, BN, BK)
     second = first
     if FORMAT1 != "":
-        second, squares = _product(x, g, w1, d1, m1, token, tokens, column, N, K, FORMAT1, G1, NORM, OFFSET, BM, BN, BK)
+        second, squares = _product(x, g, w1, d1, m1, token, tokens, column, N, K, FORMAT1, NORM, OFFSET, BM, BN, BK)
     if NORM:
         factor = tl.rsqrt(squares / K + eps)[:, None]
         first, second = first * factor, second * factor
@@ -104,27 +100,25 @@ def gemm(
 
 @triton.jit
 def _product(
-    x, g, w, d, m, token, tokens, column, N, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, g, w, d, m, token, tokens, column, N, K: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
+    OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Products ``[BM, BN]`` of some tokens with the rows ``column`` of a weight, and the tokens' sums of squares ``[BM]``."""
-    halves: tl.constexpr = 1 if FORMAT == "float" or FORMAT == "int8" else 2
-    codes: tl.constexpr = K // halves
-    row = column.to(tl.int64)[:, None]
+    codes: tl.constexpr = K // halves(FORMAT)
+    row, wanted = column.to(tl.int64)[:, None], (column < N)[:, None]
     sums = tl.zeros([BM, BN], tl.float32)
     squares = tl.zeros([BM], tl.float32)
     for start in range(0, codes, BK):
         at = start + tl.arange(0, BK)
-        inside = (column < N)[:, None] & (at < codes)[None, :]
         there = (token < tokens)[:, None] & (at < codes)[None, :]
-        for half in tl.static_range(halves):
-            place = inputs(at, half, FORMAT, G)
+        for half in tl.static_range(halves(FORMAT)):
+            place = inputs(at, half, FORMAT)
             value = tl.load(x + token[:, None] * K + place[None, :], mask=there, other=0.0)
             if NORM:
                 wide = value.to(tl.float32)
                 squares += tl.sum(wide * wide, 1)
                 gain = tl.load(g + place, mask=at < codes, other=0.0).to(tl.float32) + OFFSET
                 value = (wide * gain[None, :]).to(value.dtype)
-            weight = tile(w, d, m, row, at[None, :], inside, half, FORMAT, G, K).to(value.dtype)
+            weight = tile(w, d, m, row, wanted, start, half, FORMAT, K, BK).to(value.dtype)
             sums += dot(value, tl.trans(weight))
     return sums, squares

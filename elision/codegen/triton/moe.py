@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elision.codegen.triton.weights import inputs, tile
+from elision.codegen.triton.weights import halves, inputs, tile
 
 
 @triton.jit
@@ -55,8 +55,8 @@ def _first_best(worth, expert, inside, NP: tl.constexpr):
 @triton.jit
 def expert_gemv(
     y, x, gate, index, w, d, m,
-    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, EXPERTS: tl.constexpr, PICKED: tl.constexpr,
-    SHARED: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, EXPR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, EXPERTS: tl.constexpr, PICKED: tl.constexpr, SHARED: tl.constexpr,
+    WEIGHTED: tl.constexpr, PARTS: tl.constexpr, EXPR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``y [tokens, PICKED, N] = EXPR(w[e] x)`` of the experts ``e = index [tokens, PICKED]``, ``w [EXPERTS, PARTS N, K]``, whose
     rows are the operands of the expression one after the other; program (outputs / BN, pair). ``SHARED``: x is the token's, else
@@ -65,10 +65,10 @@ def expert_gemv(
     expert = tl.load(index + pair)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     x += (pair // PICKED if SHARED else pair) * K
-    first = _dot(x, w, d, m, expert * (PARTS * N), column, N, K, FORMAT, G, BN, BK)
+    first = _dot(x, w, d, m, expert * (PARTS * N), column, N, K, FORMAT, BN, BK)
     second = first
     if PARTS == 2:
-        second = _dot(x, w, d, m, expert * (PARTS * N) + N, column, N, K, FORMAT, G, BN, BK)
+        second = _dot(x, w, d, m, expert * (PARTS * N) + N, column, N, K, FORMAT, BN, BK)
     if WEIGHTED:
         factor = tl.load(gate + pair).to(tl.float32)
         first, second = first * factor, second * factor
@@ -77,21 +77,17 @@ def expert_gemv(
 
 @triton.jit
 def _dot(
-    x, w, d, m, base, column, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    x, w, d, m, base, column, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Products ``[BN]`` of one input with the rows ``base + column``."""
-    halves: tl.constexpr = 1 if FORMAT == "float" or FORMAT == "int8" else 2
-    codes: tl.constexpr = K // halves
+    codes: tl.constexpr = K // halves(FORMAT)
+    row, wanted = (base + column)[:, None], (column < N)[:, None]
     sums = tl.zeros([BN, BK], tl.float32)
     for start in range(0, codes, BK):
         at = start + tl.arange(0, BK)
-        inside = (column < N)[:, None] & (at < codes)[None, :]
-        for half in tl.static_range(halves):
-            value = tl.load(x + inputs(at, half, FORMAT, G), mask=at < codes, other=0.0).to(tl.float32)
-            sums += (
-                tile(w, d, m, (base + column)[:, None], at[None, :], inside, half, FORMAT, G, K).to(tl.float32) * value[None, :]
-            )
+        for half in tl.static_range(halves(FORMAT)):
+            value = tl.load(x + inputs(at, half, FORMAT), mask=at < codes, other=0.0).to(tl.float32)
+            sums += tile(w, d, m, row, wanted, start, half, FORMAT, K, BK).to(tl.float32) * value[None, :]
     return tl.sum(sums, 1)
 
 

@@ -48,14 +48,14 @@ def experts(to: Launches, value: Value) -> None:
     gates, chosen = to.whole(gate), to.whole(index)
 
     def product(y: int, source: Arg, w: Value, n: int, k: int, shared: bool, weighted: bool, of: int, expression: str) -> None:
-        planes, form, group = weight(w)
-        tile = gemv(n, k // 2 if form.startswith("nibbles") else k)
+        planes, form = weight(w)
+        tile = gemv(n, k // form.codes)
         args: dict[str, Arg | None] = {
             "y": piece(y, dtype), "x": source, "gate": gates if weighted else None, "index": chosen,
             **dict(zip("wdm", planes, strict=True)),
         }  # fmt: skip
         fixed: dict[str, Any] = dict(
-            N=n, K=k, FORMAT=form, G=group, EXPERTS=count, PICKED=picked, SHARED=shared, WEIGHTED=weighted, PARTS=of,
+            N=n, K=k, FORMAT=form.text, EXPERTS=count, PICKED=picked, SHARED=shared, WEIGHTED=weighted, PARTS=of,
             EXPR={"expression": expression, "operands": 2}, BN=tile.n, BK=tile.k,
         )  # fmt: skip
         to.launch("expert_gemv", (-(-n // tile.n), ("tokens", tokens, 1, picked)), args, fixed, writes=[y], warps=tile.warps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elision.codegen.triton.weights import inputs, tile
+from elision.codegen.triton.weights import halves, inputs, tile
 
 
 @triton.jit
@@ -33,15 +33,15 @@ def norm(
 
 
 @triton.jit
-def embed(y, ids, w, d, m, K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
+def embed(y, ids, w, d, m, K: tl.constexpr, FORMAT: tl.constexpr, BK: tl.constexpr):
     """``y [tokens, K]``: the rows of a table at ``ids``; program (token, run of ``BK`` codes)."""
-    halves: tl.constexpr = 1 if FORMAT == "float" or FORMAT == "int8" else 2
     token = tl.program_id(0).to(tl.int64)
-    row = tl.load(ids + token).to(tl.int64)
-    at = tl.program_id(1) * BK + tl.arange(0, BK)[None, :]
-    for half in tl.static_range(halves):
-        found = tile(w, d, m, row, at, at < K // halves, half, FORMAT, G, K)
-        tl.store(y + token * K + inputs(at, half, FORMAT, G), found.to(y.dtype.element_ty), mask=at < K // halves)
+    row = tl.load(ids + token).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    start = tl.program_id(1) * BK
+    at = start + tl.arange(0, BK)[None, :]
+    for half in tl.static_range(halves(FORMAT)):
+        found = tile(w, d, m, row, row >= 0, start, half, FORMAT, K, BK)
+        tl.store(y + token * K + inputs(at, half, FORMAT), found.to(y.dtype.element_ty), mask=at < K // halves(FORMAT))
 
 
 @triton.jit
