@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from elision.codegen import views
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative, knows, need
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, Products, Region, regions
-from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, page_rules, round_rules
+from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, page_rules, project_rules, round_rules
 from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
 from elision.ir.flatten import generating_entries
@@ -54,7 +55,7 @@ def plan_program(program: Program) -> DeviceCode:
 def _entry(kernels: Kernels, graph: Graph, shape: str) -> tuple[abi.Schedule, list[tuple[str, str]]]:
     plan = Planner(graph, True, lambda name: [])
     to = Launches(kernels, plan, shape)
-    found = plan.plan(regions(graph), lambda _, region: _emit(to, region), lambda _: _end(to))
+    found = plan.plan(regions(graph), _emitter(to, graph), lambda _: _end(to))
     return found, _left(plan)
 
 
@@ -90,6 +91,21 @@ def _tick(kernels: Kernels, tick: Tick) -> abi.Schedule:
     plan = Planner(Graph(tick.graph.name, (), (), (), {}), True, lambda name: [])
     evict_rules.evictions(Launches(kernels, plan, "many"), tick)
     return plan.plan([], lambda *_: None)
+
+
+def _emitter(to: Launches, graph: Graph) -> Callable[[Planner, Region], None]:
+    """What adds the launches of a region. Of few tokens projections are one launch, at their append."""
+    fused = project_rules.projections(graph) if to.shape in ("one", "few") else {}
+    inside = project_rules.inside(fused)
+
+    def emit(_: Planner, region: Region) -> None:
+        value = region.result if isinstance(region, Products) else region
+        if value in fused:
+            project_rules.project(to, value, fused[value])
+        elif value not in inside:
+            _emit(to, region)
+
+    return emit
 
 
 def _emit(to: Launches, region: Region) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from elision.ir.launch import SHAPES
 
-__all__ = ["SHAPES", "Tile", "attention", "gemv", "product"]
+__all__ = ["SHAPES", "Tile", "attention", "gemv", "heads", "power", "product"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,17 @@ def product(shape: str, codes: int, itemsize: int) -> Tile:
     if itemsize > 2:
         tile = Tile(min(tile.m, 64), min(tile.n, 32), 32, 4, 2)
     return Tile(tile.m, tile.n, max(16, min(tile.k, power(codes))), tile.warps, tile.stages)
+
+
+def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, itemsize: int) -> Tile:
+    """The projection of heads of ``dim`` channels; ``whole``: a program has all channels of a head, and reads less of them at
+    a time."""
+    tile = gemv(outputs, codes) if shape == "one" else product(shape, codes, itemsize)
+    if not whole and tile.n <= dim:
+        return tile
+    n = max(16, power(dim))
+    k = 64 if itemsize <= 2 else 32
+    return Tile(tile.m, n, max(16, min(k, power(codes))), 8 if n > 64 else 4, tile.stages)
 
 
 def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> tuple[Tile, int]:

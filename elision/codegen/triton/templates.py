@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
+from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, project, rope, rows, sample, scores
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -16,6 +16,7 @@ TEMPLATES: dict[str, Any] = {
     "restrict": rows.restrict,
     "pointwise": rows.pointwise,
     "rope": rope.rope,
+    "project": project.project,
     "append": append.append,
     "advance": append.advance,
     "attend": attend.attend,
