@@ -20,19 +20,19 @@ def project(
     q, x, g, eps, wq, dq, mq, wk, dk, mk, wv, dv, mv, bq, bk, bv, gq, gk, head_eps, freq, factor, tokens,
     row, pos, node, start, k, v, k_scale, v_scale, entry_pos, node_pos, node_live, length, written, blocks, entries, sinks, turns,
     K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, HEADS: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, LISTS: tl.constexpr, FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, BIAS: tl.constexpr,
-    HEAD_NORM: tl.constexpr, HEAD_GAIN: tl.constexpr, HEAD_OFFSET: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr,
-    STYLE: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, DRAFTED: tl.constexpr, RING: tl.constexpr,
-    NODES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, LISTS: tl.constexpr, FIRST_Q: tl.constexpr, FIRST_K: tl.constexpr, FIRST_V: tl.constexpr,
+    BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_GAIN: tl.constexpr, HEAD_OFFSET: tl.constexpr, EARLY: tl.constexpr,
+    R: tl.constexpr, STYLE: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, DRAFTED: tl.constexpr,
+    RING: tl.constexpr, NODES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``q [tokens, HEADS, D]``; program (columns of the ``HEADS`` heads of queries, then of ``H`` of keys and ``H`` of values;
-    tokens / BM). ``FIRST``: row of the weight where keys and values begin, of their own or of one for all. ``HEAD_NORM``: RMS norm
-    of each head of queries and keys, ``EARLY`` rounded before the gain. Caches are those of `elision.codegen.triton.append`."""
+    tokens / BM). ``FIRST``: the row of its weight where it begins. ``HEAD_NORM``: RMS norm of each head of queries and keys,
+    ``EARLY`` rounded before the gain. For caches see `elision.codegen.triton.append`."""
     TILES: tl.constexpr = triton.cdiv(D, BN)
     TYPE: tl.constexpr = q.dtype.element_ty
     head, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     kind = tl.where(head < HEADS, 0, tl.where(head < HEADS + H, 1, 2))
-    first = tl.where(kind == 0, 0, tl.where(kind == 1, FIRST_K - HEADS * D, FIRST_V - (HEADS + H) * D))
+    first = _of(kind, FIRST_Q, FIRST_K - HEADS * D, FIRST_V - (HEADS + H) * D)
     channel, partner = _channels(part, D, R, STYLE, BN)
     given = channel
     if R > 0 and STYLE == "parted":

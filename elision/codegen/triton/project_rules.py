@@ -1,5 +1,5 @@
-"""Which projections are one launch (`elision.codegen.triton.project`): queries, keys and values of one ``x``, whose keys and values
-nothing but an append reads. Where anything is of another form, the launches of each op remain."""
+"""Which projections are one launch (`elision.codegen.triton.project`): queries, keys and values of one ``x``, of which nothing
+but an append reads keys and values. Where anything is of another form, the launches of each op remain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elision.codegen.triton.attention_rules import fixed_sizes, lists, nodes, pl
 from elision.codegen.triton.configs import heads, power
 from elision.codegen.triton.launches import Arg, Launches, axis, cache, count, integer, plain, real, size, weight
 from elision.ir.ops.program import origin
-from elision.ir.states import KV, Float, Int, Ring
+from elision.ir.states import KV, Int, Ring
 from elision.ir.types import DTYPES
 from elision.ir.value import Graph, Value
 
@@ -95,18 +95,18 @@ def _part(value: Value) -> Part | None:
     value = value.args[0]
     found.append(value)
     first = 0
-    if value.op == "item":
-        value, index = value.args[0], value.attr("index")
+    if value.op == "slice":  # of a product for all
+        first, value = value.attr("start"), value.args[0]
         found.append(value)
-        first = sum(value.attr("splits", ())[:index])
-    if value.op != "linear" or value.attr("a8", 0) or {n for n, _ in value.attrs} - {"splits", "a8"}:
+    if value.op != "linear" or value.attrs:
         return None
     return Part(value, first, norm, rope, tuple(found))
 
 
 def _alike(*parts: Part) -> bool:
     """Whether the weights lie alike, so that a program takes those of its head."""
-    forms = {(*((p.type if p else None) for p in planes), form, each) for planes, form, each in (weight(p.linear.args[1]) for p in parts)}
+    made = [weight(p.linear.args[1]) for p in parts]
+    forms = {(*((p.type if p else None) for p in planes), form, each) for planes, form, each in made}
     biases = {p.bias and plain(p.bias).type for p in parts}
     return len(forms) == 1 and len(biases) == 1
 
@@ -135,11 +135,11 @@ def _stored(append: Value) -> bool:
     assert isinstance(state, KV)
     readable(state)
     main = state.main[-1]
-    codes = all(isinstance(e, Float) or isinstance(e, Int) and e.bits == 8 and e.axis == "channel" and not e.zero for e in (main.k, main.v))
+    codes = (isinstance(e, Int) and (e.bits != 8 or e.axis != "channel" or e.zero) for e in (main.k, main.v))
     tokens = k.tensor.tokens
     drafted = tokens is not None and tokens.drafted
     fits = state.dim == state.vdim and state.dim % 2 == 0 and len(state.main) == 1 and not (drafted and state.scores is not None)
-    return codes and fits and origin(before).op == "input" and not state.present.partial
+    return not any(codes) and fits and origin(before).op == "input" and not state.present.partial
 
 
 def _whole(append: Value, q: Part) -> bool:
@@ -188,8 +188,8 @@ def project(to: Launches, append: Value, found: Projection) -> None:
     tile = heads(to.shape, (many + 2 * state.heads) * dim, dim, found.whole, codes, DTYPES[source.tensor.dtype].itemsize)
     fixed = dict(
         K=k, FORMAT=form, G=group, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), HEADS=many, H=state.heads, D=dim,
-        LISTS=lists(state), FIRST_K=found.k.first, FIRST_V=found.v.first, BIAS=found.q.bias is not None,
-        HEAD_NORM=head_norm is not None, HEAD_GAIN=gains[0] is not None,
+        LISTS=lists(state), FIRST_Q=found.q.first, FIRST_K=found.k.first, FIRST_V=found.v.first,
+        BIAS=found.q.bias is not None, HEAD_NORM=head_norm is not None, HEAD_GAIN=gains[0] is not None,
         HEAD_OFFSET=float(head_norm.attr("offset", 0.0)) if head_norm is not None else 0.0,
         EARLY=head_norm is not None and head_norm.attr("cast", "late") == "early",
         R=rope.args[1].tensor.width if rope is not None else 0, STYLE=rope.attr("style") if rope is not None else "half",

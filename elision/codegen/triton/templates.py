@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, project, rope, rows, sample, scores
+from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
 from elision.codegen.triton.expression import expression
+from elision.codegen.triton.project import project
 from elision.ir.launch import Kernel
 
 TEMPLATES: dict[str, Any] = {
@@ -16,7 +17,7 @@ TEMPLATES: dict[str, Any] = {
     "restrict": rows.restrict,
     "pointwise": rows.pointwise,
     "rope": rope.rope,
-    "project": project.project,
+    "project": project,
     "append": append.append,
     "advance": append.advance,
     "attend": attend.attend,
