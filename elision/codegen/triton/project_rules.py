@@ -184,8 +184,8 @@ def project(to: Launches, append: Value, found: Projection) -> None:
         "turns": size(name, "turns"),
     }  # fmt: skip
     many, dim = q.tensor.sizes[0], state.dim
-    codes = k // 2 if form.startswith("nibbles") else k
-    tile = heads(to.shape, (many + 2 * state.heads) * dim, dim, found.whole, codes, DTYPES[source.tensor.dtype].itemsize)
+    halves, itemsize = 2 if form.startswith("nibbles") else 1, DTYPES[source.tensor.dtype].itemsize
+    tile = heads(to.shape, (many + 2 * state.heads) * dim, dim, found.whole, k // halves, halves, itemsize)
     fixed = dict(
         K=k, FORMAT=form, G=group, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), HEADS=many, H=state.heads, D=dim,
         LISTS=lists(state), FIRST_Q=found.q.first, FIRST_K=found.k.first, FIRST_V=found.v.first,
