@@ -62,7 +62,7 @@ def same(a: KVStore, b: KVStore, codes: int = 0, near: float = 1e-5) -> bool:
 def test_append_in_parts(encoding: Float | Int, slots: Slots) -> None:
     stores = [KVStore(kv(2, 48, 48, encoding, slots), 3, 40) for _ in range(2)]
     starts = [0, 0, 0]
-    for i, counts in enumerate([[5, 0, 9], [1, 1, 1], [7, 12, 0]]):
+    for i, counts in enumerate([[5, 0, 9], [1, 1, 1], [7, 12, 0], [12, 3, 1]]):
         tokens, seed = Tokens.chunk(counts, starts), torch.Generator().manual_seed(i)
         starts = [s + n for s, n in zip(starts, counts, strict=True)]
         k, v = (torch.randn(len(tokens), 2, 48, generator=seed) for _ in "kv")

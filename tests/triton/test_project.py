@@ -26,7 +26,8 @@ F32, BYTES = Float("f32"), Int(8, "channel", 16)
 def projected(
     format: str = "f32", heads: int = 4, dim: int = 16, encoding: Float | Int = F32, slots: Slots | None = None,
     style: str = "half", turns: int | None = None, head_norm: str = "", drafted: bool = False, many: bool = False,
-    whole: bool = False, bias: bool = False, one: bool = False, normed: bool = True, dtype: torch.dtype = torch.float32,
+    head_offset: float = 0.5, whole: bool = False, bias: bool = False, one: bool = False, normed: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, list[KVStore]]:  # fmt: skip
     """The queries that the kernel gives and those of the ops; the caches of the ops and of the kernel. ``turns`` pairs turn;
     ``one``: one weight for all."""
@@ -52,7 +53,7 @@ def projected(
         y = wide @ made[i][3][first : first + n].T + (added[i][first : first + n].double() if bias else 0.0)
         y = y.to(dtype).view(t, -1, dim)
         if head_norm and i < 2:
-            y = norm(y, (gq, gk)[i], kind="rms", eps=1e-5, offset=0.5, cast=head_norm)
+            y = norm(y, (gq, gk)[i], kind="rms", eps=1e-5, offset=head_offset, cast=head_norm)
         found.append(rope(y, freq, style=style, scale=1.25, at=tokens) if r and i < 2 else y)
     stores[0].append(tokens, *found[1:])
 
@@ -70,7 +71,7 @@ def projected(
         stores[1].segments[0].slots - slots.sinks if ring else 0,
         K=K, FORMAT=form, G=each, NORM=normed, OFFSET=1.0, HEADS=heads, H=2, D=dim, LISTS=stores[1].pos.shape[1],
         FIRST_Q=firsts[0], FIRST_K=firsts[1], FIRST_V=firsts[2], BIAS=bias, HEAD_NORM=bool(head_norm),
-        HEAD_GAIN=bool(head_norm), HEAD_OFFSET=0.5, EARLY=head_norm == "early", R=r, STYLE=style, GROUP_K=group(enc),
+        HEAD_GAIN=bool(head_norm), HEAD_OFFSET=head_offset, EARLY=head_norm == "early", R=r, STYLE=style, GROUP_K=group(enc),
         GROUP_V=group(enc), DRAFTED=drafted, RING=ring, NODES=NODES, BM=bm, BN=bn, BK=32,
     )  # fmt: skip
     if not drafted:  # `advance` counts
@@ -114,9 +115,14 @@ def test_every_format(format: str) -> None:
     check(format=format, many=format in ("int4(group=16)", "f16"), head_norm="late", whole=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_activations_are_rounded_as_ops_do(dtype: torch.dtype) -> None:
-    check(2e-2, dtype=dtype, format="bf16", head_norm="early", whole=True, encoding=Float("bf16"))
+@pytest.mark.parametrize("head_norm", ["early", ""])
+def test_activations_are_rounded_where_ops_round(head_norm: str) -> None:
+    """Bit for bit but where sums of float32 and of float64 are on two sides of a tie. Of bfloat16 and of rotations nearly: Triton's
+    interpreter cuts the one, kernels turn in float32."""
+    options: dict[str, Any] = dict(format="bf16", head_norm=head_norm, head_offset=0.0, whole=True)
+    q, expected, stores = projected(turns=0, encoding=Float("f16"), dtype=torch.float16, **options)
+    assert same(*stores, near=2e-2) and float((q == expected).float().mean()) > 0.95
+    check(5e-2, dtype=torch.bfloat16, **options)
 
 
 @pytest.mark.nightly

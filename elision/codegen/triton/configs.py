@@ -47,8 +47,8 @@ def product(shape: str, codes: int, itemsize: int) -> Tile:
 
 
 def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, halves: int, itemsize: int) -> Tile:
-    """The projection of heads of ``dim`` channels, from weights of ``halves`` to a code. ``whole``: a program has all channels of a
-    head, so there are few programs, which have much in flight each."""
+    """The projection of heads of ``dim`` channels, from weights of which ``halves`` are in a code. ``whole``: a program has all
+    channels of a head, so there are few programs, which have much in flight each."""
     tile = gemv(outputs, codes) if shape == "one" else product(shape, codes, itemsize)
     if not whole and tile.n <= dim:
         return tile
