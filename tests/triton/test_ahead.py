@@ -26,10 +26,11 @@ from elision.runtime.cuda.artefact import LAUNCHES, member, members
 
 
 def one_of_each(code: DeviceCode) -> DeviceCode:
-    """The first kernel of every template, and the ones of attention over drafts."""
+    """The first kernel of every template, the ones of attention over drafts, and a projection of several tokens."""
     first = {k.template: n for n, k in reversed(code.kernels.items())}
     drafts = [n for n, k in code.kernels.items() if k.template == "attend" and k.constants["DRAFTED"]]
-    kept = {*first.values(), *drafts[:1]}
+    several = [n for n, k in code.kernels.items() if k.template == "project" and k.constants["BM"] > 1]
+    kept = {*first.values(), *drafts[:1], *several[:1]}
     return DeviceCode({n: k for n, k in code.kernels.items() if n in kept}, {}, {})
 
 

@@ -61,7 +61,7 @@ def build(code: DeviceCode, targets: Sequence[str], workers: int | None = None) 
 
 def _weight(kernel: Kernel) -> int:
     """What takes longest comes first, so that processes end together."""
-    return {"attend": 3, "gemm": 2, "gemv": 1}.get(kernel.template, 0)
+    return {"attend": 3, "project": 3, "gemm": 2, "gemv": 1}.get(kernel.template, 0)
 
 
 def _serve(jobs: queue.SimpleQueue[dict[str, Any] | None], answers: queue.SimpleQueue[dict[str, Any]]) -> None:

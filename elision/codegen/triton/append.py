@@ -32,14 +32,8 @@ def append(
             tl.store(node_pos + b * NODES + slot, place.to(tl.int32))
             tl.store(node_live + b * NODES + slot, 1)
     else:
-        rank, count = token - tl.load(start + b), tl.load(start + b + 1) - tl.load(start + b)
         capacity = blocks * 16
-        if RING:
-            number = tl.load(written + b) + rank
-            slot = tl.where(number < sinks, number, sinks + (number - sinks) % turns)
-            stays = (number < sinks) | (rank >= count - turns)
-        else:
-            slot = tl.load(length + list_) + rank
+        slot, stays = place_of(token, b, list_, start, length, written, sinks, turns, stays, RING)
         if h < LISTS:
             tl.store(entry_pos + list_ * entries + slot, place.to(tl.int32), mask=stays)
     head = b * H + h
@@ -74,6 +68,19 @@ def _store(where, scale, x, stays, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.
 def _nearest(x):
     """Of magnitudes below 2^22: adding 1.5 * 2^23 leaves no bits behind the point."""
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def place_of(token, b, list_, start, length, written, sinks, turns, inside, RING: tl.constexpr):
+    """The slots of committed tokens, and whether they stay: of those ``inside``, and of what comes to a ring the last."""
+    begin = tl.load(start + b)
+    rank = token - begin
+    if RING:
+        number = tl.load(written + b) + rank
+        last = (number < sinks) | (rank >= tl.load(start + b + 1) - begin - turns)
+        return tl.where(number < sinks, number, sinks + (number - sinks) % turns), inside & last
+    else:
+        return tl.load(length + list_) + rank, inside
 
 
 @triton.jit

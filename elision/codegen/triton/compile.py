@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from elision.codegen.triton import (
     moe_rules,
     own_rules,
     page_rules,
+    project_rules,
     rank_rules,
     round_rules,
     token_rules,
@@ -68,7 +70,7 @@ def plan_program(program: Program) -> DeviceCode:
 def _entry(kernels: Kernels, graph: Graph, shape: str) -> tuple[abi.Schedule, list[tuple[str, str]]]:
     plan = Planner(graph, True, lambda name: [])
     to = Launches(kernels, plan, shape)
-    found = plan.plan(regions(graph), lambda _, region: _emit(to, region), lambda _: _end(to))
+    found = plan.plan(regions(graph), _emitter(to, graph), lambda _: _end(to))
     return found, plan.hosts
 
 
@@ -100,6 +102,21 @@ def _tick(kernels: Kernels, tick: Tick) -> abi.Schedule:
     plan = Planner(Graph(tick.graph.name, (), (), (), {}), True, lambda name: [])
     evict_rules.evictions(Launches(kernels, plan, "many"), tick)
     return plan.plan([], lambda *_: None)
+
+
+def _emitter(to: Launches, graph: Graph) -> Callable[[Planner, Region], None]:
+    """What adds the launches of a region. Of few tokens projections are one launch, at their append."""
+    fused = project_rules.projections(graph) if to.shape in ("one", "few") else {}
+    inside = project_rules.inside(fused)
+
+    def emit(_: Planner, region: Region) -> None:
+        value = region.result if isinstance(region, Products) else region
+        if value in fused:
+            project_rules.project(to, value, fused[value])
+        elif value not in inside:
+            _emit(to, region)
+
+    return emit
 
 
 def _emit(to: Launches, region: Region) -> None:

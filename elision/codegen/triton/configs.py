@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from elision.ir.launch import SHAPES
 
-__all__ = ["SHAPES", "Tile", "attention", "gemv", "product"]
+__all__ = ["SHAPES", "Tile", "attention", "gemv", "heads", "power", "product"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,18 @@ def product(shape: str, codes: int, itemsize: int, decoded: bool = False) -> Til
     if itemsize > 2:
         tile = Tile(min(tile.m, 64), min(tile.n, 32), 32, 4, 2)
     return Tile(tile.m, tile.n, max(16, min(tile.k, power(codes))), tile.warps, tile.stages)
+
+
+def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, halves: int, itemsize: int) -> Tile:
+    """The projection of heads of ``dim`` channels, from weights of which ``halves`` are in a code. ``whole``: a program has all
+    channels of a head, so there are few programs, which have much in flight each."""
+    tile = gemv(outputs, codes) if shape == "one" else product(shape, codes, itemsize)
+    if not whole and tile.n <= dim:
+        return tile
+    n = max(16, power(dim))
+    k = (128 if shape == "one" and halves == 1 else 64) * 2 // max(2, itemsize)
+    warps = 4 if n <= 64 else 16 if shape == "one" else 8
+    return Tile(tile.m, n, max(16, min(k, power(codes))), warps, tile.stages)
 
 
 def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> tuple[Tile, int]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +20,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 def _mend() -> None:
     """Its scalars are arrays of one element, which numpy from 2.4 on refuses to turn into integers: bounds of loops would
-    fail."""
+    fail. And what a comparison of scalars gives becomes a tile of integers, which Triton from 3.9 on refuses as a mask."""
     from triton.runtime import interpreter
 
     patch: Any = interpreter._patch_lang_tensor
@@ -28,7 +29,11 @@ def _mend() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def splat(builder: Any, type: Any, given: Any) -> Any:
+        return interpreter.TensorHandle(np.full(type.shape, given.data.item(), given.data.dtype), given.dtype.scalar)
+
     interpreter._patch_lang_tensor = mended  # type: ignore[assignment]
+    interpreter.InterpreterBuilder.create_splat = splat  # type: ignore[method-assign]
 
 
 if INTERPRETED.value:

@@ -27,6 +27,7 @@ from elision.codegen.triton import (
     similar,
 )  # fmt: skip
 from elision.codegen.triton.expression import expression
+from elision.codegen.triton.project import project
 from elision.ir.launch import Kernel
 
 TEMPLATES: dict[str, Any] = {
@@ -37,6 +38,7 @@ TEMPLATES: dict[str, Any] = {
     "restrict": rows.restrict,
     "pointwise": rows.pointwise,
     "rope": rope.rope,
+    "project": project,
     "append": append.append,
     "advance": append.advance,
     "attend": attend.attend,

@@ -1,0 +1,159 @@
+"""Projections in one launch under Triton's interpreter: queries, and what the cache has then, against the ops one after the
+other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from caches import NODES, arrays, axis, blocks, fill, group, kv, trees
+from test_caches import same
+from test_linear import K, weight
+from test_programs import compiled
+
+from elision.codegen.triton.compile import plan_program
+from elision.codegen.triton.project import project
+from elision.ir.ops.dense import norm, rope
+from elision.ir.states import Float, Int, Ring, Slots
+from elision.ir.store import KVStore
+from elision.ir.tokens import Tokens
+
+F32, BYTES = Float("f32"), Int(8, "channel", 16)
+
+
+def projected(
+    format: str = "f32", heads: int = 4, dim: int = 16, encoding: Float | Int = F32, slots: Slots | None = None,
+    style: str = "half", turns: int | None = None, head_norm: str = "", drafted: bool = False, many: bool = False,
+    head_offset: float = 0.5, whole: bool = False, bias: bool = False, one: bool = False, normed: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, list[KVStore]]:  # fmt: skip
+    """The queries that the kernel gives and those of the ops; the caches of the ops and of the kernel. ``turns`` pairs turn;
+    ``one``: one weight for all."""
+    stores = [KVStore(kv(2, dim, dim, encoding, slots, **({"keyed_by": "explicit"} if slots else {})), 2, 40) for _ in range(2)]
+    lengths = [9, 4]
+    for store in stores:
+        fill(store, lengths)
+    tokens = trees(4, [5, 2], lengths) if drafted else Tokens.chunk([3, 2] if many else [1, 1], lengths)
+    seed, t = torch.Generator().manual_seed(1), len(tokens)
+    x = torch.randn(t, K, generator=seed).to(dtype)
+    gain, gq, gk = (torch.randn(n, generator=seed).to(dtype) * 0.1 for n in (K, dim, dim))
+    rows = [heads * dim, 2 * dim, 2 * dim]
+    firsts = [2 * rows[1], rows[1], 0] if one else [0, 0, 0]
+    made = [weight(format, sum(rows), 0)] * 3 if one else [weight(format, n, i) for i, n in enumerate(rows)]
+    added = [torch.randn(len(m[3]), generator=seed).to(dtype) for m in made]
+    added = [added[0]] * 3 if one else added
+    r = dim // 2 if turns is None else turns
+    freq = 100.0 ** (-torch.arange(r) / max(r, 1))
+
+    wide = norm(x.double(), gain.double(), kind="rms", eps=1e-5, offset=1.0) if normed else x.double()
+    found = []
+    for i, (n, first) in enumerate(zip(rows, firsts, strict=True)):
+        y = wide @ made[i][3][first : first + n].T + (added[i][first : first + n].double() if bias else 0.0)
+        y = y.to(dtype).view(t, -1, dim)
+        if head_norm and i < 2:
+            y = norm(y, (gq, gk)[i], kind="rms", eps=1e-5, offset=head_offset, cast=head_norm)
+        found.append(rope(y, freq, style=style, scale=1.25, at=tokens) if r and i < 2 else y)
+    stores[0].append(tokens, *found[1:])
+
+    type, at, index, enc = stores[1].type, axis(tokens), stores[1].index, encoding
+    ring = isinstance(slots, Ring)
+    (p0, form, each, _), (p1, *_), (p2, *_) = made
+    q = torch.full((t, heads, dim), torch.nan, dtype=dtype)
+    bn, bm = triton.next_power_of_2(dim) if whole else 8, 4 if many else 1
+    turned = (freq, 1.25) if r else (None, None)
+    project[((heads + 4) * -(-dim // bn), -(-t // bm))](
+        q, x, gain if normed else None, 1e-5, *p0, *p1, *p2, *(added if bias else [None] * 3),
+        *((gq, gk) if head_norm else (None, None)), 1e-5, *turned, t, at["row"], at["pos"], at.get("node"), at["start"],
+        *arrays(stores[1], -1 if drafted else 0), stores[1].pos, index["node_pos"], index["node_live"], stores[1].len["k"],
+        index.get("count"), blocks(stores[1], -1 if drafted else 0), stores[1].pos.shape[2], slots.sinks if ring else 0,
+        stores[1].segments[0].slots - slots.sinks if ring else 0,
+        K=K, FORMAT=form, G=each, NORM=normed, OFFSET=1.0, HEADS=heads, H=2, D=dim, LISTS=stores[1].pos.shape[1],
+        FIRST_Q=firsts[0], FIRST_K=firsts[1], FIRST_V=firsts[2], BIAS=bias, HEAD_NORM=bool(head_norm),
+        HEAD_GAIN=bool(head_norm), HEAD_OFFSET=head_offset, EARLY=head_norm == "early", R=r, STYLE=style, GROUP_K=group(enc),
+        GROUP_V=group(enc), DRAFTED=drafted, RING=ring, NODES=NODES, BM=bm, BN=bn, BK=32,
+    )  # fmt: skip
+    if not drafted:  # `advance` counts
+        for store in stores:
+            for name in ("k", "v"):
+                store.len[name].zero_()
+            store.index.get("count", torch.zeros(1)).zero_()
+    assert type.dim == dim
+    return q, found[0], stores
+
+
+def check(near: float = 1e-4, **options: Any) -> None:
+    q, expected, stores = projected(**options)
+    assert torch.allclose(q.double(), expected.double(), rtol=near, atol=near * float(expected.abs().max()))
+    assert same(*stores, codes=1, near=near)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"many": True},
+    {"style": "interleaved", "many": True},
+    {"style": "parted"},
+    {"style": "parted", "whole": True, "head_norm": "late", "many": True},
+    {"turns": 0, "normed": False, "one": True, "bias": True},
+    {"turns": 5, "whole": True, "bias": True, "many": True},
+    {"dim": 24, "whole": True, "style": "interleaved", "turns": 3, "heads": 2},
+    {"head_norm": "early", "whole": True, "drafted": True, "many": True},
+    {"encoding": BYTES, "whole": True, "drafted": True, "one": True},
+    {"encoding": Int(8, "channel", 4), "whole": True, "many": True, "slots": Ring(6, 2, 12)},
+    {"encoding": Float("bf16"), "slots": Ring(6, 2, 12)},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()) or "plain")
+def test_queries_keys_and_values(options: dict[str, Any]) -> None:
+    check(**options)
+
+
+@pytest.mark.parametrize("format", ["bf16", "f16", "int8(group=32)", "int8(group=row)", "int4(group=16)", "Q8_0", "Q4_0", "Q4_1"])
+def test_every_format(format: str) -> None:
+    check(format=format, many=format in ("int4(group=16)", "f16"), head_norm="late", whole=True)
+
+
+@pytest.mark.parametrize("head_norm", ["early", ""])
+def test_activations_are_rounded_where_ops_round(head_norm: str) -> None:
+    """Bit for bit but where sums of float32 and of float64 are on two sides of a tie. Of bfloat16 and of rotations nearly: Triton's
+    interpreter cuts the one, kernels turn in float32."""
+    options: dict[str, Any] = dict(format="bf16", head_norm=head_norm, head_offset=0.0, whole=True)
+    q, expected, stores = projected(turns=0, encoding=Float("f16"), dtype=torch.float16, **options)
+    assert same(*stores, near=2e-2) and float((q == expected).float().mean()) > 0.95
+    check(5e-2, dtype=torch.bfloat16, **options)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("encoding", [F32, BYTES, Int(8, "channel", 8)], ids=str)
+@pytest.mark.parametrize("style", ["half", "interleaved", "parted"])
+@pytest.mark.parametrize("head_norm", ["", "late", "early"])
+def test_all_together(many: bool, drafted: bool, encoding: Float | Int, style: str, head_norm: str) -> None:
+    for turns in (8, 3):
+        check(
+            many=many, drafted=drafted, encoding=encoding, style=style, head_norm=head_norm, turns=turns, whole=True,
+            format="Q4_1" if many else "int8(group=16)",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family,passes,changes,fused",
+    [
+        ("LlamaConfig", (), {}, True),
+        ("GPT2Config", (), {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, True),
+        ("Olmo2Config", (), {}, False),  # its norms are of all heads together
+        ("StableLmConfig", (), {}, True),  # not all channels turn
+        ("Gemma3TextConfig", ("int4:group=32",), {}, True),
+    ],
+)
+def test_what_is_one_launch(family: str, passes: tuple[str, ...], changes: dict[str, Any], fused: bool) -> None:
+    code = plan_program(compiled(family, passes, **changes).program)
+    for entry in ("step", "decode"):
+        assert not code.hosts[entry]
+        for shape in ("one", "few", "some"):
+            found = [code.kernels[r.kernel].template for r in code.schedules[entry][shape].rows if r.host < 0]
+            assert found.count("project") == (fused and shape != "some") and found.count("append") == (1 - found.count("project"))
+            assert "project" not in found or "rope" not in found
