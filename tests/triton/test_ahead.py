@@ -23,6 +23,8 @@ from elision.errors import ArtefactError, BadInput
 from elision.ir.launch import DeviceCode
 from elision.runtime.cuda.artefact import LAUNCHES, member, members
 
+DRAFTING = {"draft_lookup", "draft_recycled", "recycle", "take"}
+
 
 def one_of_each(code: DeviceCode) -> DeviceCode:
     """The first kernel of every template, and the ones of attention over drafts."""
@@ -40,6 +42,9 @@ def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
     for method in ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0"):
         more = one_of_each(plan_program(shaped("llama-3-8b", ("insert-cache:dtype=int8", method)))).kernels
         code = DeviceCode({**code.kernels, **{f"more_{n}": k for n, k in more.items() if k.template not in there}}, {}, {})
+    for drafter in ("prompt-lookup", "token-recycling"):
+        more = one_of_each(plan_program(compiled("LlamaConfig", (drafter,), "bfloat16").program)).kernels
+        code = DeviceCode({**code.kernels, **{f"{drafter}_{n}": k for n, k in more.items() if k.template in DRAFTING}}, {}, {})
     assert {k.template for k in code.kernels.values()} == set(TEMPLATES)
     build(code, [target])
     found = totals(code, target)

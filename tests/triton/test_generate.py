@@ -80,8 +80,9 @@ def test_a_round_asks_the_device_for_no_more_than_the_next_token() -> None:
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_drafts_of_tables(sampled: bool) -> None:
-    """Greedy rounds are verified on the device, sampled ones by the host: the same tokens, drafts and acceptances."""
-    model = compiled("LlamaConfig", ("prompt-lookup",))
+    """Made by the host, which merges what two drafters find, and verified on the device: the same tokens, drafts and
+    acceptances."""
+    model = compiled("LlamaConfig", ("prompt-lookup", "aded"))
     gpu, fake = on_gpu(model)
     for each in (model, gpu):
         assert each.drafting is not None

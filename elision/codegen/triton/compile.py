@@ -9,7 +9,7 @@ from elision.codegen import views
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative, knows, need
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, Products, Region, regions
-from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, page_rules, round_rules
+from elision.codegen.triton import attention_rules, dense_rules, draft_rules, evict_rules, moe_rules, page_rules, round_rules
 from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
 from elision.ir.flatten import generating_entries
@@ -47,6 +47,8 @@ def plan_program(program: Program) -> DeviceCode:
         for entry in (*steps(program), "commit"):
             if hosts.get(entry):
                 schedules.pop(entry, None), hosts.pop(entry)
+    if {"step", "commit"} <= schedules.keys():
+        schedules |= {name: {"many": found} for name, found in draft_rules.drafts(kernels, program).items()}
     used = {r.kernel for each in schedules.values() for s in each.values() for r in s.rows}
     return DeviceCode({n: k for n, k in kernels.kernels.items() if n in used}, schedules, hosts)
 

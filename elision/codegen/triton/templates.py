@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
+from elision.codegen.triton.drafts import draft_lookup, draft_recycled, recycle, take
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -34,6 +35,10 @@ TEMPLATES: dict[str, Any] = {
     "sample": sample.sample,
     "walk": choose.walk,
     "follow": choose.follow,
+    "draft_lookup": draft_lookup,
+    "draft_recycled": draft_recycled,
+    "recycle": recycle,
+    "take": take,
     "route": moe.route,
     "expert_gemv": moe.expert_gemv,
     "mixed": moe.mixed,
