@@ -21,10 +21,11 @@ from elision.ir.value import Graph, Value
 _MANY = ("score", "prefill", "feed")  # entries of many tokens
 
 
-def plan_program(program: Program) -> DeviceCode:
+def plan_program(program: Program, kernels: Kernels | None = None) -> DeviceCode:
     """The launches of every entry for every class of shapes, without machine code (`elision.codegen.triton.ahead`). What a round
-    without drafts does not run (`step` and its commit) may have ops without a kernel: it is left out then."""
-    kernels = Kernels()
+    without drafts does not run (`step` and its commit) may have ops without a kernel: it is left out then. ``kernels``: none yet,
+    but tiles that were measured."""
+    kernels = Kernels() if kernels is None else kernels
     schedules: dict[str, dict[str, abi.Schedule]] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
     for entry, graph in generating_entries(program).items():

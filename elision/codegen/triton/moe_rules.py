@@ -49,7 +49,8 @@ def experts(to: Launches, value: Value) -> None:
 
     def product(y: int, source: Arg, w: Value, n: int, k: int, shared: bool, weighted: bool, of: int, expression: str) -> None:
         planes, form, group = weight(w)
-        tile = gemv(n, k // 2 if form.startswith("nibbles") else k)
+        codes = k // 2 if form.startswith("nibbles") else k
+        tile = to.tile("expert_gemv", f"{form} {n} {codes}", gemv(n, codes))
         args: dict[str, Arg | None] = {
             "y": piece(y, dtype), "x": source, "gate": gates if weighted else None, "index": chosen,
             **dict(zip("wdm", planes, strict=True)),
