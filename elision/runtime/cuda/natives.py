@@ -208,10 +208,9 @@ class Natives:
         return paths, drawn, best
 
     def _asked(self, requests: Requests, at: Tokens) -> bool:
-        """Tell the device how the sequences draw their tokens. Whether it can: what looks at the tokens before (penalties,
-        suppressed tokens) is the host's, and so are other rules than `match`."""
-        items = [requests.items[r] for r in sorted(set(at.row.tolist()))]
-        if not all(q.plain or q.rule == "match" and q.warp.repetition_penalty == 1.0 and not q.warp.suppress for q in items):
+        """Tell the device how the sequences draw their tokens. Whether it can: what looks at the tokens before (penalties) is the
+        host's, tokens that are suppressed at positions that are to come, and other rules than `match`."""
+        if not all(_without_host(requests.items[r], len(requests.histories[r])) for r in set(at.row.tolist())):
             return False
         if self._items.get(at.rows) != requests.items:
             self._items[at.rows] = list(requests.items)
@@ -248,6 +247,12 @@ def _blank(rows: Sequence[int], nodes: int, sequences: int) -> Tokens:
     node = torch.arange(nodes).repeat(len(rows))
     row = torch.repeat_interleave(torch.tensor(rows), nodes)
     return Tokens(row, torch.zeros_like(row), sequences, node - 1, torch.ones_like(row) << node)
+
+
+def _without_host(q: Request, position: int) -> bool:
+    """Whether tokens from a position on are drawn by numbers that the device is told."""
+    suppressed = q.warp.suppress and position < q.warp.suppress_before
+    return (q.greedy or q.rule == "match") and q.warp.repetition_penalty == 1.0 and not suppressed
 
 
 def _need_room(caches: Mapping[str, DeviceCache], counts: np.ndarray[Any, Any]) -> None:
