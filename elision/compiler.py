@@ -35,6 +35,7 @@ def compile(
     max_context: int | None = None,
     max_batch: int = 8,
     calibration: torch.Tensor | Sequence[str] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Compile a model.
 
@@ -46,7 +47,8 @@ def compile(
     ``kv_dtype="int8"`` is a cache of bytes with a scale per token and head (pass ``insert-cache:dtype=int8``).
     ``max_context``: the most positions of a sequence (default: the model's). ``max_batch``: the most sequences of a call.
     ``calibration``: what passes such as ``gptq`` look at: texts, or token ids ``i64[n]`` or ``i64[sequences, n]`` (default: half
-    of Python's own documentation, through the model's tokenizer).
+    of Python's own documentation, through the model's tokenizer). ``tuned``: a table that ``elision tune`` has measured, for the
+    one GPU target that it is of.
 
     Raises BadInput for what cannot be used, UnsupportedModel for a model that cannot be raised, IllegalProgram for a
     composition of passes that breaks a legality rule. Progress by stage goes to the logger ``elision`` at level INFO.
@@ -65,6 +67,8 @@ def compile(
 
     here = target == "cuda"
     host, gpus = _targets(_this_gpu() if here else target)
+    if tuned is not None and not gpus:
+        raise BadInput(f"tuned={os.fspath(tuned)!r} is for code for a GPU, and target={target!r}: give target='cuda:sm_90', say")
     if max_batch < 1 or (max_context is not None and max_context < 2):
         raise BadInput(f"max_batch={max_batch}, max_context={max_context}; expected at least 1 and at least 2")
     chosen: list[Any] = resolve(passes)
@@ -102,12 +106,14 @@ def compile(
         max_batch=max_batch,
         threads=threads,
         here=here,
+        tuned=tuned,
     )
 
 
 def finish(
-    raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), here: bool = False, **facts: Any
-) -> Model:
+    raised: Program, program: Program, weights: Weights, host: str, gpus: Sequence[str] = (), here: bool = False,
+    tuned: str | os.PathLike[str] | None = None, **facts: Any,
+) -> Model:  # fmt: skip
     """The model of a program that passes made of ``raised``, with native code for ``host="cpu"`` where it has a native form, and
     with code for these GPUs; ``here``: it runs on the one of this process. ``facts``: what `Model` is told besides."""
     from elision.hf import CompiledModel
@@ -123,10 +129,15 @@ def finish(
     if gpus:
         from elision.codegen.triton.ahead import build
         from elision.codegen.triton.compile import plan_program
+        from elision.codegen.triton.launches import Kernels
+        from elision.codegen.triton.tuned import load as load_table
         from elision.ir.launch import need_kernels
         from elision.runtime.cuda.driver import Cuda
 
-        gpu = plan_program(program)
+        kernels = Kernels(load_table(tuned, gpus).tiles if tuned is not None else {})
+        gpu = plan_program(program, kernels)
+        if tuned is not None and not kernels.tiles.keys() & kernels.asked.keys():
+            raise BadInput(f"{os.fspath(tuned)} has nothing for {program.name}: measure this model with `elision tune`")
         need_kernels(program.name, gpu)
         build(gpu, gpus)
         device = Cuda(gpu) if here else None

@@ -34,6 +34,7 @@ def compile_(
     max_context: Annotated[int | None, typer.Option(help="The most positions of a sequence.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="The most sequences of a call.")] = None,
     calibration: Annotated[Path | None, typer.Option(metavar="TEXT", help="A text file for passes that calibrate.")] = None,
+    tuned: Annotated[Path | None, typer.Option(metavar="FILE", help="What `elision tune` has measured.")] = None,
 ) -> None:
     """Compile a model ahead of time into one file."""
     with progress():
@@ -47,6 +48,7 @@ def compile_(
             max_context=max_context,
             max_batch=max_batch,
             calibration=text,
+            tuned=tuned,
         )
         found.save(output)
     size = output.stat().st_size / 1e6
@@ -214,6 +216,25 @@ def bench(
             f"{drafts['draft_time'] * 1e3:.0f} ms drafting, {drafts['verify_time'] * 1e3:.0f} ms verifying, "
             f"{drafts['commit_time'] * 1e3:.0f} ms committing"
         )
+
+
+@app.command()
+def tune(
+    model: Source,
+    output: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The table to write.")] = Path("tuned.json"),
+    passes: Passes = [],  # noqa: B006
+    target: Annotated[str | None, typer.Option(metavar="T", help="The GPU's target, as cuda:sm_90; others are refused.")] = None,
+) -> None:
+    """Measure how a model's kernels are best cut on the GPU that is here, for `compile --tuned`."""
+    from elision.cli.tune import Bench, gpu
+    from elision.codegen.triton.tuned import Table, search
+
+    library, here, name = gpu(target)
+    with progress():
+        found = open_model(model, passes) if is_artefact(model) else open_model(model, passes, target="reference")
+    tiles = search(found.program, Bench(found, library, here), errors.print)
+    Table(name, here, tiles).save(output)
+    Console(soft_wrap=True, markup=False).print(f"{output}: {len(tiles)} tiles of {name} ({here}) in the place of the table's")
 
 
 @app.command("passes")

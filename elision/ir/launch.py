@@ -13,6 +13,7 @@ order of one stream. The first operand of a row is its grid, the others are the 
     ("state", name, array)     an array of a cache (`elision.ir.layout`): k, v, k_scale, v_scale of the segment that is appended
                                to, the same with draft_ in Scratch, and what lies in the index: pos, len_k, ...
     ("size", name, what)       of a cache: blocks, entries, slots
+    ("input", i), ("output", i) where an input or an output of the call lies
     ("round", array)           of a round, by sequence: path, accepted, next; how tokens are drawn: numbers, whole
     ("round", array, n)        n numbers for each sequence, int64
     ("count", axis), ("rows", ""), ("int", n), ("float", x)
@@ -85,6 +86,9 @@ def need_entry(name: str, code: DeviceCode, entry: str) -> None:
             "use target='cpu'"
         )
 
+
+#: In the place of a cache's name: what drafts on the device (`elision.runtime.cuda.drafts`).
+DRAFTS = "drafts"
 
 #: Classes of shapes: the most tokens of a call (0: any number).
 SHAPES = {"one": 1, "few": 16, "some": 64, "many": 0}

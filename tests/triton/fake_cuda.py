@@ -54,6 +54,9 @@ class FakeCuda:
     def do_cuDeviceGetCount(self, count: Any) -> None:
         count._obj.value = self.gpus
 
+    def do_cuDeviceGetName(self, text: Any, size: Any, device: Any) -> None:
+        text.value = b"Made Up"
+
     def do_cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> None:
         value._obj.value = self.capability[attribute - 75]
 

@@ -44,6 +44,7 @@ def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
     others.append(compiled("LlamaConfig", ("fastv:layer=1,keep=0.5",), num_hidden_layers=2).program)
     for method in ("tome:n=2", "evit:layers=0", "zero-tprune:layers=0,rounds=3"):
         others.append(elision.compile(encoder("ViTModel", num_hidden_layers=2), passes=[method], target="reference").program)
+    others += [compiled("LlamaConfig", (drafter,), "bfloat16").program for drafter in ("prompt-lookup", "token-recycling")]
     for i, program in enumerate(others):
         more = {f"{n}_{i}": k for n, k in one_of_each(plan_program(program)).kernels.items() if k.template not in there}
         code, there = DeviceCode({**code.kernels, **more}, {}, {}), there | {k.template for k in more.values()}

@@ -51,6 +51,10 @@ def test_batches_greedy_and_sampled_and_what_ends_them() -> None:
     found, expected = both(model, gpu, max_new_tokens=5, eos_token_id=eos, pad_token_id=39)
     assert found == expected and found[0] != plain[0] and gpu.stats.finish == model.stats.finish and "eos" in gpu.stats.finish
     assert fake.calls["cuGraphLaunch"] > 0
+    before = fake.calls.copy()
+    found, expected = both(model, gpu, max_new_tokens=5, min_new_tokens=3, eos_token_id=eos, pad_token_id=39)
+    assert found == expected and 39 not in found[0][8:11]
+    assert (fake.calls - before)["cuMemcpyDtoHAsync_v2"] == 1 + 2 * 2 + 2, "logits come until the end of sequences is allowed"
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -80,8 +84,9 @@ def test_a_round_asks_the_device_for_no_more_than_the_next_token() -> None:
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_drafts_of_tables(sampled: bool) -> None:
-    """Greedy rounds are verified on the device, sampled ones by the host: the same tokens, drafts and acceptances."""
-    model = compiled("LlamaConfig", ("prompt-lookup",))
+    """Made by the host, which merges what two drafters find, and verified on the device: the same tokens, drafts and
+    acceptances."""
+    model = compiled("LlamaConfig", ("prompt-lookup", "aded"))
     gpu, fake = on_gpu(model)
     for each in (model, gpu):
         assert each.drafting is not None

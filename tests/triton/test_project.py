@@ -10,7 +10,7 @@ import torch
 import triton
 from caches import NODES, arrays, axis, blocks, fill, group, kv, trees
 from test_caches import same
-from test_linear import K, weight
+from test_linear import K, weight, width
 from test_programs import compiled
 
 from elision.codegen.triton.compile import plan_program
@@ -37,12 +37,13 @@ def projected(
         fill(store, lengths)
     tokens = trees(4, [5, 2], lengths) if drafted else Tokens.chunk([3, 2] if many else [1, 1], lengths)
     seed, t = torch.Generator().manual_seed(1), len(tokens)
-    x = torch.randn(t, K, generator=seed).to(dtype)
-    gain, gq, gk = (torch.randn(n, generator=seed).to(dtype) * 0.1 for n in (K, dim, dim))
+    k = width(format)
+    x = torch.randn(t, k, generator=seed).to(dtype)
+    gain, gq, gk = (torch.randn(n, generator=seed).to(dtype) * 0.1 for n in (k, dim, dim))
     rows = [heads * dim, 2 * dim, 2 * dim]
     firsts = [2 * rows[1], rows[1], 0] if one else [0, 0, 0]
-    made = [weight(format, sum(rows), 0)] * 3 if one else [weight(format, n, i) for i, n in enumerate(rows)]
-    added = [torch.randn(len(m[3]), generator=seed).to(dtype) for m in made]
+    made = [weight(format, sum(rows), 0, k)] * 3 if one else [weight(format, n, i, k) for i, n in enumerate(rows)]
+    added = [torch.randn(len(m[2]), generator=seed).to(dtype) for m in made]
     added = [added[0]] * 3 if one else added
     r = dim // 2 if turns is None else turns
     freq = 100.0 ** (-torch.arange(r) / max(r, 1))
@@ -50,7 +51,7 @@ def projected(
     wide = norm(x.double(), gain.double(), kind="rms", eps=1e-5, offset=1.0) if normed else x.double()
     found = []
     for i, (n, first) in enumerate(zip(rows, firsts, strict=True)):
-        y = wide @ made[i][3][first : first + n].T + (added[i][first : first + n].double() if bias else 0.0)
+        y = wide @ made[i][2][first : first + n].T + (added[i][first : first + n].double() if bias else 0.0)
         y = y.to(dtype).view(t, -1, dim)
         if head_norm and i < 2:
             y = norm(y, (gq, gk)[i], kind="rms", eps=1e-5, offset=head_offset, cast=head_norm)
@@ -59,7 +60,7 @@ def projected(
 
     type, at, index, enc = stores[1].type, axis(tokens), stores[1].index, encoding
     ring = isinstance(slots, Ring)
-    (p0, form, each, _), (p1, *_), (p2, *_) = made
+    (p0, form, _), (p1, *_), (p2, *_) = made
     q = torch.full((t, heads, dim), torch.nan, dtype=dtype)
     bn, bm = triton.next_power_of_2(dim) if whole else 8, 4 if many else 1
     turned = (freq, 1.25) if r else (None, None)
@@ -69,10 +70,10 @@ def projected(
         *arrays(stores[1], -1 if drafted else 0), stores[1].pos, index["node_pos"], index["node_live"], stores[1].len["k"],
         index.get("count"), blocks(stores[1], -1 if drafted else 0), stores[1].pos.shape[2], slots.sinks if ring else 0,
         stores[1].segments[0].slots - slots.sinks if ring else 0,
-        K=K, FORMAT=form, G=each, NORM=normed, OFFSET=1.0, HEADS=heads, H=2, D=dim, LISTS=stores[1].pos.shape[1],
+        K=k, FORMAT=form, NORM=normed, OFFSET=1.0, HEADS=heads, H=2, D=dim, LISTS=stores[1].pos.shape[1],
         FIRST_Q=firsts[0], FIRST_K=firsts[1], FIRST_V=firsts[2], BIAS=bias, HEAD_NORM=bool(head_norm),
         HEAD_GAIN=bool(head_norm), HEAD_OFFSET=head_offset, EARLY=head_norm == "early", R=r, STYLE=style, GROUP_K=group(enc),
-        GROUP_V=group(enc), DRAFTED=drafted, RING=ring, NODES=NODES, BM=bm, BN=bn, BK=32,
+        GROUP_V=group(enc), DRAFTED=drafted, RING=ring, NODES=NODES, BM=bm, BN=bn, BK=32 if k == K else 256,
     )  # fmt: skip
     if not drafted:  # `advance` counts
         for store in stores:
@@ -110,15 +111,18 @@ def test_queries_keys_and_values(options: dict[str, Any]) -> None:
     check(**options)
 
 
-@pytest.mark.parametrize("format", ["bf16", "f16", "int8(group=32)", "int8(group=row)", "int4(group=16)", "Q8_0", "Q4_0", "Q4_1"])
+FORMATS = ["bf16", "f16", "int8(group=32)", "int8(group=row)", "int4(group=16)", "Q8_0", "Q4_0", "Q4_1", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_every_format(format: str) -> None:
     check(format=format, many=format in ("int4(group=16)", "f16"), head_norm="late", whole=True)
 
 
 @pytest.mark.parametrize("head_norm", ["early", ""])
 def test_activations_are_rounded_where_ops_round(head_norm: str) -> None:
-    """Bit for bit but where sums of float32 and of float64 are on two sides of a tie. Of bfloat16 and of rotations nearly: Triton's
-    interpreter cuts the one, kernels turn in float32."""
+    """Bit for bit but where sums of float32 and of float64 are on two sides of a tie. Of bfloat16 and of rotations nearly:
+    Triton's interpreter cuts the one, kernels turn in float32."""
     options: dict[str, Any] = dict(format="bf16", head_norm=head_norm, head_offset=0.0, whole=True)
     q, expected, stores = projected(turns=0, encoding=Float("f16"), dtype=torch.float16, **options)
     assert same(*stores, near=2e-2) and float((q == expected).float().mean()) > 0.95

@@ -114,7 +114,10 @@ def attend(to: Launches, value: Value) -> None:
     per = heads // state.heads
     single = to.plan.graph.name.startswith("decode")
     single |= "pages" in named
-    tile, splits = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize)
+    tile = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize)
+    asks = "pages" if "pages" in named else "one" if single else "several"
+    tile = to.tile("attend", f"{asks} {per} {state.heads} {state.dim} {state.main[-1].k}", tile)
+    splits = tile.k
     slots, padded, pages = state.main[-1].slots, power(per), named.get("pages")
     if pages is not None:  # a program has one token
         need(state.keyed_by == "position" and isinstance(slots, Dense), "pages of entries that move")

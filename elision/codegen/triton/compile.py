@@ -13,6 +13,7 @@ from elision.codegen.regions import Products, Region, regions
 from elision.codegen.triton import (
     attention_rules,
     dense_rules,
+    draft_rules,
     evict_rules,
     merge_rules,
     moe_rules,
@@ -35,10 +36,11 @@ from elision.ir.value import Graph, Value
 _MANY = ("score", "prefill", "feed")  # entries of many tokens
 
 
-def plan_program(program: Program) -> DeviceCode:
+def plan_program(program: Program, kernels: Kernels | None = None) -> DeviceCode:
     """The launches of every entry for every class of shapes, without machine code (`elision.codegen.triton.ahead`). What a round
-    without drafts does not run (`step` and its commit) may have ops without a kernel: it is left out then."""
-    kernels = Kernels()
+    without drafts does not run (`step` and its commit) may have ops without a kernel: it is left out then. ``kernels``: none yet,
+    but tiles that were measured."""
+    kernels = Kernels() if kernels is None else kernels
     schedules: dict[str, dict[str, abi.Schedule]] = {}
     hosts: dict[str, list[tuple[str, str]]] = {}
     for entry, graph in flat_entries(program).items():
@@ -63,6 +65,8 @@ def plan_program(program: Program) -> DeviceCode:
         for entry in (*steps(program), "commit"):
             if hosts.get(entry):
                 schedules.pop(entry, None), hosts.pop(entry)
+    if {"step", "commit"} <= schedules.keys():
+        schedules |= {name: {"many": found} for name, found in draft_rules.drafts(kernels, program).items()}
     used = {r.kernel for each in schedules.values() for s in each.values() for r in s.rows}
     return DeviceCode({n: k for n, k in kernels.kernels.items() if n in used}, schedules, hosts)
 

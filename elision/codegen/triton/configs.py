@@ -15,7 +15,8 @@ __all__ = ["SHAPES", "Tile", "attention", "gemv", "heads", "power", "product"]
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens or rows ``m``, outputs or entries ``n``, inputs ``k`` of a program; its warps, and loads in flight."""
+    """Tokens or rows ``m``, outputs or entries ``n``, inputs ``k`` of a program; its warps, and loads in flight. Of attention
+    ``k`` is how many programs share the entries of a sequence."""
 
     m: int
     n: int
@@ -49,7 +50,7 @@ def product(shape: str, codes: int, itemsize: int, decoded: bool = False) -> Til
 
 
 def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, halves: int, itemsize: int) -> Tile:
-    """The projection of heads of ``dim`` channels, from weights of which ``halves`` are in a code. ``whole``: a program has all
+    """The projection of heads of ``dim`` channels, from weights of which ``halves`` are in a byte. ``whole``: a program has all
     channels of a head, so there are few programs, which have much in flight each."""
     tile = gemv(outputs, codes) if shape == "one" else product(shape, codes, itemsize)
     if not whole and tile.n <= dim:
@@ -60,8 +61,8 @@ def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, halves: i
     return Tile(tile.m, n, max(16, min(k, power(codes))), warps, tile.stages)
 
 
-def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> tuple[Tile, int]:
-    """The tile of queries and entries, and how many programs share the entries of a sequence. ``group``: query heads of a cache
+def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> Tile:
+    """The tile of queries and entries. ``group``: query heads of a cache
     head, padded; ``single``: a sequence has one token."""
     most = 64 if dim <= 64 else 32  # sums stay in registers
     rows = max(16, group, 0 if single else min(power(SHAPES[shape] or 64) * group, most))
@@ -69,4 +70,4 @@ def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> 
     if itemsize > 2:
         rows, entries = max(group, min(rows, 32)), 32
     splits = {"one": 32, "few": 16, "some": 4, "many": 1}[shape]
-    return Tile(rows, entries, warps=4, stages=2), splits
+    return Tile(rows, entries, splits, warps=4, stages=2)

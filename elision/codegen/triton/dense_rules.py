@@ -59,12 +59,13 @@ def products(to: Launches, region: Products) -> None:
     tokens = plan.axis(source)
     codes = k // max(form.codes for _, form in made if form)
     if to.shape == "one":
-        tile = gemv(n, codes)
+        tile = to.tile("gemv", f"{forms['FORMAT0']} {n} {codes}", gemv(n, codes))
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, 1)), fixed | {"BN": tile.n, "BK": tile.k}
         to.launch("gemv", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
     else:
         decoded = any(form.layout for _, form in made if form)
-        tile = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize, decoded)
+        first = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize, decoded)
+        tile = to.tile("gemm", f"{forms['FORMAT0']} {n} {codes}", first)
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, tile.m)), fixed | {"BM": tile.m, "BN": tile.n, "BK": tile.k}
         args["tokens"] = count(tokens)
         to.launch("gemm", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)

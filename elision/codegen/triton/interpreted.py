@@ -84,8 +84,8 @@ class Interpreted:
 
 
 _TYPES = {
-    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
-    "i8": torch.int8, "u8": torch.uint8,
+    "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
+    "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8,
 }  # fmt: skip
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from elision.codegen.planner import Planner, Ref
 from elision.codegen.refusal import need
+from elision.codegen.triton.configs import Tile
 from elision.codegen.triton.templates import TEMPLATES
 from elision.ir.encoding import code_dtype
 from elision.ir.launch import Kernel
@@ -97,9 +100,11 @@ def plain(value: Value) -> Arg:
 
 
 class Kernels:
-    """Kernels by key, each once."""
+    """Kernels by key, each once. ``tiles``: those that were measured (`elision.codegen.triton.tuned`); ``asked``: all that there
+    could be, as the table has them, and in ``places`` the entries and classes of shapes that ask."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiles: Mapping[str, Tile] = MappingProxyType({})) -> None:
+        self.tiles, self.asked, self.places = tiles, dict[str, Tile](), defaultdict[str, set[tuple[str, str]]](set)
         self.kernels: dict[str, Kernel] = {}
         self._names: dict[str, str] = {}
 
@@ -136,6 +141,13 @@ class Launches:
         assert sorted(order) == sorted(given), f"{template}: {sorted({*order} ^ {*given})}"
         name = self.kernels.add(Kernel(template, {n: given[n].type for n in order}, fixed, warps, stages))
         self.plan.launch(name, [("grid", tuple(grid)), *(given[n].operand for n in order)], reads, writes)
+
+    def tile(self, template: str, key: str, first: Tile) -> Tile:
+        """How the kernel is cut into programs: as the table says, ``first``, unless another tile was measured for ``key``."""
+        key = f"{template} {self.shape} {key}"
+        self.kernels.asked.setdefault(key, first)
+        self.kernels.places[key].add((self.plan.graph.name, self.shape))
+        return self.kernels.tiles.get(key, first)
 
     def new(self, value: Value) -> Ref:
         """A buffer for a value."""

@@ -55,7 +55,7 @@ def attend(to: Launches, value: Value) -> None:
     need(q.tensor.tokens == k.tensor.tokens, "attention to other tokens than those that ask")
     tokens, heads, per = to.plan.axis(q), q.tensor.sizes[0], q.tensor.sizes[0] // state.heads
     wide, itemsize = max(state.dim, state.vdim), DTYPES[q.tensor.dtype].itemsize
-    tile, _ = attention("many", power(per), False, wide, itemsize)
+    tile = attention("many", power(per), False, wide, itemsize)
     rows = max(16, power(per)) if itemsize > 2 and wide > 64 else tile.m  # float32 takes twice the registers
     given: dict[str, Any] = {}
     for name, each in (("q", q), ("k", k), ("v", v)):

@@ -19,7 +19,7 @@ from elision.codegen.triton.linear import _dot, _product
 def project(
     q, x, g, eps, wq, dq, mq, wk, dk, mk, wv, dv, mv, bq, bk, bv, gq, gk, head_eps, freq, factor, tokens,
     row, pos, node, start, k, v, k_scale, v_scale, entry_pos, node_pos, node_live, length, written, blocks, entries, sinks, turns,
-    K: tl.constexpr, FORMAT: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, HEADS: tl.constexpr,
+    K: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, HEADS: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, LISTS: tl.constexpr, FIRST_Q: tl.constexpr, FIRST_K: tl.constexpr, FIRST_V: tl.constexpr,
     BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_GAIN: tl.constexpr, HEAD_OFFSET: tl.constexpr, EARLY: tl.constexpr,
     R: tl.constexpr, STYLE: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, DRAFTED: tl.constexpr,
@@ -48,10 +48,10 @@ def project(
         m = _of(kind, mq, mk, mv)
     if BM == 1:
         own = x + tl.program_id(1).to(tl.int64) * K
-        sums, squares = _dot(own, g, w, d, m, column, _NONE, K, FORMAT, G, NORM, OFFSET, BN, BK)
+        sums, squares = _dot(own, g, w, d, m, column, _NONE, K, FORMAT, NORM, OFFSET, BN, BK)
         value = sums[None, :]
     else:
-        value, squares = _product(x, g, w, d, m, token, tokens, column, _NONE, K, FORMAT, G, NORM, OFFSET, BM, BN, BK)
+        value, squares = _product(x, g, w, d, m, token, tokens, column, _NONE, K, FORMAT, NORM, OFFSET, BM, BN, BK)
         squares = squares[:, None]
     if NORM:
         value *= tl.rsqrt(squares / K + eps)

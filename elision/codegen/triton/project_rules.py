@@ -106,7 +106,7 @@ def _part(value: Value) -> Part | None:
 def _alike(*parts: Part) -> bool:
     """Whether the weights lie alike, so that a program takes those of its head."""
     made = [weight(p.linear.args[1]) for p in parts]
-    forms = {(*((p.type if p else None) for p in planes), form, each) for planes, form, each in made}
+    forms = {(*((p.type if p else None) for p in planes), form.text) for planes, form in made}
     biases = {p.bias and plain(p.bias).type for p in parts}
     return len(forms) == 1 and len(biases) == 1
 
@@ -165,7 +165,7 @@ def project(to: Launches, append: Value, found: Projection) -> None:
     out = to.new(q)
     args: dict[str, Arg | None] = {"q": to.tensor(q)[0], "x": x, "g": gain, "eps": real(float(norm.get("eps", 0.0)))}
     for part, letter in zip(parts, "qkv", strict=True):
-        planes, form, group = weight(part.linear.args[1])
+        planes, form = weight(part.linear.args[1])
         args |= {f"{plane}{letter}": a for plane, a in zip("wdm", planes, strict=True)}
         args[f"b{letter}"] = plain(part.bias) if part.bias is not None else None
     head_norm, rope = found.q.norm, found.q.rope
@@ -184,10 +184,10 @@ def project(to: Launches, append: Value, found: Projection) -> None:
         "turns": size(name, "turns"),
     }  # fmt: skip
     many, dim = q.tensor.sizes[0], state.dim
-    halves, itemsize = 2 if form.startswith("nibbles") else 1, DTYPES[source.tensor.dtype].itemsize
-    tile = heads(to.shape, (many + 2 * state.heads) * dim, dim, found.whole, k // halves, halves, itemsize)
+    codes, itemsize = k // form.codes, DTYPES[source.tensor.dtype].itemsize
+    tile = heads(to.shape, (many + 2 * state.heads) * dim, dim, found.whole, codes, form.codes, itemsize)
     fixed = dict(
-        K=k, FORMAT=form, G=group, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), HEADS=many, H=state.heads, D=dim,
+        K=k, FORMAT=form.text, NORM=gain is not None, OFFSET=float(norm.get("offset", 0.0)), HEADS=many, H=state.heads, D=dim,
         LISTS=lists(state), FIRST_Q=found.q.first, FIRST_K=found.k.first, FIRST_V=found.v.first,
         BIAS=found.q.bias is not None, HEAD_NORM=head_norm is not None, HEAD_GAIN=gains[0] is not None,
         HEAD_OFFSET=float(head_norm.attr("offset", 0.0)) if head_norm is not None else 0.0,

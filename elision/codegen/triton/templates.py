@@ -26,6 +26,7 @@ from elision.codegen.triton import (
     select,
     similar,
 )  # fmt: skip
+from elision.codegen.triton.drafts import draft_lookup, draft_recycled, recycle, take
 from elision.codegen.triton.expression import expression
 from elision.codegen.triton.project import project
 from elision.ir.launch import Kernel
@@ -77,6 +78,10 @@ TEMPLATES: dict[str, Any] = {
     "sample": sample.sample,
     "walk": choose.walk,
     "follow": choose.follow,
+    "draft_lookup": draft_lookup,
+    "draft_recycled": draft_recycled,
+    "recycle": recycle,
+    "take": take,
     "route": moe.route,
     "expert_gemv": moe.expert_gemv,
     "mixed": moe.mixed,

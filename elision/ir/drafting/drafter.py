@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from elision.errors import BadInput
@@ -16,6 +16,7 @@ class Drafter:
 
     name: ClassVar[str]
     rates: Rates
+    template: Proposal | None = None  # what every proposal is a part of, kinds as with the least that is known
 
     def propose(self, history: Array, prompt: int, depth: int) -> Proposal | None:
         """A tree of up to ``depth`` levels under the last token of ``history`` (int64; its first ``prompt`` tokens were given),
@@ -31,9 +32,13 @@ class Drafter:
     def finish(self, history: Array, prompt: int) -> None:
         """A row has ended."""
 
+    def tables(self) -> Mapping[str, Array]:
+        """Its memory by name, for those that draft in its place."""
+        return {}
+
     def nbytes(self) -> int:
         """Bytes of its tables."""
-        return 0
+        return sum(table.nbytes for table in self.tables().values())
 
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {}

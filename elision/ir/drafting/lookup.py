@@ -20,6 +20,7 @@ class PromptLookup(Drafter):
 
     def __init__(self, vocabulary: int, match: int = 3, length: int = 10) -> None:
         self.match, self.length = match, length
+        self.template = chain(0, np.zeros(length, np.int64), np.arange(length))
         start = 0.7 * np.arange(1, match + 1) / match
         self.rates = Rates(np.repeat(start, length) + 0.1 * np.tile(np.minimum(np.arange(length), 2), match))
 

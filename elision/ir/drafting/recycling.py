@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -27,24 +28,25 @@ class TokenRecycling(Drafter):
     def __init__(self, vocabulary: int, nodes: int = 40, k: int = 8, depth: int = 6) -> None:
         self.k = k
         self.successors = np.full((vocabulary, k), -1, np.int32)
-        self.template = _template(nodes, k, depth)
-        self.levels = list(self.template.levels())
+        self._shape = shape = _template(nodes, k, depth)
+        self._levels = list(shape.levels())
+        self.template = Proposal(shape.token, shape.parent, shape.depth, shape.kind * len(_STEADY))
         self.steady = np.zeros(vocabulary, np.int8)  # for each token, how often in a row its first successor was the same
         belief = np.array([_FALL[min(r, 7)] for r in range(k)])[:, None] * np.where(np.arange(k)[:, None] > 0, 1.0, _STEADY)
         self.rates = Rates(np.tile(belief.ravel(), depth + 1))
 
     def propose(self, history: Array, prompt: int, depth: int) -> Proposal | None:
-        shape = self.template
+        shape = self._shape
         token = np.empty(len(shape), np.int64)
         token[0] = history[-1]
         rank = shape.kind % self.k
-        for _, level in self.levels:
+        for _, level in self._levels:
             before = token[shape.parent[level]]
             token[level] = np.where(before < 0, -1, self.successors[before, rank[level]])
         there = (token >= 0) & (shape.depth <= depth)
         if not there[1]:
             return None
-        full = Proposal(token, shape.parent, shape.depth, shape.kind * 4 + self.steady[token[shape.parent]])
+        full = Proposal(token, shape.parent, shape.depth, shape.kind * len(_STEADY) + self.steady[token[shape.parent]])
         return full if there.all() else full.keep(there.nonzero()[0])
 
     def see(self, nodes: Array, best: Array) -> None:
@@ -53,8 +55,8 @@ class TokenRecycling(Drafter):
         self.steady[nodes[::-1]] = np.where(same, np.minimum(self.steady[nodes] + 1, 3), 0)[::-1]
         self.successors[nodes[::-1]] = best[::-1, : self.k]
 
-    def nbytes(self) -> int:
-        return self.successors.nbytes + self.steady.nbytes
+    def tables(self) -> Mapping[str, Array]:
+        return {"successors": self.successors, "steady": self.steady}
 
 
 def _template(nodes: int, k: int, depth: int) -> Proposal:

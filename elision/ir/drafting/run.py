@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from elision.ir.drafting.drafter import Drafter
-from elision.ir.drafting.policy import Always, Policy
+from elision.ir.drafting.policy import SIZES, Always, Policy
 from elision.ir.drafting.proposal import Array, Proposal, merge
 from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
@@ -69,6 +71,7 @@ class DraftRun:
         self._round = 0.0  # seconds of this round
         self._called = 0.0  # of the seconds of verifying and committing, what the policy has been told
         self._idle = 0  # rounds since drafting paid
+        self._promise = np.zeros(0)  # of trees that are made elsewhere, the chances that they have had, largest first
 
     def propose(self, last: torch.Tensor, requests: Requests, at: Tokens) -> tuple[torch.Tensor, Tokens]:
         """The round's trees: ids ``[n]`` and their tokens, row by row, roots first."""
@@ -100,6 +103,14 @@ class DraftRun:
         with self._all.lock:
             for drafter in self._all.drafters:
                 drafter.see(ids.numpy(), best.numpy())
+        self._count(paths, len(ids), len(ids))
+        self._round += time.perf_counter() - start
+        if self._sources:
+            self._all.policy.took(self._round)
+        self.seconds += self._round
+
+    def _count(self, paths: list[list[int]], nodes: int, size: int) -> None:
+        """What became of ``nodes`` in a call over ``size``."""
         for r, bits in self._sources.items():
             self.drafted += len(bits) - 1
             right = bits[paths[r][1:]]
@@ -107,13 +118,52 @@ class DraftRun:
                 counts.drafted += int((bits[1:] >> i & 1).sum())
                 counts.accepted += int((right >> i & 1).sum())
                 counts.rounds += int((bits[1:] >> i & 1).any())
-        self.sizes[len(ids)] += 1
+        self.sizes[nodes] += 1
         if (called := self.verify_seconds + self.commit_seconds) > self._called:
-            self._all.policy.called(sum(bool(p) for p in paths), len(ids), called - self._called)
+            self._all.policy.called(sum(bool(p) for p in paths), size, called - self._called)
             self._called = called
+
+    @property
+    def alone(self) -> Drafter | None:
+        """The one drafter, if all its trees are parts of one template: they may be made where the model runs."""
+        found = self._all.drafters
+        return found[0] if len(found) == 1 and found[0].template is not None else None
+
+    def ahead(self, rows: Sequence[int], requests: Requests, most: int) -> int:
+        """For trees of ``alone`` that are not known here yet: how many nodes beside the root each of these rows has this round,
+        the same for all and at most ``most``, by the chances that their trees have had."""
+        start = time.perf_counter()
+        drafter = self._all.drafters[0]
+        assert drafter.template is not None
+        with self._all.lock:
+            for r in rows:
+                self._read(r, requests.histories[r].numpy())
+            if not len(self._promise):
+                self._promise = _worth(drafter, drafter.template)
+        count = self._all.policy.nodes(np.repeat(self._promise, len(rows)), len(rows))
+        size = min(most, -(-count // len(rows))) + 1
+        self._round = time.perf_counter() - start
+        return SIZES[bisect_right(SIZES, size) - 1] - 1
+
+    def made(
+        self, rows: Sequence[int], requests: Requests, drafted: list[int], accepted: list[int], found: list[Proposal | None],
+        size: int,
+    ) -> None:  # fmt: skip
+        """What became of such trees: of each row the nodes that were run and those that were accepted beside its root, and all
+        that was guessed; ``size``: nodes of the call."""
+        start = time.perf_counter()
+        paths: list[list[int]] = [[] for _ in self._open]
+        with self._all.lock:
+            for r, n, tree in zip(rows, accepted, found, strict=True):
+                self._open[r].append((len(requests.histories[r]), [tree]))
+                paths[r] = [0] * (n + 1)
+                worth = np.zeros(len(self._promise)) if tree is None else _worth(self._all.drafters[0], tree)
+                self._promise[: len(worth)] += (worth - self._promise[: len(worth)]) / 8
+                self._promise[len(worth) :] *= 7 / 8
+        self._sources = {r: np.ones(n + 1, np.int64) for r, n in zip(rows, drafted, strict=True) if n}
+        self._count(paths, len(rows) + sum(drafted), size)
         self._round += time.perf_counter() - start
-        if self._sources:
-            self._all.policy.took(self._round)
+        self._all.policy.took(self._round)
         self.seconds += self._round
 
     def finish(self, row: int, history: Array, prompt: int) -> None:
@@ -178,3 +228,9 @@ class DraftRun:
         for drafter in self._all.drafters:
             drafter.advance(history, len(history) - self._seen[r])
         self._seen[r] = len(history)
+
+
+def _worth(drafter: Drafter, tree: Proposal) -> Array:
+    """The chances of a tree's nodes beside the root, largest first."""
+    found: Array = -np.sort(-tree.along(drafter.rates.of(tree.kind))[1:])
+    return found

@@ -14,7 +14,7 @@ from elision.errors import BadInput
 from elision.ir.layout import SLACK, Spec, index_spec, segment_specs, slot_count
 from elision.ir.program import Program
 from elision.ir.states import KV, Ring
-from elision.runtime.cuda.device import Device
+from elision.runtime.cuda.device import Device, free_all
 
 
 class DeviceCache:
@@ -42,7 +42,7 @@ class DeviceCache:
             "pages": 16 * arrays["summary"][0][2] if "summary" in arrays else 0,
         }  # fmt: skip
         self._most = np.zeros(rows, np.int64)  # entries of a sequence, at the most
-        self.free = weakref.finalize(self, _free, device, tuple(self.address.values()))
+        self.free = weakref.finalize(self, free_all, device, tuple(self.address.values()))
         self.free.atexit = False  # the device may be gone by then
 
     def need_room(self, counts: np.ndarray[Any, Any]) -> None:
@@ -52,6 +52,10 @@ class DeviceCache:
         if not isinstance(slots, Ring) and int(most.max()) > self.sizes["slots"]:
             raise BadInput(f"append: {slots} has {self.sizes['slots']} rows and they are full; evict, or ask for more")
         self._most = most
+
+    def unused(self, counts: np.ndarray[Any, Any]) -> None:
+        """So many of the entries for which there was room have not come."""
+        self._most = self._most - counts
 
     def evicted(self, rows: np.ndarray[Any, Any], n: int) -> None:
         """At most ``n`` entries of these sequences have stayed."""
@@ -85,11 +89,6 @@ class DeviceCache:
         """Nothing that was drafted stays in Scratch."""
         if "node_live" in self.specs:
             self._device.clear(self.address["node_live"], prod(self.specs["node_live"][0]))
-
-
-def _free(device: Device, addresses: Sequence[int]) -> None:
-    for address in addresses:
-        device.free(address)
 
 
 def _common(a: Sequence[int], b: Sequence[int], itemsize: int) -> tuple[int, int, int, int]:

@@ -44,3 +44,16 @@ class Device(Protocol):
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
         """Launches as one graph, which the result starts again: the same kernels with the same arguments."""
         ...
+
+
+def free_all(device: Device, addresses: Sequence[int]) -> None:
+    """What a finalizer does."""
+    for address in addresses:
+        device.free(address)
+
+
+class Held(Protocol):
+    """Arrays on the device that are a run's: a cache, or its drafts. Numbers that kernels must know are ``sizes``."""
+
+    address: dict[str, int]
+    sizes: dict[str, int]

@@ -153,6 +153,14 @@ def capability(library: Any = None) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def device_name(library: Any) -> str:
+    """What the first GPU is called, once `capability` has been asked."""
+    device, text = c_int(), ctypes.create_string_buffer(256)
+    library.cuDeviceGet(byref(device), 0)
+    library.cuDeviceGetName(text, c_int(len(text)), device)
+    return text.value.decode()
+
+
 def _word(type: str, value: Number) -> Any:
     """A parameter as the driver takes it."""
     plain = type.removesuffix(":16")

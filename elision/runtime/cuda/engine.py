@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from elision.ir.schedule import Schedule
 from elision.ir.tokens import Tokens
 from elision.ir.types import DTYPES
 from elision.ir.value import Value
-from elision.runtime.cuda.caches import DeviceCache
-from elision.runtime.cuda.device import Device, Number
+from elision.runtime.cuda.device import Device, Held, Number
 
-Caches = Mapping[str, DeviceCache]
+Caches = Mapping[str, Held]
 
 
 #: The tokens of an axis, and further arrays of it: ``index``, of one that was chosen from another which of its tokens they are.
@@ -63,7 +62,7 @@ class Call:
         self.longest: dict[int, int] = {}
         self.feeds = all(row.host < 0 for row in schedule.rows)  # no axis depends on positions
         self.fed: tuple[Any, ...] = ()  # which tokens, of which caches, are on the device already (`Natives`)
-        self.graphs: weakref.WeakKeyDictionary[DeviceCache, dict[Any, Callable[[], None]]] = weakref.WeakKeyDictionary()
+        self.graphs: weakref.WeakKeyDictionary[Held, dict[Any, Callable[[], None]]] = weakref.WeakKeyDictionary()
 
     def buffer(self, index: int) -> int:
         slot = self.schedule.buffers[index].slot
@@ -140,12 +139,15 @@ class Engine:
 
     def run(self, call: Call, caches: Caches) -> None:
         """The launches of a call, in order."""
-        for launch in self._launches(call, caches):
+        for launch in self._launches(call, caches, call.schedule):
             self.device.launch(*launch)
 
-    def graph(self, call: Call, caches: Caches) -> Callable[[], None]:
-        """The launches of a call as a graph. What they need is there before they are recorded."""
-        launches = self._launches(call, caches)
+    def graph(self, call: Call, caches: Caches, entries: Sequence[str] = ()) -> Callable[[], None]:
+        """The launches of a call, or those of several entries on its tokens (its own, and such as have no values), as a graph.
+        What they need is there before they are recorded."""
+        there = self.code.schedules
+        schedules = [call.schedule if n == call.schedule.entry else there[n]["many"] for n in entries] or [call.schedule]
+        launches = [launch for schedule in schedules for launch in self._launches(call, caches, schedule)]
 
         def all_of_them() -> None:
             for launch in launches:
@@ -153,10 +155,10 @@ class Engine:
 
         return self.device.record(all_of_them)
 
-    def _launches(self, call: Call, caches: Caches) -> list[tuple[str, list[int], list[Number]]]:
+    def _launches(self, call: Call, caches: Caches, schedule: Schedule) -> list[tuple[str, list[int], list[Number]]]:
         """Kernels, grids and arguments, but for launches of no program."""
         found = []
-        for row in call.schedule.rows:
+        for row in schedule.rows:
             if row.host < 0:
                 (_, grid), *operands = row.operands
                 sizes = [self._programs(part, call, caches) for part in grid]
@@ -190,6 +192,10 @@ class Engine:
                 return x
             case ("tensor", buffer, offset):
                 return call.buffer(buffer) + offset
+            case ("input", index):
+                return call.buffer(call.schedule.inputs[index])
+            case ("output", index):
+                return call.buffer(call.schedule.outputs[index][1])
             case ("weight", name, plane):
                 return self.weight(name, plane)
             case ("axis", axis, array):

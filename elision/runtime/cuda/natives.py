@@ -2,6 +2,8 @@
 
 A round without drafts is one graph of launches, that of ``decode``, which leaves the next token where the next round reads it.
 A round of drafts is ``step`` and ``commit``; the walk through the trees is the device's, and the host reads what was accepted.
+Where one drafter has kernels (`elision.runtime.cuda.drafts`), its trees are made and learnt from in the same graph, and that is
+all that the host reads; else they come from the host.
 Tokens are drawn on the device unless penalties ask for all the tokens before them. Other rounds (early exits, models that draft)
 are the interpreter's, with the entries from here.
 """
@@ -18,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from elision.ir.drafting.run import DraftRun
 from elision.ir.flatten import decoding
 from elision.ir.interp import Native
-from elision.ir.launch import need_entry
+from elision.ir.launch import DRAFTS, need_entry
 from elision.ir.op import lookup
 from elision.ir.ops.program import origin
 from elision.ir.program import committed_states, running
@@ -31,6 +34,8 @@ from elision.ir.tree import roots
 from elision.ir.value import Graph
 from elision.ir.verify import Request
 from elision.runtime.cuda.caches import DeviceCache
+from elision.runtime.cuda.device import Held
+from elision.runtime.cuda.drafts import DeviceDrafts, Tables
 from elision.runtime.cuda.engine import Call, Engine
 
 #: What is in a round that runs here: see `elision.ir.program.round_of`.
@@ -43,6 +48,8 @@ class Natives:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self._lock = engine, threading.RLock()
+        self._tables: Tables | None = None
+        self._drafts: weakref.WeakKeyDictionary[DraftRun, DeviceDrafts] = weakref.WeakKeyDictionary()
         self._items: dict[int, list[Request]] = {}  # by number of sequences, how the device was told to draw
 
     def entries(self) -> dict[str, Native]:
@@ -109,20 +116,26 @@ class Natives:
         for cache in caches.values():
             cache.drop()
 
-    def _launch(self, call: Call, caches: Mapping[str, DeviceCache]) -> None:
-        """The launches of a call as a graph, which is recorded once for caches and numbers of tokens."""
+    def _launch(self, call: Call, caches: Mapping[str, Held], entries: Sequence[str] = ()) -> None:
+        """The launches of a call (`Engine.graph`) as a graph, which is recorded once for caches and numbers of tokens."""
         kept = call.graphs.setdefault(next(iter(caches.values())), {})
         key = (*map(weakref.ref, caches.values()), *call.counts.items(), *call.longest.items())
         if key not in kept:
-            kept[key] = self.engine.graph(call, caches)
+            kept[key] = self.engine.graph(call, caches, entries)
         kept[key]()
 
     def _round(self, graph: Graph, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
         given = dict(zip((graph.names[v] for v in graph.inputs), args, strict=True))
         requests, drafts, last = given["requests"], given.get("drafts"), given["last"]
         caches = {name: a for name, a in given.items() if isinstance(a, DeviceCache)}
-        ids, nodes = (last, roots(at)) if drafts is None else drafts.propose(last, requests, at)
         step = running(graph).attr("target")
+        if isinstance(drafts, DraftRun) and self._drafts_here(step, drafts, requests, at):
+            with self._lock:
+                tokens = self._drafted(step, drafts, requests, last, at, caches)
+            return (tokens, torch.tensor([tokens[r][-1] for r in at.row.tolist()]), *caches.values(), drafts)
+        if self._tables is not None:
+            self._tables.take_home()
+        ids, nodes = (last, roots(at)) if drafts is None else drafts.propose(last, requests, at)
         with self._lock:
             start = time.perf_counter()
             if len(ids) == len(last) and decoding(step) in self.engine.code.schedules:
@@ -136,6 +149,49 @@ class Natives:
                 drafts.learn(ids, best, paths)
         tokens = lookup("emit").body(ids, paths, drawn, at=nodes)
         return (tokens, drawn, *caches.values(), *(() if drafts is None else (drafts,)))
+
+    def _drafts_here(self, entry: str, drafts: DraftRun, requests: Requests, at: Tokens) -> bool:
+        """Whether the device makes the trees of a round: it must know the drafter, draw the tokens, and need nothing of the host
+        that depends on positions."""
+        there = self.engine.code.schedules
+        if "propose" not in there or drafts.alone is None or 2 * len(at) > _PATH:
+            return False
+        known = not any(row.host >= 0 for schedule in there[entry].values() for row in schedule.rows)
+        return known and self._asked(requests, at)
+
+    def _drafted(
+        self, entry: str, drafts: DraftRun, requests: Requests, last: torch.Tensor, at: Tokens, caches: dict[str, DeviceCache]
+    ) -> list[list[int]]:
+        """A whole round as one graph: trees, their verification, its commit, and what the drafter learns. The new tokens of every
+        sequence."""
+        engine, rows, drafter = self.engine, at.row.tolist(), drafts.alone
+        assert drafter is not None and drafter.template is not None
+        if self._tables is None:
+            self._tables = Tables(engine.device, drafter)
+        if drafts not in self._drafts:
+            capacity = next(iter(caches.values())).capacity
+            self._drafts[drafts] = DeviceDrafts(engine.device, self._tables, drafter, at.rows, capacity)
+        here = self._drafts[drafts]
+        n = drafts.ahead(rows, requests, min(_PATH // len(rows), len(drafter.template)) - 1)
+        start = time.perf_counter()
+        most = np.zeros(at.rows, np.int64)
+        most[rows] = 1 + np.minimum(here.begin(rows, requests), n)
+        _need_room(caches, most)
+        nodes = _blank(rows, n + 1, at.rows)
+        call, fed = engine.known(entry, nodes), ("drafted", rows, n)
+        if call is None or call.fed != fed:
+            call = engine.call(entry, nodes, torch.zeros_like(nodes.row))
+            call.fed = fed
+        self._launch(call, {**caches, DRAFTS: here}, ("propose", entry, "commit", "learn"))
+        drafted, new, found = here.end(rows)
+        drafts.verify_seconds += time.perf_counter() - start
+        tokens: list[list[int]] = [[] for _ in range(at.rows)]
+        for r, line in zip(rows, new, strict=True):
+            tokens[r] = line
+        for cache in caches.values():
+            cache.unused(most - [len(line) for line in tokens])
+        drafts.made(rows, requests, drafted, [len(line) - 1 for line in new], found, len(nodes))
+        return tokens
 
     def _decode(
         self, entry: str, requests: Requests, last: torch.Tensor, at: Tokens, caches: dict[str, DeviceCache], learns: bool
@@ -159,10 +215,9 @@ class Natives:
         return paths, drawn, best
 
     def _asked(self, requests: Requests, at: Tokens) -> bool:
-        """Tell the device how the sequences draw their tokens. Whether it can: what looks at the tokens before (penalties,
-        suppressed tokens) is the host's, and so are other rules than `match`."""
-        items = [requests.items[r] for r in sorted(set(at.row.tolist()))]
-        if not all(q.plain or q.rule == "match" and q.warp.repetition_penalty == 1.0 and not q.warp.suppress for q in items):
+        """Tell the device how the sequences draw their tokens. Whether it can: what looks at the tokens before (penalties) is the
+        host's, tokens that are suppressed at positions that are to come, and other rules than `match`."""
+        if not all(_without_host(requests.items[r], len(requests.histories[r])) for r in set(at.row.tolist())):
             return False
         if self._items.get(at.rows) != requests.items:
             self._items[at.rows] = list(requests.items)
@@ -192,6 +247,19 @@ class Natives:
         middle = time.perf_counter()
         self.commit([caches[n] for n in committed_states(engine.program)], paths)
         return paths, drawn, best, middle
+
+
+def _blank(rows: Sequence[int], nodes: int, sequences: int) -> Tokens:
+    """So many nodes of each sequence, whose places in trees are not known to the host."""
+    node = torch.arange(nodes).repeat(len(rows))
+    row = torch.repeat_interleave(torch.tensor(rows), nodes)
+    return Tokens(row, torch.zeros_like(row), sequences, node - 1, torch.ones_like(row) << node)
+
+
+def _without_host(q: Request, position: int) -> bool:
+    """Whether tokens from a position on are drawn by numbers that the device is told."""
+    suppressed = q.warp.suppress and position < q.warp.suppress_before
+    return (q.greedy or q.rule == "match") and q.warp.repetition_penalty == 1.0 and not suppressed
 
 
 def _need_room(caches: Mapping[str, DeviceCache], counts: np.ndarray[Any, Any]) -> None:
