@@ -9,7 +9,7 @@ from elision.codegen import views
 from elision.codegen.planner import Planner
 from elision.codegen.refusal import NotNative, knows, need
 from elision.codegen.regions import OF_INPUTS, OF_TOKENS, Products, Region, regions
-from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, page_rules, round_rules
+from elision.codegen.triton import attention_rules, dense_rules, evict_rules, moe_rules, page_rules, round_rules, score_rules
 from elision.codegen.triton.launches import Kernels, Launches
 from elision.ir import schedule as abi
 from elision.ir.flatten import generating_entries
@@ -121,7 +121,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "append": (attention_rules.append,),
     "attend": (attention_rules.attend, "mask", "scale", "softcap", "extras", "results", "page", "open"),
     "pick": (page_rules.pick, "n", "page", "open", "room", "first"),
-    "observe": (attention_rules.observe, "mask", "scale", "softcap", "extras", "last", "decoding"),
+    "observe": (score_rules.observe, "mask", "scale", "softcap", "extras", "last", "decoding"),
     "route": (
         moe_rules.route, "k", "kind", "renormalise", "eps", "scale", "groups", "top_groups", "group_best",
     ),

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from elision.codegen.triton import append, attend, choose, combine, evict, linear, moe, move, pages, rope, rows, sample, scores
+from elision.codegen.triton import (
+    append,
+    attend,
+    choose,
+    combine,
+    credit,
+    evict,
+    flush,
+    linear,
+    moe,
+    move,
+    noise,
+    pages,
+    rope,
+    rows,
+    sample,
+    scores,
+)
 from elision.codegen.triton.expression import expression
 from elision.ir.launch import Kernel
 
@@ -22,6 +39,10 @@ TEMPLATES: dict[str, Any] = {
     "combine": combine.combine,
     "key_scores": scores.key_scores,
     "mass": scores.mass,
+    "credit": credit.credit,
+    "noisy_keys": noise.noisy_keys,
+    "noisy_kept": noise.noisy_kept,
+    "noisy_waiting": noise.noisy_waiting,
     "summarise": pages.summarise,
     "summarised": pages.summarised,
     "bounds": pages.bounds,
@@ -29,6 +50,9 @@ TEMPLATES: dict[str, Any] = {
     "evict": evict.evict,
     "move_scores": evict.move_scores,
     "move": move.move,
+    "flush": flush.flush,
+    "move_up": flush.move_up,
+    "flushed": flush.flushed,
     "best_of_tile": choose.best_of_tile,
     "best_of_tiles": choose.best_of_tiles,
     "sample": sample.sample,
