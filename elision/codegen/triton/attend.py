@@ -128,23 +128,24 @@ def attend(
             top, total, sums = _joined(top, total, sums, s, value)
         if DRAFTED:
             if split == splits - 1:
-                other = tl.arange(0, NODES)
                 bits = tl.load(anc + token, mask=there, other=0)
-                live = tl.load(node_live + row * NODES + other) != 0
-                k_pos = tl.load(node_pos + row * NODES + other)
                 k_head, k_sizes, k_least = rows_of(draft_k, draft_k_scale, draft_k_low, place, NODES, 0, D, FORM_K)
                 v_head, v_sizes, v_least = rows_of(draft_v, draft_v_scale, draft_v_low, place, NODES, 0, DV, FORM_V)
-                key = keys(k_head, k_sizes, k_least, other, live, D, DP, FORM_K, TYPE)
-                s = logits(query, key, q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, SLOPES)
-                seen = live[None, :] & ((bits[:, None] >> other[None, :].to(tl.int64)) & 1 != 0)
-                seen &= sees(q_pos[:, None], k_pos[None, :], MASK, size, first_seen)
-                if RING:
-                    seen &= (k_pos < ring_sinks)[None, :] | (q_pos[:, None] - k_pos[None, :] < ring)
-                s = tl.where(seen, s, float("-inf"))
-                if WAITING > 0:
-                    tl.store(kept_nodes + line[:, None] * NODES + other[None, :], s, mask=there[:, None])
-                value = values(v_head, v_sizes, v_least, other, live, DV, DVP, FORM_V, TYPE)
-                top, total, sums = _joined(top, total, sums, s, value)
+                for begun in tl.range(0, NODES, BN if BN < NODES else NODES, num_stages=1):
+                    other = begun + tl.arange(0, BN if BN < NODES else NODES)
+                    live = tl.load(node_live + row * NODES + other) != 0
+                    k_pos = tl.load(node_pos + row * NODES + other)
+                    key = keys(k_head, k_sizes, k_least, other, live, D, DP, FORM_K, TYPE)
+                    s = logits(query, key, q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, SLOPES)
+                    seen = live[None, :] & ((bits[:, None] >> other[None, :].to(tl.int64)) & 1 != 0)
+                    seen &= sees(q_pos[:, None], k_pos[None, :], MASK, size, first_seen)
+                    if RING:
+                        seen &= (k_pos < ring_sinks)[None, :] | (q_pos[:, None] - k_pos[None, :] < ring)
+                    s = tl.where(seen, s, float("-inf"))
+                    if WAITING > 0:
+                        tl.store(kept_nodes + line[:, None] * NODES + other[None, :], s, mask=there[:, None])
+                    value = values(v_head, v_sizes, v_least, other, live, DV, DVP, FORM_V, TYPE)
+                    top, total, sums = _joined(top, total, sums, s, value)
 
         channel = tl.arange(0, DVP)
         if not PARTS:

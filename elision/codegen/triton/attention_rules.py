@@ -142,7 +142,8 @@ def attend(to: Launches, value: Value) -> None:
     per = heads // state.heads
     single = to.plan.graph.name.startswith("decode")
     single |= "pages" in named
-    tile, splits = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize)
+    coded = any(isinstance(e, Int) and (e.bits < 8 or e.zero) for s in state.main for e in (s.k, s.v))
+    tile, splits = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize, coded)
     slots, padded, pages = state.main[-1].slots, power(per), named.get("pages")
     if pages is not None:  # a program has one token
         need(state.keyed_by == "position" and isinstance(slots, Dense), "pages of entries that move")

@@ -29,8 +29,8 @@ def credit(
         own = tl.load(path + row * NODES + slot - n, mask=new, other=0)
         k_pos = tl.load(entry_pos + list_ * entries + slot, mask=old, other=0)
         k_pos = tl.where(new, tl.load(node_pos + row * NODES + own, mask=new, other=0), k_pos)
-        score += (row * H + h) * wide + slot
-        found = tl.load(score, mask=old, other=0.0)  # new entries have no score yet
+        where = score + (row * H + h) * wide + slot
+        found = tl.load(where, mask=old, other=0.0)  # new entries have no score yet
         for i in range(0, count):
             node = tl.load(path + row * NODES + i)
             found *= decay
@@ -44,4 +44,4 @@ def credit(
                     by = cold(q_pos, tl.load(prompt + row), tau, tau_end, steps)
                     x = shaken(x, stream(seed, (n * 0 + h * G + g), q_pos), k_pos, by, amplitude) - tl.load(lse + line * 2 + 1)
                 found += tl.exp(x)
-        tl.store(score, found, mask=old | new)
+        tl.store(where, found, mask=old | new)

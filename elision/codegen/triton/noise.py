@@ -12,16 +12,16 @@ from elision.codegen.triton.seen import logits, sees
 from elision.ir import gumbel
 
 GOLDEN = tl.constexpr(gumbel.GOLDEN)
-SHIFTS = tuple(tl.constexpr(n) for n in gumbel.SHIFTS)
-FACTORS = tuple(tl.constexpr(n) for n in gumbel.FACTORS)
+SHIFT, AGAIN, LAST = (tl.constexpr(n) for n in gumbel.SHIFTS)
+FACTOR, OTHER = (tl.constexpr(n) for n in gumbel.FACTORS)
 
 
 @triton.jit
 def mixed(x):
     """32 well mixed bits for 32 bits."""
-    x = (x ^ (x >> SHIFTS[0])) * FACTORS[0]
-    x = (x ^ (x >> SHIFTS[1])) * FACTORS[1]
-    return x ^ (x >> SHIFTS[2])
+    x = (x ^ (x >> SHIFT)) * FACTOR
+    x = (x ^ (x >> AGAIN)) * OTHER
+    return x ^ (x >> LAST)
 
 
 @triton.jit
