@@ -32,14 +32,22 @@ def one_of_each(code: DeviceCode) -> DeviceCode:
     return DeviceCode({n: k for n, k in code.kernels.items() if n in kept}, {}, {})
 
 
+#: Methods whose caches take kernels of their own: pages, scores of drafts by a noisy softmax, codes of few bits.
+METHODS = [
+    ("insert-cache:dtype=int8", "quest:budget=1024,dense=0"), ("keyformer:budget=1024,recent=60", "prompt-lookup"),
+    ("kivi:bits=2",), ("kv-quant:bits=4",),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
-    """Of the shapes of Mixtral, with weights of four bits and a cache of bytes; then what methods that evict have besides."""
+    """Of the shapes of Mixtral, with weights of four bits and a cache of bytes; then what methods have besides."""
     code = one_of_each(plan_program(shaped("mixtral", ("int4:group=32", "insert-cache:dtype=int8"))))
-    there = {k.template for k in code.kernels.values()}
-    for method in ("h2o:budget=1024,recent=60", "quest:budget=1024,dense=0"):
-        more = one_of_each(plan_program(shaped("llama-3-8b", ("insert-cache:dtype=int8", method)))).kernels
-        code = DeviceCode({**code.kernels, **{f"more_{n}": k for n, k in more.items() if k.template not in there}}, {}, {})
+    for number, method in enumerate(METHODS):
+        there = {k.template for k in code.kernels.values()}
+        for name, kernel in one_of_each(plan_program(shaped("llama-3-8b", method))).kernels.items():
+            if kernel.template not in there or number > 1 and kernel.template in ("attend", "append"):
+                code.kernels[f"{number}_{name}"] = kernel
     assert {k.template for k in code.kernels.values()} == set(TEMPLATES)
     build(code, [target])
     found = totals(code, target)
@@ -50,9 +58,9 @@ def test_a_layer_of_every_kind_compiles_without_spills(target: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [n for n in SHAPES if n != "tiny"])
-def test_every_kernel_of_a_model_compiles(name: str, target: str) -> None:
-    code = plan_program(shaped(name))
+@pytest.mark.parametrize("name,method", [*((n, ()) for n in SHAPES if n != "tiny"), *(("llama-3-8b", m) for m in METHODS)])
+def test_every_kernel_of_a_model_compiles(name: str, method: tuple[str, ...], target: str) -> None:
+    code = plan_program(shaped(name, method))
     assert not any(code.hosts.values())
     build(code, [target])
     spilling = {n: b.spills for n, b in code.binaries[target].items() if b.spills}

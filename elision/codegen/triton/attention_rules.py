@@ -196,7 +196,7 @@ def attend(to: Launches, value: Value) -> None:
         KEPT=bool(kept is not None or waits), BM=tile.m, BN=tile.n, OLDER_K=older_forms[0], OLDER_V=older_forms[1],
     )  # fmt: skip
     grid: tuple[Any, ...] = (splits, ("longest", tokens, tile.m // padded), ("rows", state.heads))
-    writes = [out.buffer if part is None else part, *([] if kept is None else [kept])]
+    writes: list[int | str] = [out.buffer if part is None else part, *([] if kept is None else [kept])]
     if lse is not None and part is None:
         writes.append(lse)
     if waits:
@@ -208,7 +208,8 @@ def attend(to: Launches, value: Value) -> None:
         )  # fmt: skip
         grid = (("tokens", tokens, 1), heads)
         shared["row"] = axis(tokens, "row") if waits else None
-        writes = [out.buffer, *([lse] if lse is not None else []), *([name] if waits else [])]
+        writes = [out.buffer] if lse is None else [out.buffer, lse]
+        writes += [name] if waits else []
         to.launch("combine", grid, shared, fixed, writes=writes, warps=1)
     if lse is not None:
         to.lse[q] = lse

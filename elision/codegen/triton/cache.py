@@ -35,7 +35,7 @@ def keys(k, scale, low, slot, inside, D: tl.constexpr, DP: tl.constexpr, FORM: t
     there = inside[None, :] if DP == D else inside[None, :] & (channel < D)
     PER: tl.constexpr = per_byte(FORM)
     found = tl.load(k + key_place(slot[None, :], channel // PER, D // PER), mask=there, other=0)
-    return _numbers(found, scale, low, slot[None, :], channel, inside[None, :], there, D, FORM).to(TYPE)
+    return _numbers(found, scale, low, slot, channel, inside, there, 0, D, FORM).to(TYPE)
 
 
 @triton.jit
@@ -45,12 +45,12 @@ def values(v, scale, low, slot, inside, D: tl.constexpr, DP: tl.constexpr, FORM:
     there = inside[:, None] if DP == D else inside[:, None] & (channel < D)
     PER: tl.constexpr = per_byte(FORM)
     found = tl.load(v + slot[:, None] * (D // PER) + channel // PER, mask=there, other=0)
-    return _numbers(found, scale, low, slot[:, None], channel, inside[:, None], there, D, FORM).to(TYPE)
+    return _numbers(found, scale, low, slot, channel, inside, there, 1, D, FORM).to(TYPE)
 
 
 @triton.jit
-def _numbers(found, scale, low, slot, channel, inside, there, D: tl.constexpr, FORM: tl.constexpr):
-    """What is stored as ``found`` in these slots and channels."""
+def _numbers(found, scale, low, slot, channel, inside, there, AXIS: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr):
+    """What is stored as ``found`` in these slots and channels; ``AXIS``: that of the channels."""
     if not codes(FORM):
         return found
     else:
@@ -58,13 +58,18 @@ def _numbers(found, scale, low, slot, channel, inside, there, D: tl.constexpr, F
             found = (found.to(tl.int32) >> (channel % per_byte(FORM)) * bits_of(FORM)) & (2 ** bits_of(FORM) - 1)
             if not has_low(FORM):
                 found -= 2 ** (bits_of(FORM) - 1)
-        if by_token(FORM):
-            at, known = slot // group_of(FORM) * D + channel, there
-        elif beside(FORM, D) == 1:
-            at, known = slot, inside
-        else:
-            at, known = slot * beside(FORM, D) + channel // group_of(FORM), there
-        number = found.to(tl.float32) * tl.load(scale + at, mask=known, other=0.0)
+        number = found.to(tl.float32) * _side(scale, slot, channel, inside, there, AXIS, D, FORM)
         if has_low(FORM):
-            number = tl.where(there, number + tl.load(low + at, mask=known, other=0.0), 0.0)
+            number = tl.where(there, number + _side(low, slot, channel, inside, there, AXIS, D, FORM), 0.0)
         return number
+
+
+@triton.jit
+def _side(x, slot, channel, inside, there, AXIS: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr):
+    """The scales or minima of these slots and channels; one for a row is read once."""
+    if beside(FORM, D) == 1:
+        return tl.expand_dims(tl.load(x + slot, mask=inside, other=0.0), AXIS)
+    elif by_token(FORM):
+        return tl.load(x + tl.expand_dims(slot, AXIS) // group_of(FORM) * D + channel, mask=there, other=0.0)
+    else:
+        return tl.load(x + tl.expand_dims(slot, AXIS) * beside(FORM, D) + channel // group_of(FORM), mask=there, other=0.0)

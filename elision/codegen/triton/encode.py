@@ -14,18 +14,16 @@ def quantised(x, there, FORM: tl.constexpr):
     """Of groups ``x [.., n]``, of which only what is ``there`` counts: the codes as they are stored, int32, then their scales and
     minima ``[..]`` (0, if they have none)."""
     LIMIT: tl.constexpr = 2 ** (bits_of(FORM) - 1) - 1
+    LEAST: tl.constexpr = 0 if has_low(FORM) else -LIMIT
+    MOST: tl.constexpr = 2 * LIMIT + 1 if has_low(FORM) else LIMIT
     if has_low(FORM):
         low = tl.min(tl.where(there, x, float("inf")), -1)
-        size = (tl.max(tl.where(there, x, float("-inf")), -1) - low) / (2 * LIMIT + 1.0)
-        least: tl.constexpr = 0.0
-        most: tl.constexpr = 2 * LIMIT + 1.0
+        size = (tl.max(tl.where(there, x, float("-inf")), -1) - low) / (MOST * 1.0)
     else:
-        size = tl.max(tl.where(there, tl.abs(x), 0.0), -1) / (LIMIT * 1.0)
+        size = tl.max(tl.where(there, tl.abs(x), 0.0), -1) / (MOST * 1.0)
         low = tl.zeros_like(size)
-        least: tl.constexpr = -1.0 * LIMIT
-        most: tl.constexpr = 1.0 * LIMIT
     found = (x - tl.expand_dims(low, -1)) / tl.expand_dims(tl.where(size > 0, size, 1.0), -1)
-    code = tl.minimum(tl.maximum(_nearest(found), least), most).to(tl.int32)
+    code = tl.minimum(tl.maximum(_nearest(found), LEAST * 1.0), MOST * 1.0).to(tl.int32)
     if not has_low(FORM) and not signed(FORM):
         code += LIMIT + 1
     return code, size, low

@@ -40,20 +40,20 @@ def observe(to: Launches, value: Value) -> None:
     }  # fmt: skip
     fixed = {k: v for k, v in fixed_sizes(state).items() if k not in ("DV", "DVP", "FORM_V")} | dict(
         G=per, GP=power(per), MASK=mask.kind, SOFTCAP=bool(value.attr("softcap")), SLOPES="slopes" in named, PENDING=True,
-        BM=max(32, power(per)), BN=64,
+        BM=max(32, power(per)), BN=64 if state.scores.gumbel is None else 32,
     )  # fmt: skip
     norm = to.scratch(tokens, heads) if state.scores.gumbel is not None else None
     if norm is not None:
-        grid = (("longest", tokens, fixed["BM"] // fixed["GP"]), ("rows", state.heads))
+        tiles = ("longest", tokens, fixed["BM"] // fixed["GP"])
         more = {"norm": piece(norm), "prompt": cache(name, state, "prompt")}
-        to.launch("noisy_keys", grid, keys | more, fixed, reads=[name], writes=[norm, name])
+        to.launch("noisy_keys", (tiles, ("rows", state.heads)), keys | more, fixed, reads=[name], writes=[norm, name])
     for array, decay in state.scores.arrays.items():
         need(decay > 0, "scores that forget at once")
         args = keys | {
             "score": cache(name, state, array), "ahead": axis(tokens, "ahead"), "wide": size(name, "wide"),
             "decay": real(decay), "last": integer(value.attr("last", 0)), "norm": None if norm is None else piece(norm),
         }  # fmt: skip
-        grid = (("entries", name, 64), ("rows", state.heads))
+        grid = (("entries", name, fixed["BN"]), ("rows", state.heads))
         reads = [name] if norm is None else [name, norm]
         to.launch("key_scores", grid, args, fixed | dict(ADD=True, NOISY=norm is not None), reads=reads, writes=[name])
 
@@ -83,8 +83,8 @@ def _decoded(to: Launches, name: str, state: KV, q: Value) -> None:
     }  # fmt: skip
     fixed = dict(H=state.heads, G=heads // state.heads, LISTS=lists(state), PENDING=True)
     if norm is not None:
-        grid = (("tokens", tokens, 1), heads)
-        to.launch("noisy_kept", grid, args | more | {"row": axis(tokens, "row")}, fixed | dict(BN=512), [name], [norm])
+        given = args | more | {"row": axis(tokens, "row")}
+        to.launch("noisy_kept", (("tokens", tokens, 1), heads), given, fixed | dict(BN=512), [name], [norm])
     for array, decay in state.scores.arrays.items():
         given = args | more | {
             "score": cache(name, state, array), "start": axis(tokens, "start"), "wide": size(name, "wide"), "decay": real(decay),
@@ -106,8 +106,7 @@ def credit(to: Launches, name: str, state: KV) -> None:
     group, most = state.scores.group, nodes(state)
     fixed = dict(H=state.heads, G=group, LISTS=lists(state), DEPTH=state.scores.depth, NODES=most)
     if state.scores.gumbel is not None:
-        grid = (most, ("rows", state.heads * group))
-        to.launch("noisy_waiting", grid, args, fixed | dict(BN=512), reads=[name], writes=[name])
+        to.launch("noisy_waiting", (most, ("rows", state.heads * group)), args, fixed | dict(BN=512), reads=[name], writes=[name])
     for array, decay in state.scores.arrays.items():
         given = args | {"score": cache(name, state, array), "decay": real(decay)}
         grid = (("entries", name, 128), ("rows", state.heads))
