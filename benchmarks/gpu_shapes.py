@@ -52,6 +52,7 @@ def shaped(name: str, passes: tuple[str, ...] = (), layers: int = 1, stored: str
     sizes = {
         "heads=2, dim=24, vdim=24": f"heads={cached}, dim={dim}, vdim={dim}", "4, 24": f"{heads}, {dim}",
         "2, 24": f"{cached}, {dim}", "Scores(group=2": f"Scores(group={heads // cached}",
+        "depth=64": "depth=64",
         "24": dim, "96": heads * dim, "48": cached * dim, "64": hidden, "128": inside, "256": 2 * inside, "112": vocabulary,
         "f32[12]": f"f32[{dim // 2}]", "6": 8,
     }  # fmt: skip

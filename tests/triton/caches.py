@@ -9,6 +9,7 @@ import triton
 
 from elision.codegen.triton.attend import attend
 from elision.codegen.triton.combine import combine
+from elision.codegen.triton.forms import form
 from elision.ir.mask import Mask
 from elision.ir.nodes import nodes_of
 from elision.ir.states import KV, Dense, Float, Int, Ring, Scratch, Segment, Slots
@@ -62,13 +63,16 @@ def axis(tokens: Tokens) -> dict[str, torch.Tensor]:
 
 
 def arrays(store: KVStore, segment: int) -> tuple[torch.Tensor | None, ...]:
-    """Keys, values and their scales of a segment."""
+    """Keys, values, their scales and minima of a segment."""
     k, v = (store.segments[segment].planes[w].arrays for w in "kv")
-    return k["codes"], v["codes"], k.get("scale"), v.get("scale")
+    return k["codes"], v["codes"], k.get("scale"), v.get("scale"), k.get("low"), v.get("low")
 
 
-def group(encoding: Any) -> int:
-    return encoding.group if isinstance(encoding, Int) else 0
+def older(store: KVStore) -> tuple[Any, ...]:
+    """The segment before the one that is appended to: its arrays, lengths, blocks and groups of keys."""
+    if len(store.type.main) == 1:
+        return (None,) * 9
+    return *arrays(store, 0), store.len["k"][0], blocks(store), store.segments[0].planes["k"].arrays["scale"].shape[2]
 
 
 def blocks(store: KVStore, segment: int = 0) -> int:
@@ -81,7 +85,7 @@ def attention(
     splits: int = 1, pending: bool = False, kept: torch.Tensor | None = None, bm: int = 16,
     ordered: bool = False, pages: tuple[torch.Tensor, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The output and the log-sum-exp by kernels."""
+    """The output and the log-sum-exp by kernels; of drafts with scores, the latter waits in the cache."""
     type, at = store.type, axis(tokens)
     heads, group_ = q.shape[1], q.shape[1] // type.heads
     gp = triton.next_power_of_2(group_) if pages is None else bm
@@ -92,18 +96,22 @@ def attention(
     lse = torch.full((len(tokens), heads), torch.nan)
     dvp = max(16, triton.next_power_of_2(type.vdim))
     part = torch.full((splits, len(tokens), heads, dvp + 2), torch.nan)
-    k, v, ks, vs = arrays(store, 0)
-    dk, dv, dks, dvs = arrays(store, len(store.segments) - 1)
+    tail, first = store.tail, type.main[0]
     index = store.index
+    waits = type.scores.depth if kept is None and type.scores is not None and tokens.drafted else 0
+    if waits:
+        kept, lse = index["waiting"], index["waiting_norm"]
     most = int(torch.bincount(tokens.row, minlength=tokens.rows).max())
     grid = (splits, -(-most // (bm // gp)), tokens.rows * type.heads)
     attend[grid](
-        out, lse, part, kept, q, q.stride(0), at["pos"], at.get("anc"), at["start"], slopes, sinks,
-        k, v, ks, vs, store.pos, store.len["k"], blocks(store), store.pos.shape[2],
-        dk, dv, dks, dvs, index["node_pos"], index["node_live"], len(tokens), splits,
+        out, lse, part, kept, index.get("waiting_nodes"), kept.shape[-1] if kept is not None else 0, q, q.stride(0), at["pos"],
+        at.get("anc"), at.get("node"), at["start"], slopes, sinks,
+        *arrays(store, tail), store.pos, store.len["k"][tail], blocks(store, tail), store.pos.shape[2], *older(store),
+        *arrays(store, len(store.segments) - 1), index["node_pos"], index["node_live"], len(tokens), splits,
         scale, softcap, mask.size, mask.sinks, slots.window if ring else 0, slots.sinks if ring else 0, chosen,
         H=type.heads, G=group_, GP=gp, D=type.dim, DV=type.vdim, DP=max(16, triton.next_power_of_2(type.dim)), DVP=dvp,
-        LISTS=store.pos.shape[1], GROUP_K=group(type.main[-1].k), GROUP_V=group(type.main[-1].v), MASK=mask.kind,
+        LISTS=store.pos.shape[1], FORM_K=form(type.main[-1].k), FORM_V=form(type.main[-1].v), OLDER_K=form(first.k),
+        OLDER_V=form(first.v), MASK=mask.kind, WAITING=waits,
         SOFTCAP=softcap > 0, SLOPES=slopes is not None, SINKS=sinks is not None, RING=ring, DRAFTED=tokens.drafted,
         PENDING=pending, ORDERED=ordered, NODES=NODES, PARTS=splits > 1, LSE=True, KEPT=kept is not None,
         LISTED=0 if chosen is None else chosen.shape[2], PAGE=page, OPEN=open, BM=bm, BN=16,
@@ -114,6 +122,8 @@ def attention(
             lse,
             part,
             sinks,
+            at["row"],
+            at.get("node"),
             len(tokens),
             HEADS=heads,
             DV=type.vdim,
@@ -121,5 +131,14 @@ def attention(
             SPLITS=splits,
             SINKS=sinks is not None,
             LSE=True,
+            WAITING=waits,
         )
     return out, lse
+
+
+def queries(n: int, heads: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> torch.Tensor:
+    return torch.randn(n, heads, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5) -> bool:
+    return torch.allclose(found.double(), expected.double(), rtol=rtol, atol=rtol, equal_nan=False)

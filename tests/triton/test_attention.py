@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from caches import arrays, attention, axis, blocks, fill, group, kv, trees
+from caches import arrays, attention, axis, blocks, fill, kv, near, queries, trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elision.codegen.triton.forms import form
 from elision.codegen.triton.scores import key_scores, mass
 from elision.ir.attend import attend as meaning
 from elision.ir.mask import Mask
@@ -19,14 +20,6 @@ from elision.ir.tokens import Tokens
 
 F32, BF16 = Float("f32"), Float("bf16")
 MASKS = [Mask(), Mask("full"), Mask("window", 5), Mask("window", 4, 2), Mask("chunk", 4)]
-
-
-def queries(n: int, heads: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> torch.Tensor:
-    return torch.randn(n, heads, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def near(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5) -> bool:
-    return torch.allclose(found.double(), expected.double(), rtol=rtol, atol=rtol, equal_nan=False)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -46,7 +39,9 @@ def test_a_ragged_prompt(mask: Mask, ordered: bool) -> None:
     assert near(found, out) and near(norm, lse)
 
 
-@pytest.mark.parametrize("encoding", [F32, BF16, Int(8, "channel", 16), Int(8, "channel", 48)], ids=str)
+@pytest.mark.parametrize(
+    "encoding", [F32, BF16, Int(8, "channel", 48), Int(4, "channel", 16, zero=True), Int(2, "channel", 48)], ids=str
+)
 @pytest.mark.parametrize("splits", [1, 2])
 def test_decoding_of_every_encoding(encoding: Float | Int, splits: int) -> None:
     type = kv(3, 48, 48, encoding)
@@ -137,13 +132,15 @@ def scored(
     add: bool,
 ) -> None:
     at, g = axis(tokens), q.shape[1] // type.heads
-    k, _, ks, _ = arrays(store, 0)
+    k, _, ks, _, low, _ = arrays(store, 0)
     decay = type.scores.decay if type.scores is not None else 1.0
     key_scores[(-(-store.pos.shape[2] // 16), tokens.rows * type.heads)](
-        score, q, q.stride(0), at["pos"], at["start"], at["ahead"], lse, None, k, ks, store.pos, store.len["k"], blocks(store),
-        store.pos.shape[2], score.shape[2], 0.25, 0.0, mask.size, mask.sinks, decay, last,
+        score, q, q.stride(0), at["pos"], at["start"], at["ahead"], lse, None, k, ks, low, store.pos, store.len["k"],
+        blocks(store),
+        store.pos.shape[2], score.shape[2], 0.25, 0.0, mask.size, mask.sinks, decay, last, *(None,) * 4,
         H=type.heads, G=g, GP=triton.next_power_of_2(g), D=type.dim, DP=16, LISTS=store.pos.shape[1],
-        GROUP_K=group(type.main[0].k), MASK=mask.kind, SOFTCAP=False, SLOPES=False, PENDING=False, ADD=add, BM=16, BN=16,
+        FORM_K=form(type.main[0].k), NOISY=False, MASK=mask.kind, SOFTCAP=False, SLOPES=False, PENDING=False, ADD=add, BM=16,
+        BN=16,
     )  # fmt: skip
 
 
@@ -168,8 +165,8 @@ def test_mass_from_what_decoding_kept() -> None:
     kept = torch.full((3, 4, 48), torch.nan)
     found, norm = attention(q, store, tokens, Mask("window", 9), 0.25, splits=2, kept=kept, ordered=True)
     score = torch.full_like(expected, torch.nan)
-    given = (kept, norm, axis(tokens)["start"], store.len["k"], 48, 48, 0.5)
-    fixed = dict(H=2, G=2, LISTS=1, PENDING=False, BN=16)
+    given = (kept, norm, axis(tokens)["start"], store.len["k"], 48, 48, 0.5, *(None,) * 9)
+    fixed = dict(H=2, G=2, LISTS=1, PENDING=False, NOISY=False, BN=16)
     mass[(3, 6)](score, *given, ADD=False, **fixed)
     assert near(found, out) and near(score, expected)
     mass[(3, 6)](score, *given, ADD=True, **fixed)

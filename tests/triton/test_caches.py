@@ -5,18 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from caches import NODES, arrays, axis, blocks, fill, group, kv, trees
+from caches import NODES, arrays, axis, blocks, fill, kv, older, trees
 
 from elision.codegen.triton.append import advance, append
 from elision.codegen.triton.choose import walk
+from elision.codegen.triton.forms import beside, form
 from elision.codegen.triton.move import move
+from elision.ir.encoding import code_width
 from elision.ir.ops.dense import rope
 from elision.ir.states import Budget, Dense, Float, Int, Ring, Slots
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
 from elision.ir.verify import RULES, Request
 
-ENCODINGS = [Float("f32"), Float("bf16"), Int(8, "channel", 16), Int(8, "channel", 48)]
+ENCODINGS = [
+    Float("f32"), Float("bf16"), Int(8, "channel", 16), Int(8, "channel", 48), Int(4, "channel", 16, zero=True),
+    Int(2, "channel", 48),
+]  # fmt: skip
 
 
 def appended(store: KVStore, tokens: Tokens, k: torch.Tensor, v: torch.Tensor, freq: torch.Tensor | None, style: str) -> None:
@@ -24,20 +29,21 @@ def appended(store: KVStore, tokens: Tokens, k: torch.Tensor, v: torch.Tensor, f
     type, at, index = store.type, axis(tokens), store.index
     slots = type.main[-1].slots
     ring = isinstance(slots, Ring)
-    segment = -1 if tokens.drafted else 0
+    segment = -1 if tokens.drafted else store.tail
     planes = arrays(store, segment)
     enc = type.main[-1].k
     append[(len(tokens), type.heads)](
         k, k.stride(0), v, v.stride(0), freq, at["row"], at["pos"], at.get("node"), at["start"], 1.0,
-        *planes, store.pos, index["node_pos"], index["node_live"], store.len["k"], index.get("count"), blocks(store, segment),
+        *planes, store.pos, index["node_pos"], index["node_live"], store.len["k"][store.tail], older(store)[6],
+        index.get("count"), blocks(store, segment),
         store.pos.shape[2], slots.sinks if ring else 0, store.segments[0].slots - slots.sinks if ring else 0,
         H=type.heads, D=type.dim, DV=type.vdim, DP=triton.next_power_of_2(type.dim), DVP=triton.next_power_of_2(type.vdim),
-        LISTS=store.pos.shape[1], GROUP_K=group(enc), GROUP_V=group(enc), R=0 if freq is None else len(freq), STYLE=style,
+        LISTS=store.pos.shape[1], FORM_K=form(enc), FORM_V=form(enc), R=0 if freq is None else len(freq), STYLE=style,
         DRAFTED=tokens.drafted, RING=ring, NODES=NODES,
     )  # fmt: skip
     if not tokens.drafted:
         advance[(1,)](
-            store.len["k"], store.len["v"], index.get("count"), at["start"], store.rows, store.segments[0].slots,
+            *(store.len[w][store.tail] for w in "kv"), index.get("count"), at["start"], store.rows, store.segments[0].slots,
             LISTS=store.pos.shape[1], RING=ring, COUNTS=False, BLOCK=16,
         )  # fmt: skip
 
@@ -87,15 +93,15 @@ def test_keys_turn_on_the_way(style: str, drafted: bool) -> None:
 
 
 def moved(store: KVStore, source: torch.Tensor, target: torch.Tensor, frm: int, after: bool) -> None:
-    """Move slots of a segment to segment 0."""
-    type, enc = store.type, store.type.main[0].k
-    scales = 48 // enc.group if isinstance(enc, Int) else 0
-    to, other = arrays(store, 0), arrays(store, frm)
+    """Move slots of a segment to the one that is appended to."""
+    type, enc, tail = store.type, store.type.main[-1].k, store.tail
+    scales, width = beside(form(enc), 48), code_width(enc, 48)
+    to, other = arrays(store, tail), arrays(store, frm)
     pos = store.index["node_pos"] if frm else store.pos
     move[(source.shape[-1], store.rows * type.heads)](
-        to[0], to[1], to[2], to[3], store.pos, other[0], other[1], other[2], other[3], pos, source, target, source.shape[-1],
-        blocks(store) * 16, blocks(store, frm) * 16, store.pos.shape[2], pos.shape[-1],
-        H=type.heads, D=48, DV=48, DP=64, DVP=64, LISTS=store.pos.shape[1],
+        *to, store.pos, *other, pos, source, target, older(store)[6], source.shape[-1],
+        blocks(store, tail) * 16, blocks(store, frm) * 16, store.pos.shape[2], pos.shape[-1],
+        H=type.heads, W=width, WV=width, WP=64, WVP=64, LISTS=store.pos.shape[1],
         FROM_LISTS=1 if frm else store.pos.shape[1], SHARED=False, GROUPS_K=scales, GROUPS_V=scales, GP=4, AFTER=after,
     )  # fmt: skip
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from caches import blocks, fill, group, kv
+from caches import arrays, blocks, fill, kv
 from test_generate import both, on_gpu
 from test_programs import compiled
 
 from elision.codegen.triton.evict import evict, move_scores
+from elision.codegen.triton.forms import beside, form
 from elision.codegen.triton.move import move
 from elision.ir.ops.choose import keep, pool
 from elision.ir.states import Budget, Float, Int, Scores
@@ -51,12 +52,10 @@ def test_the_best_stay(scored: bool, per_head: bool, pooled: int) -> None:
         source, target, other.index.get("score"), other.pos, start, other.len["k"], other.len["v"], other.pos.shape[2], wide, n,
         recent, sinks, SCORED=scored, POOL=pooled, POOL_RECENT=3 if pooled > 1 else 0, BN=16, **fixed,
     )  # fmt: skip
-    planes = [other.segments[0].planes[w].arrays for w in "kv"]
-    to = [planes[0]["codes"], planes[1]["codes"], planes[0].get("scale"), planes[1].get("scale"), other.pos]
-    room, size = blocks(other) * 16, group(type.main[0].k)
+    to, room, groups = (*arrays(other, 0), other.pos), blocks(other) * 16, beside(form(type.main[0].k), 48)
     move[(n, 8)](
-        *to, *to, source, target, n, room, room, other.pos.shape[2], other.pos.shape[2], D=48, DV=48, DP=64, DVP=64,
-        FROM_LISTS=each, SHARED=False, GROUPS_K=48 // size if size else 0, GROUPS_V=48 // size if size else 0, GP=4, AFTER=False,
+        *to, *to, source, target, None, n, room, room, other.pos.shape[2], other.pos.shape[2], W=48, WV=48, WP=64, WVP=64,
+        FROM_LISTS=each, SHARED=False, GROUPS_K=groups, GROUPS_V=groups, GP=4, AFTER=False,
         **fixed,
     )  # fmt: skip
     if scored:

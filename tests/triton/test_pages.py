@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from caches import arrays, attention, axis, blocks, fill, group, kv, trees
+from caches import arrays, attention, axis, blocks, fill, kv, trees
 from test_generate import on_gpu
 from test_programs import compiled
 
+from elision.codegen.triton.forms import form
 from elision.codegen.triton.pages import bounds, pick, summarise, summarised
 from elision.ir import pages as meaning
 from elision.ir.attend import attend as attending
@@ -28,8 +29,8 @@ def test_what_tokens_choose(encoding: Float | Int, page: int, open: int, drafted
     type = replace(kv(2, 48, 48, encoding), summary=Summary(page) if page > 1 else None)
     store, lengths = KVStore(type, 3, 90), [61, 9, 80]
     fill(store, [n // 2 for n in lengths])
-    k, _, scale, _ = arrays(store, 0)
-    fixed: dict[str, Any] = dict(H=2, D=48, DP=64, GROUP_K=group(encoding))
+    k, _, scale, _, low, _ = arrays(store, 0)
+    fixed: dict[str, Any] = dict(H=2, D=48, DP=64, FORM_K=form(encoding))
     expected: torch.Tensor | None = None
     if page > 1:
         table, done = torch.zeros_like(store.index["summary"]), torch.zeros(3, dtype=torch.int64)
@@ -37,7 +38,7 @@ def test_what_tokens_choose(encoding: Float | Int, page: int, open: int, drafted
             start = torch.tensor([sum(d < i for d in due) for i in range(4)])
             grid = (90 // page, 6)
             summarise[grid](
-                table, done, start, k, scale, store.len["k"], blocks(store), 16 * table.shape[2], PAGE=page, PP=16, **fixed
+                table, done, start, k, scale, low, store.len["k"], blocks(store), 16 * table.shape[2], PAGE=page, PP=16, **fixed
             )
             summarised[(1,)](done, start, store.len["k"], 3, PAGE=page, BLOCK=4)
             meaning.summarise(store, torch.tensor(due))
@@ -59,8 +60,8 @@ def test_what_tokens_choose(encoding: Float | Int, page: int, open: int, drafted
     bound, found = torch.full((len(tokens), 2, room), torch.nan), torch.full((len(tokens), 2, n), -7)
     shared = dict(PAGE=page, OPEN=open, PENDING=False)
     bounds[(-(-room // 16), len(tokens), 2)](
-        bound, q, q.stride(0), at["row"], at["pos"], at["start"], source, None, store.len["k"], 16 * source.shape[2], room,
-        **fixed | dict(G=3, SIDED=page > 1, GROUP_K=0, BN=16), **shared,
+        bound, q, q.stride(0), at["row"], at["pos"], at["start"], source, None, None, store.len["k"], 16 * source.shape[2], room,
+        **fixed | dict(G=3, SIDED=page > 1, FORM_K="", BN=16), **shared,
     )  # fmt: skip
     pick[(len(tokens), 2)](
         found, bound, at["row"], at["pos"], at["start"], store.len["k"], room, N=n, FIRST=first, H=2, BN=16, **shared

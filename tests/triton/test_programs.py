@@ -99,6 +99,6 @@ def test_rounds_of_drafts_give_the_tokens_of_plain_decoding() -> None:
 
 
 def test_what_has_no_kernel_is_refused_by_name() -> None:
-    model = compiled("LlamaConfig", ("kivi",))
-    with pytest.raises(BadInput, match="append.*has no kernel.*several segments"):
+    model = compiled("LlamaConfig", ("gear:block=16,rank=1",))
+    with pytest.raises(BadInput, match="append.*has no kernel.*older entries stored as Repaired"):
         engine(model)

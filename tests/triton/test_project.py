@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import triton
-from caches import NODES, arrays, axis, blocks, fill, group, kv, trees
+from caches import NODES, arrays, axis, blocks, fill, kv, trees
 from test_caches import same
 from test_linear import K, weight, width
 from test_programs import compiled
 
 from elision.codegen.triton.compile import plan_program
+from elision.codegen.triton.forms import form as form_of
 from elision.codegen.triton.project import project
 from elision.ir.ops.dense import norm, rope
 from elision.ir.states import Float, Int, Ring, Slots
@@ -67,13 +68,13 @@ def projected(
     project[((heads + 4) * -(-dim // bn), -(-t // bm))](
         q, x, gain if normed else None, 1e-5, *p0, *p1, *p2, *(added if bias else [None] * 3),
         *((gq, gk) if head_norm else (None, None)), 1e-5, *turned, t, at["row"], at["pos"], at.get("node"), at["start"],
-        *arrays(stores[1], -1 if drafted else 0), stores[1].pos, index["node_pos"], index["node_live"], stores[1].len["k"],
+        *arrays(stores[1], -1 if drafted else 0)[:4], stores[1].pos, index["node_pos"], index["node_live"], stores[1].len["k"],
         index.get("count"), blocks(stores[1], -1 if drafted else 0), stores[1].pos.shape[2], slots.sinks if ring else 0,
         stores[1].segments[0].slots - slots.sinks if ring else 0,
         K=k, FORMAT=form, NORM=normed, OFFSET=1.0, HEADS=heads, H=2, D=dim, LISTS=stores[1].pos.shape[1],
         FIRST_Q=firsts[0], FIRST_K=firsts[1], FIRST_V=firsts[2], BIAS=bias, HEAD_NORM=bool(head_norm),
-        HEAD_GAIN=bool(head_norm), HEAD_OFFSET=head_offset, EARLY=head_norm == "early", R=r, STYLE=style, GROUP_K=group(enc),
-        GROUP_V=group(enc), DRAFTED=drafted, RING=ring, NODES=NODES, BM=bm, BN=bn, BK=32 if k == K else 256,
+        HEAD_GAIN=bool(head_norm), HEAD_OFFSET=head_offset, EARLY=head_norm == "early", R=r, STYLE=style, FORM_K=form_of(enc),
+        FORM_V=form_of(enc), DRAFTED=drafted, RING=ring, NODES=NODES, BM=bm, BN=bn, BK=32 if k == K else 256,
     )  # fmt: skip
     if not drafted:  # `advance` counts
         for store in stores:

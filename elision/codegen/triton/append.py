@@ -5,21 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elision.codegen.triton.cache import key_place
+from elision.codegen.triton.cache import key_place, rows_of
+from elision.codegen.triton.encode import packed, quantised
+from elision.codegen.triton.forms import beside, codes, group_of, has_low, per_byte
 from elision.codegen.triton.rope import rotated
 
 
 @triton.jit
 def append(
     k_rows, k_stride, v_rows, v_stride, freq, row, pos, node, start, factor,
-    k, v, k_scale, v_scale, entry_pos, node_pos, node_live, length, written, blocks, entries, sinks, turns,
+    k, v, k_scale, v_scale, k_low, v_low, entry_pos, node_pos, node_live, length, older, written, blocks, entries, sinks, turns,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, LISTS: tl.constexpr,
-    GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, R: tl.constexpr, STYLE: tl.constexpr, DRAFTED: tl.constexpr,
+    FORM_K: tl.constexpr, FORM_V: tl.constexpr, R: tl.constexpr, STYLE: tl.constexpr, DRAFTED: tl.constexpr,
     RING: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """Program (token, cache head). Committed tokens go behind the entries of their sequence, which `advance` counts later;
     ``RING``: to the slots of the ``turns`` after the first ``sinks``, by ``written``, the tokens that ever came. ``DRAFTED`` ones
-    go to Scratch (``k`` and ``v`` are its arrays) by ``node``."""
+    go to Scratch (``k`` and ``v`` are its arrays) by ``node``. ``older``: how many entries a segment before this one has."""
     token, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b = tl.load(row + token)
     place = tl.load(pos + token)
@@ -35,39 +37,39 @@ def append(
         capacity = blocks * 16
         slot, stays = place_of(token, b, list_, start, length, written, sinks, turns, stays, RING)
         if h < LISTS:
-            tl.store(entry_pos + list_ * entries + slot, place.to(tl.int32), mask=stays)
+            entry = slot if older is None else slot + tl.load(older + list_)
+            tl.store(entry_pos + list_ * entries + entry, place.to(tl.int32), mask=stays)
     head = b * H + h
     channel = tl.arange(0, DP)
     key = rotated(k_rows + token * k_stride + h * D, freq, place, factor, D, DP, R, STYLE)
     key = key.to(k_rows.dtype.element_ty).to(tl.float32)
-    where = k + head * capacity * D + key_place(slot, channel, D)
-    _store(where, k_scale + (head * capacity + slot) * (D // GROUP_K) if GROUP_K > 0 else k, key, stays, D, DP, GROUP_K)
+    where, scales, lows = rows_of(k, k_scale, k_low, head, capacity, 0, D, FORM_K)
+    at = key_place(slot, tl.arange(0, DP // per_byte(FORM_K)), D // per_byte(FORM_K))
+    _store(where + at, scales, lows, slot, key, stays, D, DP, FORM_K)
     channel = tl.arange(0, DVP)
     value = tl.load(v_rows + token * v_stride + h * DV + channel, mask=channel < DV, other=0.0).to(tl.float32)
-    where = v + (head * capacity + slot) * DV + channel
-    _store(where, v_scale + (head * capacity + slot) * (DV // GROUP_V) if GROUP_V > 0 else v, value, stays, DV, DVP, GROUP_V)
+    where, scales, lows = rows_of(v, v_scale, v_low, head, capacity, 0, DV, FORM_V)
+    at = slot * (DV // per_byte(FORM_V)) + tl.arange(0, DVP // per_byte(FORM_V))
+    _store(where + at, scales, lows, slot, value, stays, DV, DVP, FORM_V)
 
 
 @triton.jit
-def _store(where, scale, x, stays, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr):
-    """Encode the row ``x [DP]``: rounded to nearest, ties to even, by the largest magnitude of each group
-    (`elision.ir.encoding`)."""
-    inside = (tl.arange(0, DP) < D) & stays
-    if GROUP > 0:
-        each: tl.constexpr = triton.next_power_of_2(GROUP) if D == GROUP else GROUP
-        size = tl.max(tl.abs(tl.reshape(x, [DP // each, each])), 1) / 127.0
+def _store(where, scales, lows, slot, x, stays, D: tl.constexpr, DP: tl.constexpr, FORM: tl.constexpr):
+    """Store the row ``x [DP]`` of a slot, encoded, to its elements ``where``."""
+    if codes(FORM):
+        PER: tl.constexpr = per_byte(FORM)
+        each: tl.constexpr = DP if D == group_of(FORM) else group_of(FORM)
+        shape: tl.constexpr = [DP // each, each]
+        code, size, low = quantised(tl.reshape(x, shape), tl.reshape(tl.arange(0, DP), shape) < D, FORM)
         number = tl.arange(0, DP // each)
-        tl.store(scale + number, size, mask=(number < D // GROUP) & stays)
-        wide = tl.reshape(tl.broadcast_to(tl.where(size > 0, size, 1.0)[:, None], [DP // each, each]), [DP])
-        tl.store(where, _nearest(x / wide).to(tl.int8), mask=inside)
+        at, known = slot * beside(FORM, D) + number, (number < D // group_of(FORM)) & stays
+        tl.store(scales + at, size, mask=known)
+        if has_low(FORM):
+            tl.store(lows + at, low, mask=known)
+        found = tl.reshape(packed(code, DP // PER, 1, FORM), [DP // PER]) if PER > 1 else tl.reshape(code, [DP])
+        tl.store(where, found.to(where.dtype.element_ty), mask=(tl.arange(0, DP // PER) < D // PER) & stays)
     else:
-        tl.store(where, x.to(where.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _nearest(x):
-    """Of magnitudes below 2^22: adding 1.5 * 2^23 leaves no bits behind the point."""
-    return (x + 12582912.0) - 12582912.0
+        tl.store(where, x.to(where.dtype.element_ty), mask=(tl.arange(0, DP) < D) & stays)
 
 
 @triton.jit

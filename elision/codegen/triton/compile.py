@@ -22,6 +22,7 @@ from elision.codegen.triton import (
     project_rules,
     rank_rules,
     round_rules,
+    score_rules,
     token_rules,
 )
 from elision.codegen.triton.launches import Kernels, Launches
@@ -184,7 +185,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
     "append": (_kept(attention_rules.append, own_rules.append),),
     "attend": (_kept(attention_rules.attend, own_rules.attend), "mask", "scale", "softcap", "extras", "results", "page", "open"),
     "pick": (page_rules.pick, "n", "page", "open", "room", "first"),
-    "observe": (attention_rules.observe, "mask", "scale", "softcap", "extras", "last", "decoding"),
+    "observe": (score_rules.observe, "mask", "scale", "softcap", "extras", "last", "decoding"),
     "route": (
         moe_rules.route, "k", "kind", "renormalise", "eps", "scale", "groups", "top_groups", "group_best",
     ),

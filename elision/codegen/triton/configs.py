@@ -61,12 +61,12 @@ def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, halves: i
     return Tile(tile.m, n, max(16, min(k, power(codes))), warps, tile.stages)
 
 
-def attention(shape: str, group: int, single: bool, dim: int, itemsize: int) -> Tile:
-    """The tile of queries and entries. ``group``: query heads of a cache
-    head, padded; ``single``: a sequence has one token."""
+def attention(shape: str, group: int, single: bool, dim: int, itemsize: int, coded: bool = False) -> Tile:
+    """The tile of queries and entries; ``k``: how many programs share the entries of a sequence. ``group``: query heads of a
+    cache head, padded; ``single``: a sequence has one token; ``coded``: entries are codes that take some decoding."""
     most = 64 if dim <= 64 else 32  # sums stay in registers
     rows = max(16, group, 0 if single else min(power(SHAPES[shape] or 64) * group, most))
-    entries = 64 if dim <= 128 else 32
+    entries = 64 if dim <= (64 if coded else 128) else 32
     if itemsize > 2:
         rows, entries = max(group, min(rows, 32)), 32
     splits = {"one": 32, "few": 16, "some": 4, "many": 1}[shape]

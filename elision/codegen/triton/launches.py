@@ -60,20 +60,25 @@ def on_round(array: str) -> Arg:
 
 
 def cache(state: str, type: KV, array: str) -> Arg | None:
-    """An array of a cache; None for one that it does not have."""
-    tail = type.main[-1]
-    if array.removeprefix("draft_") in ("k", "v"):
-        dtype = NAMES[code_dtype(tail.k if array.endswith("k") else tail.v)]
-    elif array.endswith("_scale"):
-        if not isinstance(tail.k if array.endswith("k_scale") else tail.v, Int):
+    """An array of a cache (``older_``: of the segment before the one that is appended to); None for one that it does not have."""
+    segment = type.main[0 if array.startswith("older_") else -1]
+    plain = array.removeprefix("draft_").removeprefix("older_")
+    encoding = segment.k if plain.startswith("k") else segment.v
+    if plain in ("k", "v"):
+        dtype = NAMES[code_dtype(encoding)]
+    elif plain in ("k_scale", "v_scale", "k_low", "v_low"):
+        if not isinstance(encoding, Int) or plain.endswith("low") and not encoding.zero:
             return None
         dtype = "f32"
+    elif array == "summary":
+        dtype = encoding.dtype if isinstance(encoding := segment.k, Float) else "f32"
     else:
-        dtype = {"pos": "i32", "node_pos": "i32", "node_live": "u8", "score": "f32", "local": "f32"}.get(array, "i64")
-        if array == "summary":
-            dtype = tail.k.dtype if isinstance(tail.k, Float) else "f32"
-    aligned = ":16" if array not in ("len_k", "len_v", "count") else ""
+        dtype = {"pos": "i32", "node_pos": "i32", "node_live": "u8"}.get(array, "f32" if array in _SCORES else "i64")
+    aligned = ":16" if plain not in ("len_k", "len_v", "count") else ""
     return Arg(("state", state, array), f"*{TYPES[dtype]}{aligned}")
+
+
+_SCORES = ("score", "local", "waiting", "waiting_nodes", "waiting_norm")
 
 
 def weight(value: Value) -> tuple[list[Arg | None], PlaneForm]:

@@ -13,7 +13,7 @@ from elision.ir.value import Value
 
 
 def _sizes(state: KV) -> dict[str, Any]:
-    return {n: v for n, v in fixed_sizes(state).items() if n in ("H", "D", "DP", "GROUP_K")}
+    return {n: v for n, v in fixed_sizes(state).items() if n in ("H", "D", "DP", "FORM_K")}
 
 
 def summarise(to: Launches, name: str, state: KV) -> None:
@@ -26,7 +26,7 @@ def summarise(to: Launches, name: str, state: KV) -> None:
     }  # fmt: skip
     args = given | {
         "summary": cache(name, state, "summary"), "k": cache(name, state, "k"), "k_scale": cache(name, state, "k_scale"),
-        "blocks": size(name, "blocks"), "pages": size(name, "pages"),
+        "k_low": cache(name, state, "k_low"), "blocks": size(name, "blocks"), "pages": size(name, "pages"),
     }  # fmt: skip
     fixed = _sizes(state) | dict(PAGE=page, PP=max(16, power(page)))
     to.launch("summarise", (("entries", name, page), ("rows", state.heads)), args, fixed, reads=[name], writes=[name], warps=1)
@@ -38,6 +38,7 @@ def pick(to: Launches, value: Value) -> None:
     plan, state, n, page = to.plan, cached.type, value.attr("n"), value.attr("page")
     assert isinstance(state, KV)
     readable(state)
+    need(len(state.main) == 1, "pages of two segments")
     need(state.summary is not None or page == 1, "pages of several entries without summaries")
     name, tokens = plan.state(cached), plan.axis(q)
     room = -(-value.attr("room") // page)
@@ -51,10 +52,11 @@ def pick(to: Launches, value: Value) -> None:
     pages = dict(PAGE=page, OPEN=value.attr("open"), PENDING=not plan.drafted(tokens))
     args = common | {
         "q": queries, "q_stride": stride, "k": cache(name, state, "summary" if sided else "k"),
-        "k_scale": None if sided else cache(name, state, "k_scale"), "slots": size(name, "pages" if sided else "capacity"),
+        **{n: None if sided else cache(name, state, n) for n in ("k_scale", "k_low")},
+        "slots": size(name, "pages" if sided else "capacity"),
     }  # fmt: skip
     fixed = _sizes(state) | pages | dict(G=q.tensor.sizes[0] // state.heads, SIDED=sided, BN=64)
-    fixed["GROUP_K"] = 0 if sided else fixed["GROUP_K"]
+    fixed["FORM_K"] = "" if sided else fixed["FORM_K"]
     grid = (("entries", name, page * 64), ("tokens", tokens, 1), state.heads)
     to.launch("bounds", grid, args, fixed, reads=[name], writes=[bound])
     out = to.new(value)

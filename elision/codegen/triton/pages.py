@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elision.codegen.triton.cache import key_place, keys
+from elision.codegen.triton.cache import key_place, keys, rows_of
 from elision.codegen.triton.order import LOWEST, MOST, key
 
 
@@ -24,8 +24,8 @@ def closed(length, start, row, pos, OPEN: tl.constexpr, PENDING: tl.constexpr):
 
 @triton.jit
 def summarise(
-    summary, done, start, k, k_scale, length, blocks, pages,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP_K: tl.constexpr, PAGE: tl.constexpr, PP: tl.constexpr,
+    summary, done, start, k, k_scale, k_low, length, blocks, pages,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FORM_K: tl.constexpr, PAGE: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
     """Pages of sequences in the call that are complete and have none yet; program (page, sequence * H + head). ``summary``: keys
     of 2 D channels, largest numbers first, ``pages`` slots of a head; ``done i64[sequences]``: how many pages have theirs."""
@@ -35,8 +35,8 @@ def summarise(
         place = (row * H + h).to(tl.int64)
         offset = tl.arange(0, PP)
         inside = offset < PAGE
-        scale = k_scale + place * blocks * 16 * (D // GROUP_K) if GROUP_K > 0 else k
-        found = keys(k + place * blocks * 16 * D, scale, page * PAGE + offset, inside, D, DP, GROUP_K, tl.float32)
+        head, scale, least = rows_of(k, k_scale, k_low, place, blocks * 16, 0, D, FORM_K)
+        found = keys(head, scale, least, page * PAGE + offset, inside, D, DP, FORM_K, tl.float32)
         channel = tl.arange(0, DP)
         high = tl.max(tl.where(inside[None, :], found, float("-inf")), 1).to(summary.dtype.element_ty)
         low = tl.min(tl.where(inside[None, :], found, float("inf")), 1).to(summary.dtype.element_ty)
@@ -56,8 +56,8 @@ def summarised(done, start, length, rows, PAGE: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def bounds(
-    bound, q, q_stride, row, pos, start, k, k_scale, length, slots, room,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP_K: tl.constexpr, SIDED: tl.constexpr,
+    bound, q, q_stride, row, pos, start, k, k_scale, k_low, length, slots, room,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FORM_K: tl.constexpr, SIDED: tl.constexpr,
     PAGE: tl.constexpr, OPEN: tl.constexpr, PENDING: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """``bound f32[tokens, H, room]`` of closed pages: the largest over the query heads of a cache head; program (tile of pages,
@@ -69,15 +69,14 @@ def bounds(
     place = b * H + h
     channel = tl.arange(0, DP)
     wide: tl.constexpr = 2 * D if SIDED else D
-    k += place * slots * wide
-    k_scale = k_scale + place * slots * (D // GROUP_K) if GROUP_K > 0 else k
+    head, scale, least = rows_of(k, k_scale, k_low, place, slots, 0, wide, FORM_K)
     best = tl.full([BN], float("-inf"), tl.float32)
     if SIDED:
         there = (channel < D)[:, None] & inside[None, :]
-        high = tl.load(k + key_place(page[None, :], channel[:, None], wide), mask=there, other=0.0).to(tl.float32)
-        low = tl.load(k + key_place(page[None, :], channel[:, None] + D, wide), mask=there, other=0.0).to(tl.float32)
+        high = tl.load(head + key_place(page[None, :], channel[:, None], wide), mask=there, other=0.0).to(tl.float32)
+        low = tl.load(head + key_place(page[None, :], channel[:, None] + D, wide), mask=there, other=0.0).to(tl.float32)
     else:
-        high = keys(k, k_scale, page, inside, D, DP, GROUP_K, tl.float32)
+        high = keys(head, scale, least, page, inside, D, DP, FORM_K, tl.float32)
         low = high
     for g in tl.static_range(G):
         x = tl.load(q + token * q_stride + (h * G + g) * D + channel, mask=channel < D, other=0.0).to(tl.float32)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elision.codegen.triton.append import _nearest, place_of
+from elision.codegen.triton.append import place_of
 from elision.codegen.triton.cache import key_place
+from elision.codegen.triton.encode import quantised
+from elision.codegen.triton.forms import beside, codes, group_of
 from elision.codegen.triton.linear import _dot, _product
 
 
@@ -22,7 +24,7 @@ def project(
     K: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, HEADS: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, LISTS: tl.constexpr, FIRST_Q: tl.constexpr, FIRST_K: tl.constexpr, FIRST_V: tl.constexpr,
     BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_GAIN: tl.constexpr, HEAD_OFFSET: tl.constexpr, EARLY: tl.constexpr,
-    R: tl.constexpr, STYLE: tl.constexpr, GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, DRAFTED: tl.constexpr,
+    R: tl.constexpr, STYLE: tl.constexpr, FORM_K: tl.constexpr, FORM_V: tl.constexpr, DRAFTED: tl.constexpr,
     RING: tl.constexpr, NODES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``q [tokens, HEADS, D]``; program (columns of the ``HEADS`` heads of queries, then of ``H`` of keys and ``H`` of values;
@@ -97,9 +99,9 @@ def project(
                     tl.store(node_live + b * NODES + slot, 1, mask=inside & (h == 0))
                 else:
                     tl.store(entry_pos + list_ * entries + slot, place.to(tl.int32), mask=stays & (h < LISTS))
-            _keep(k, k_scale, (b * H + h) * capacity, slot, value, stays, channel, True, D, GROUP_K, BM, BN)
+            _keep(k, k_scale, (b * H + h) * capacity, slot, value, stays, channel, True, D, FORM_K, BM, BN)
         else:
-            _keep(v, v_scale, (b * H + h) * capacity, slot, value, stays, channel, False, D, GROUP_V, BM, BN)
+            _keep(v, v_scale, (b * H + h) * capacity, slot, value, stays, channel, False, D, FORM_V, BM, BN)
 
 
 #: A row that no weight has.
@@ -126,7 +128,7 @@ def _channels(part, D: tl.constexpr, R: tl.constexpr, STYLE: tl.constexpr, BN: t
 
 @triton.jit
 def _keep(
-    to, scale, head, slot, x, stays, channel, KEYS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    to, scale, head, slot, x, stays, channel, KEYS: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Store ``x [BM, BN]`` to the slots ``[BM]`` of the heads that begin at entry ``head [BM]`` of a cache."""
@@ -135,15 +137,14 @@ def _keep(
     else:
         at = (head + slot)[:, None] * D + channel[None, :]
     inside = stays[:, None] & (channel < D)[None, :]
-    if GROUP > 0:
-        each: tl.constexpr = BN if D == GROUP else GROUP
+    if codes(FORM):
+        each: tl.constexpr = BN if D == group_of(FORM) else group_of(FORM)
         parts: tl.constexpr = BN // each
-        groups = tl.reshape(x, [BM, parts, each])
-        size = tl.max(tl.abs(groups), 2) / 127.0
-        code = _nearest(groups / tl.where(size > 0, size, 1.0)[:, :, None]).to(tl.int8)
+        there = tl.reshape(tl.broadcast_to((channel < D)[None, :], [BM, BN]), [BM, parts, each])
+        code, size, _ = quantised(tl.reshape(x, [BM, parts, each]), there, FORM)
         number = tl.arange(0, parts)
-        where = (head + slot)[:, None] * (D // GROUP) + number[None, :]
-        tl.store(scale + where, size, mask=stays[:, None] & (number < D // GROUP)[None, :])
-        tl.store(to + at, tl.reshape(code, [BM, BN]), mask=inside)
+        where = (head + slot)[:, None] * beside(FORM, D) + number[None, :]
+        tl.store(scale + where, size, mask=stays[:, None] & (number < beside(FORM, D))[None, :])
+        tl.store(to + at, tl.reshape(code, [BM, BN]).to(tl.int8), mask=inside)
     else:
         tl.store(to + at, x.to(to.dtype.element_ty), mask=inside)

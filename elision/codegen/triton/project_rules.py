@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elision.codegen.refusal import NotNative
-from elision.codegen.triton.attention_rules import fixed_sizes, lists, nodes, planes_of, readable
+from elision.codegen.triton.attention_rules import fixed_sizes, lists, nodes, readable
 from elision.codegen.triton.configs import heads, power
 from elision.codegen.triton.launches import Arg, Launches, axis, cache, count, integer, plain, real, size, weight
 from elision.ir.ops.program import origin
@@ -176,7 +176,8 @@ def project(to: Launches, append: Value, found: Projection) -> None:
         "freq": plain(rope.args[1]) if rope is not None else None,
         "factor": real(float(rope.attr("scale", 1.0))) if rope is not None else None, "tokens": count(tokens),
         "row": axis(tokens, "row"), "pos": axis(tokens, "pos"), "node": axis(tokens, "node") if drafted else None,
-        "start": axis(tokens, "start"), **planes_of(name, state, "draft_" if drafted else ""),
+        "start": axis(tokens, "start"),
+        **{n: cache(name, state, f"draft_{n}" if drafted else n) for n in ("k", "v", "k_scale", "v_scale")},
         **{n: cache(name, state, n) if drafted else None for n in ("node_pos", "node_live")},
         "entry_pos": cache(name, state, "pos"), "length": cache(name, state, "len_k"),
         "written": cache(name, state, "count") if isinstance(slots, Ring) else None, "blocks": size(name, "blocks"),
@@ -193,7 +194,7 @@ def project(to: Launches, append: Value, found: Projection) -> None:
         HEAD_OFFSET=float(head_norm.attr("offset", 0.0)) if head_norm is not None else 0.0,
         EARLY=head_norm is not None and head_norm.attr("cast", "late") == "early",
         R=rope.args[1].tensor.width if rope is not None else 0, STYLE=rope.attr("style") if rope is not None else "half",
-        GROUP_K=sizes["GROUP_K"], GROUP_V=sizes["GROUP_V"], DRAFTED=drafted, RING=isinstance(slots, Ring), NODES=nodes(state),
+        FORM_K=sizes["FORM_K"], FORM_V=sizes["FORM_V"], DRAFTED=drafted, RING=isinstance(slots, Ring), NODES=nodes(state),
         BM=tile.m, BN=tile.n, BK=tile.k,
     )  # fmt: skip
     grid = ((many + 2 * state.heads) * -(-dim // tile.n), ("tokens", tokens, tile.m))

@@ -22,3 +22,9 @@ def load(q, token, head, there, stride, D: tl.constexpr, DP: tl.constexpr):
     channel = tl.arange(0, DP)[None, :]
     inside = there[:, None] if DP == D else there[:, None] & (channel < D)
     return tl.load(q + token[:, None] * stride + head[:, None] * D + channel, mask=inside, other=0.0)
+
+
+@triton.jit
+def waiting(row, node, DEPTH: tl.constexpr):
+    """The place of a drafted token among those that wait for a commit."""
+    return row * DEPTH + tl.minimum(node, DEPTH - 1)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import zlib
 
 from elision.codegen.refusal import need
-from elision.codegen.triton.attention_rules import advance, fixed_sizes, group, nodes, planes_of, readable
+from elision.codegen.triton.attention_rules import advance, moves, nodes, older, planes_of, readable
 from elision.codegen.triton.configs import power
 from elision.codegen.triton.launches import Arg, Launches, axis, cache, count, integer, on_round, piece, size
+from elision.codegen.triton.score_rules import credit
 from elision.ir.drafted import VERIFY
 from elision.ir.states import KV, Budget, Dense
 from elision.ir.value import Value
@@ -18,19 +19,18 @@ def commit(to: Launches, names: dict[str, KV]) -> None:
     """Every cache takes the accepted nodes of a round, then counts them. Raises NotNative for a cache that cannot."""
     for name, state in names.items():
         readable(state)
-        need(isinstance(state.main[-1].slots, Dense | Budget) and state.scores is None, "a round over a Ring, or with scores")
+        need(isinstance(state.main[-1].slots, Dense | Budget), "a round over a Ring")
         need(not state.present.partial and state.scratch is not None, "a round without Scratch, or of tokens that pass by")
-        sizes, main = fixed_sizes(state), state.main[-1]
-        groups = [d // g if (g := group(e)) else 0 for e, d in ((main.k, state.dim), (main.v, state.vdim))]
+        if state.scores is not None and state.scores.depth:
+            credit(to, name, state)
         args: dict[str, Arg | None] = {
             **planes_of(name, state, "", "to_"), **planes_of(name, state, "draft_", "from_"),
             "to_pos": cache(name, state, "pos"), "from_pos": cache(name, state, "node_pos"), "source": on_round("path"),
-            "target": cache(name, state, "len_k"), "n": integer(nodes(state)), "to_capacity": size(name, "capacity"),
-            "from_capacity": integer(nodes(state)), "to_entries": size(name, "entries"), "from_entries": integer(nodes(state)),
+            "target": cache(name, state, "len_k"), "older": older(name, state)["older"], "n": integer(nodes(state)),
+            "to_capacity": size(name, "capacity"), "from_capacity": integer(nodes(state)), "to_entries": size(name, "entries"),
+            "from_entries": integer(nodes(state)),
         }  # fmt: skip
-        fixed = {k: v for k, v in sizes.items() if k not in ("GROUP_K", "GROUP_V")} | dict(
-            FROM_LISTS=1, SHARED=True, GROUPS_K=groups[0], GROUPS_V=groups[1], GP=power(max(*groups, 1)), AFTER=True,
-        )  # fmt: skip
+        fixed = moves(state) | dict(FROM_LISTS=1, SHARED=True, AFTER=True)
         to.launch("move", (nodes(state), ("rows", state.heads)), args, fixed, reads=[name], writes=[name], warps=1)
         advance(to, name, state, on_round("accepted"), True)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elision.codegen.triton.cache import keys
+from elision.codegen.triton.cache import keys, rows_of
+from elision.codegen.triton.noise import cold, shaken, stream
 from elision.codegen.triton.queries import load, places
 from elision.codegen.triton.seen import logits, sees
 
 
 @triton.jit
 def key_scores(
-    score, q, q_stride, pos, start, ahead, lse, slopes, k, k_scale, entry_pos, length, blocks, entries, wide,
-    scale, softcap, size, first_seen, decay, last,
+    score, q, q_stride, pos, start, ahead, lse, slopes, k, k_scale, k_low, entry_pos, length, blocks, entries, wide,
+    scale, softcap, size, first_seen, decay, last, norm, seed, amplitude, tau,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, LISTS: tl.constexpr,
-    GROUP_K: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, PENDING: tl.constexpr,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FORM_K: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, PENDING: tl.constexpr,
+    ADD: tl.constexpr, NOISY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``score f32[sequences, H, wide]``; program (tile of entries, sequence * H + cache head). Only keys are read.
+    """``score f32[sequences, H, wide]``; program (tile of entries, sequence * H + cache head). Only keys are read. ``NOISY``: by
+    the softmax of `noise`, whose sums are in ``norm``.
 
     Of ``ADD``, the score is first multiplied with ``decay`` for every token, and a query counts ``decay`` to the number of those
     that come after it; with ``last`` only those among the last so many of the prompt count, by ``ahead [tokens]``.
@@ -33,9 +35,8 @@ def key_scores(
     if PENDING:
         n += count
     inside = slot < n
-    k_head = k + place * blocks * 16 * D
-    ks_head = k_scale + place * blocks * 16 * (D // GROUP_K) if GROUP_K > 0 else k
-    key = keys(k_head, ks_head, slot, inside, D, DP, GROUP_K, TYPE)
+    k_head, scales, lows = rows_of(k, k_scale, k_low, place, blocks * 16, 0, D, FORM_K)
+    key = keys(k_head, scales, lows, slot, inside, D, DP, FORM_K, TYPE)
     k_pos = tl.load(entry_pos + list_ * entries + slot, mask=inside, other=0)
     received = tl.zeros([BN], tl.float32)
     for first in range(0, count, BM // GP):
@@ -46,8 +47,11 @@ def key_scores(
         slope = tl.load(slopes + head, mask=there, other=0.0).to(tl.float32)[:, None] if SLOPES else 0.0
         s = logits(query, key, q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, SLOPES)
         seen = inside[None, :] & there[:, None] & sees(q_pos[:, None], k_pos[None, :], MASK, size, first_seen)
-        norm = tl.load(lse + token * (H * G) + head, mask=there, other=0.0)
-        share = tl.where(seen, tl.exp(s - norm[:, None]), 0.0)
+        s -= tl.load(lse + token * (H * G) + head, mask=there, other=0.0)[:, None]
+        if NOISY:
+            s = shaken(s, stream(seed, head, q_pos)[:, None], k_pos[None, :], 1.0 / tau, amplitude)
+            s -= tl.load(norm + token * (H * G) + head, mask=there, other=0.0)[:, None]
+        share = tl.where(seen, tl.exp(s), 0.0)
         if ADD:
             later = (count - 1 - first - tl.arange(0, BM) // GP).to(tl.float32)
             weight = tl.exp(later * tl.log(decay))
@@ -66,7 +70,9 @@ def key_scores(
 @triton.jit
 def mass(
     score, kept, lse, start, length, entries, wide, decay,
-    H: tl.constexpr, G: tl.constexpr, LISTS: tl.constexpr, PENDING: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr,
+    norm, pos, entry_pos, prompt, seed, amplitude, tau, tau_end, steps,
+    H: tl.constexpr, G: tl.constexpr, LISTS: tl.constexpr, PENDING: tl.constexpr, ADD: tl.constexpr, NOISY: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """``score f32[sequences, H, wide]`` of logits ``kept f32[tokens, H G, entries]`` that decoding left: no key is read again.
     ``ADD``: to the scores that there are, times ``decay``; a sequence has one token at the most. Program (tile of entries,
@@ -74,7 +80,8 @@ def mass(
     row, h = tl.program_id(1) // H, tl.program_id(1) % H
     slot = tl.program_id(0) * BN + tl.arange(0, BN)
     begin, end = tl.load(start + row), tl.load(start + row + 1)
-    old = tl.load(length + row * LISTS + h % LISTS)
+    list_ = row * LISTS + h % LISTS
+    old = tl.load(length + list_)
     n = old
     if PENDING:
         n += end - begin
@@ -82,8 +89,13 @@ def mass(
     for token in range(begin, end):
         for g in tl.static_range(G):
             head = token * (H * G) + h * G + g
-            s = tl.load(kept + head * entries + slot, mask=slot < n, other=float("-inf"))
-            received += tl.exp(s - tl.load(lse + head))
+            s = tl.load(kept + head * entries + slot, mask=slot < n, other=float("-inf")) - tl.load(lse + head)
+            if NOISY:
+                q_pos = tl.load(pos + token)
+                by = cold(q_pos, tl.load(prompt + row), tau, tau_end, steps)
+                k_pos = tl.load(entry_pos + list_ * entries + slot, mask=slot < n, other=0)
+                s = shaken(s, stream(seed, q_pos * 0 + h * G + g, q_pos), k_pos, by, amplitude) - tl.load(norm + head)
+            received += tl.exp(s)
     score += (row * H + h).to(tl.int64) * wide + slot
     if ADD:
         if end > begin:

@@ -26,13 +26,18 @@ class DeviceCache:
     def __init__(self, device: Device, type: KV, rows: int, capacity: int, prompt: int | None = 0) -> None:
         self.type, self.rows, self.capacity, self._device = type, rows, capacity, device
         arrays: Spec = {}
-        for segment, prefix in ((type.main[-1], ""), (type.scratch, "draft_")):
+        older = type.main[0] if len(type.main) > 1 else None
+        for segment, prefix in ((type.main[-1], ""), (type.scratch, "draft_"), (older, "older_")):
             if segment is not None:
                 for what, spec in zip("kv", segment_specs(type, segment, rows, capacity, prompt), strict=False):
                     arrays |= {f"{prefix}{what}{'' if n == 'codes' else f'_{n}'}": s for n, s in spec.items()}
         arrays |= index_spec(type, rows, capacity, prompt)
         self.specs = arrays
-        self.address = {name: device.allocate(prod(shape) * dtype.itemsize + SLACK) for name, (shape, dtype) in arrays.items()}
+        self._whole = {name: device.allocate(prod(shape) * dtype.itemsize + SLACK) for name, (shape, dtype) in arrays.items()}
+        self.address = dict(self._whole)  # lengths: those of the segment that is appended to
+        if older is not None:
+            for name in ("len_k", "len_v"):
+                self.address |= {f"older_{name}": self._whole[name], name: self._whole[name] + 8 * prod(arrays[name][0][1:])}
         tail, slots = type.main[-1].slots, slot_count(type.main[-1].slots, capacity, prompt)
         blocks = arrays["k"][0][2]
         self.sizes = {
@@ -40,9 +45,11 @@ class DeviceCache:
             "turns": slots - tail.sinks if isinstance(tail, Ring) else 0,
             "wide": arrays["score"][0][2] if "score" in arrays else 0,
             "pages": 16 * arrays["summary"][0][2] if "summary" in arrays else 0,
+            "older_blocks": arrays["older_k"][0][2] if older is not None else 0,
+            "older_groups": arrays["older_k_scale"][0][2] if older is not None else 0,
         }  # fmt: skip
-        self._most = np.zeros(rows, np.int64)  # entries of a sequence, at the most
-        self.free = weakref.finalize(self, free_all, device, tuple(self.address.values()))
+        self._most = np.zeros(rows, np.int64)  # entries of a sequence there, at the most
+        self.free = weakref.finalize(self, free_all, device, tuple(self._whole.values()))
         self.free.atexit = False  # the device may be gone by then
 
     def need_room(self, counts: np.ndarray[Any, Any]) -> None:
@@ -61,6 +68,11 @@ class DeviceCache:
         """At most ``n`` entries of these sequences have stayed."""
         self._most[rows] = np.minimum(self._most[rows], n)
 
+    def flushed(self, rows: np.ndarray[Any, Any], n: int, keep: int) -> None:
+        """Whole blocks of ``n`` entries beyond the last ``keep`` have gone to the segment before. Nothing evicts from such a
+        cache, so its counts are exact."""
+        self._most[rows] -= np.maximum(self._most[rows] - keep, 0) // n * n
+
     def bytes(self) -> int:
         """Bytes that are allocated."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())
@@ -74,7 +86,7 @@ class DeviceCache:
             raise BadInput(f"{int(self._most.max())} entries after the prompt, but there is room for {new.sizes['slots']}")
         for name, (shape, dtype) in new.specs.items():
             times, nbytes, *pitch = _common(shape, self.specs[name][0], dtype.itemsize)
-            self._device.copy(new.address[name], self.address[name], times, nbytes, *pitch)
+            self._device.copy(new._whole[name], self._whole[name], times, nbytes, *pitch)
         new._most = self._most
         return new
 
@@ -82,7 +94,7 @@ class DeviceCache:
         """An array, copied to the host."""
         shape, dtype = self.specs[name]
         found = torch.empty(shape, dtype=dtype)
-        self._device.read(self.address[name], found)
+        self._device.read(self._whole[name], found)
         return found
 
     def drop(self) -> None:

@@ -182,6 +182,8 @@ class Engine:
                 return -(-call.rows * times // per)
             case ("entries", name, per):
                 return -(-caches[name].sizes["entries"] // per)
+            case ("slots", name, per):
+                return caches[name].sizes["slots"] // per
             case ("over", name, n, per):
                 return -(-max(0, min(n, caches[name].sizes["entries"] - n)) // per)
         raise AssertionError(part)

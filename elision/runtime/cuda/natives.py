@@ -87,14 +87,17 @@ class Natives:
         raise AssertionError("score was neither planned nor refused")
 
     def _tick(self, graph: Graph, args: Sequence[Any], at: Tokens) -> tuple[Any, ...]:
-        """Evict from the caches of the sequences ``at``, as a graph of the clock says."""
+        """Evict from the caches of the sequences ``at``, or encode what is older, as a graph of the clock says."""
         given = {graph.names[v]: a for v, a in zip(graph.inputs, args, strict=True)}
         caches = {name: a for name, a in given.items() if isinstance(a, DeviceCache)}
         if caches:
             with self._lock:
                 self._launch(self.engine.call(graph.name, at), caches)
-        for value in (v for v in graph.outputs if v.op == "select"):
-            caches[graph.names[origin(value)]].evicted(at.row.numpy(), value.args[1].attr("n"))
+        for value in graph.outputs:
+            if value.op == "select":
+                caches[graph.names[origin(value)]].evicted(at.row.numpy(), value.args[1].attr("n"))
+            elif value.op == "flush":
+                caches[graph.names[origin(value)]].flushed(at.row.numpy(), value.attr("n"), value.attr("keep"))
         return tuple(given[graph.names[origin(v)]] for v in graph.outputs)
 
     def commit(self, states: Sequence[DeviceCache], paths: Sequence[Sequence[int]]) -> None:
