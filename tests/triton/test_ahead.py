@@ -23,7 +23,6 @@ from elision.errors import ArtefactError, BadInput
 from elision.ir.launch import DeviceCode
 from elision.runtime.cuda.artefact import LAUNCHES, member, members
 
-
 #: The bytes that kernels of a model spill, by template; those of all others none.
 SPILLS = {("smollm2", "cuda:sm_80"): {"attend": 16}}
 
