@@ -46,16 +46,18 @@ def test_trees_of_the_host(method: str) -> None:
     engine, drafter = told(method)
     noise, rows, capacity = np.random.default_rng(3), [0, 2], 48
     seen: Counter[int] = Counter()
-    for trial in range(12):
-        drafter.rates.right = drafter.rates.tried * noise.choice([0.01, 0.3, 0.5, 0.9, 1.0], len(drafter.rates.tried))
+    for trial in range(16):
+        drafter.rates.right = drafter.rates.tried * noise.choice([0.01, 0.5, 0.9, 0.9, 0.9], len(drafter.rates.tried))
         for name, table in drafter.tables().items():
             table[:] = noise.integers(0, 4 if name == "steady" else V, table.shape)
             if name == "successors":
                 table[noise.random(V) < 0.2] = -1
-        histories = [torch.from_numpy(noise.integers(0, 4, noise.integers(1, capacity))) for _ in range(3)]
-        requests = Requests([], histories, [1, 1, 1], noise.integers(0, 5, 3).tolist())
+        histories = [torch.from_numpy(noise.integers(0, 3, noise.integers(1, [9, capacity][trial % 2]))) for _ in range(3)]
+        requests = Requests([], histories, [1, 1, 1], noise.integers(0, 8, 3).tolist())
         n = int(noise.integers(1, 8))
         drafts = DeviceDrafts(engine.device, Tables(engine.device, drafter), drafter, 3, capacity)
+        engine.device.write(drafts.address["history"], torch.from_numpy(noise.integers(0, 3, (3, capacity))))
+        drafts.begin(rows, Requests([], [h[:1] for h in histories], [1, 1, 1], [0, 0, 0]))
         drafts.begin(rows, requests)
         nodes = _blank(rows, n + 1, 3)
         call = engine.call("step", nodes, torch.zeros_like(nodes.row))
@@ -80,7 +82,7 @@ def test_trees_of_the_host(method: str) -> None:
             assert lines["anc"][i][kept:] == [1 << j for j in range(kept, n + 1)]
             _same(found[i], host._open[r][-1][1][0])
             seen[kept] += 1
-    assert len(seen) > 4 and seen[1], seen
+    assert len(seen) > 3 and seen[1], seen
 
 
 def _same(found: Proposal | None, expected: Proposal | None) -> None:
@@ -96,6 +98,7 @@ def test_what_a_table_learns() -> None:
     successors, steady = (torch.from_numpy(t.copy()) for t in drafter.tables().values())
     for _ in range(7):
         ids, best = torch.randint(0, 6, (9,), generator=noise), torch.randint(0, 2, (9, 4), generator=noise)
+        best[:, 0] = (ids % 3 + (torch.rand(9, generator=noise) < 0.1)) % 6
         parent = torch.tensor([-1, 0, 1, -2, 0, -1, 0, 0, -2])
         recycle[(9,)](successors, steady, ids, best, parent, K=3, WIDE=4, BLOCK=4)
         drafter.see(ids[parent > -2].numpy(), best[parent > -2].numpy())

@@ -73,7 +73,7 @@ def test_tables_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("elision.codegen.triton.tuned.os.replace", fails)
     with pytest.raises(BadInput, match="could not be written: No space"):
         Table("Other", "cuda:sm_80", {}).save(path)
-    assert path.read_text() == before
+    assert path.read_text() == before and os.listdir(tmp_path) == ["tuned.json"]
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ class Table:
         tiles = {key: list(astuple(tile)) for key, tile in self.tiles.items()}
         text = json.dumps({"schema": SCHEMA, "device": self.device, "target": self.target, "tiles": tiles}, indent=1)
         try:
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-                file.write(text + "\n")
-            os.replace(file.name, path)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+                (Path(folder) / path.name).write_text(text + "\n", encoding="utf-8")
+                os.replace(Path(folder) / path.name, path)
         except OSError as err:
             raise BadInput(f"{path} could not be written: {err.strerror or err}") from err
 
