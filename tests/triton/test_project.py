@@ -3,6 +3,8 @@ other."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,7 +18,11 @@ from test_programs import compiled
 from elision.codegen.triton.compile import plan_program
 from elision.codegen.triton.forms import form as form_of
 from elision.codegen.triton.project import project
+from elision.codegen.triton.project_rules import projections
+from elision.ir.flatten import generating_entries
 from elision.ir.ops.dense import norm, rope
+from elision.ir.parser import parse_program
+from elision.ir.printer import print_program
 from elision.ir.states import Float, Int, Ring, Slots
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
@@ -122,8 +128,8 @@ def test_every_format(format: str) -> None:
 
 @pytest.mark.parametrize("head_norm", ["early", ""])
 def test_activations_are_rounded_where_ops_round(head_norm: str) -> None:
-    """Bit for bit but where sums of float32 and of float64 are on two sides of a tie. Of bfloat16 and of rotations nearly:
-    Triton's interpreter cuts the one, kernels turn in float32."""
+    """Bit for bit but where sums of float32 and of float64 are on two sides of a tie. Nearly of bfloat16, which Triton's
+    interpreter cuts, and of rotations, which kernels compute in float32."""
     options: dict[str, Any] = dict(format="bf16", head_norm=head_norm, head_offset=0.0, whole=True)
     q, expected, stores = projected(turns=0, encoding=Float("f16"), dtype=torch.float16, **options)
     assert same(*stores, near=2e-2) and float((q == expected).float().mean()) > 0.95
@@ -145,20 +151,54 @@ def test_all_together(many: bool, drafted: bool, encoding: Float | Int, style: s
 
 
 @pytest.mark.parametrize(
-    "family,passes,changes,fused",
+    "family,passes,changes,columns",
     [
-        ("LlamaConfig", (), {}, True),
-        ("GPT2Config", (), {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, True),
-        ("Olmo2Config", (), {}, False),  # its norms are of all heads together
-        ("StableLmConfig", (), {}, True),  # not all channels turn
-        ("Gemma3TextConfig", ("int4:group=32",), {}, True),
+        ("LlamaConfig", (), {}, 4),
+        ("LlamaConfig", ("insert-cache:dtype=int8",), {}, 16),  # whole heads: a scale is of all its channels
+        ("GPT2Config", (), {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, 4),
+        ("StableLmConfig", (), {}, 16),  # not all channels turn
+        ("Gemma3TextConfig", ("int4:group=32",), {"head_dim": 16}, 16),  # heads are normalised
+        ("Olmo2Config", (), {}, 0),  # norms of all heads together
     ],
 )
-def test_what_is_one_launch(family: str, passes: tuple[str, ...], changes: dict[str, Any], fused: bool) -> None:
+def test_what_is_one_launch(family: str, passes: tuple[str, ...], changes: dict[str, Any], columns: int) -> None:
     code = plan_program(compiled(family, passes, **changes).program)
     for entry in ("step", "decode"):
         assert not code.hosts[entry]
         for shape in ("one", "few", "some"):
-            found = [code.kernels[r.kernel].template for r in code.schedules[entry][shape].rows if r.host < 0]
-            assert found.count("project") == (fused and shape != "some") and found.count("append") == (1 - found.count("project"))
-            assert "project" not in found or "rope" not in found
+            found = [code.kernels[r.kernel] for r in code.schedules[entry][shape].rows if r.host < 0]
+            names = [k.template for k in found]
+            fused = columns > 0 and shape != "some"
+            assert names.count("project") == fused and names.count("append") == (not fused) and not (fused and "rope" in names)
+            assert shape != "one" or [k.constants["BN"] for k in found if k.template == "project"] == [columns][:fused]
+
+
+@cache
+def _text() -> str:
+    return print_program(compiled("Qwen3Config", head_dim=16).program)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {r"(norm\(x_1, k_norm, cast='late', eps=)1e-06": r"\g<1>1e-05"},
+        {r"(rope\(norm_2, inv_freq, scale=)1.0": r"\g<1>2.0"},
+        {r"linear\(norm, v_proj\)": "linear(h, v_proj)"},
+        {r"(v_proj(\.weight')?[:,] f32\[16, 32\])": r"\1 in Q8_0"},
+        {r"(_proj(\.weight')?[:,] f32\[(16|32), 32\])": r"\1 in Q8_0", r"linear\(norm, (q|k|v)_proj": r"\g<0>, a8=32"},
+        {r"x_3 = view\(o,": "o_9 = map(o, x_2, expr='x0 + x1')\n    x_3 = view(o_9,"},  # values are read again
+        {r"o = attend\(rope,": "o_9 = map(rope, expr='x0 + x0')\n    o = attend(o_9,"},  # queries are of another form
+        {
+            r"kv_1 = append": "o_9 = map(rope, expr='x0 + x0')\n    kv_1 = append",  # queries are read before
+            r"x_3 = view\(o,": "o_8 = map(o, o_9, expr='x0 + x1')\n    x_3 = view(o_8,",
+        },
+    ],
+    ids=range(8),
+)
+def test_what_differs_is_not_one_launch(edits: dict[str, str]) -> None:
+    text = _text()
+    assert len(projections(generating_entries(parse_program(text))["step"])) == 1
+    for old, new in edits.items():
+        text, times = re.subn(old, new, text)
+        assert times
+    assert not projections(generating_entries(parse_program(text))["step"])
