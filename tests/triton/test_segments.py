@@ -40,7 +40,7 @@ def filled(type: KV, lengths: list[int], blocks_: int = 32, keep: int = 5, seed:
 
 
 @pytest.mark.parametrize(
-    "bits,dim,vdim,channels,mask", [(2, 48, 16, 16, Mask()), (4, 16, 48, 48, Mask("window", 19)), (8, 16, 16, 16, Mask())], ids=str
+    "bits,dim,vdim,channels,mask", [(2, 48, 16, 16, Mask()), (4, 16, 48, 48, Mask("window", 19)), (8, 16, 16, 16, Mask())]
 )
 def test_attention_to_both(bits: int, dim: int, vdim: int, channels: int, mask: Mask) -> None:
     """Of a token of each sequence, one of them with no older entries, in one part and in three; then of a tree of drafts."""
