@@ -120,7 +120,7 @@ def test_rounds_without_the_host(method: str) -> None:
     model.drafting.drafters = [make(drafting(model.program.round)[1][0], V)]  # type: ignore
     calls: list[Counter[str]] = []
     steps: list[dict[str, Any]] = [
-        dict(max_new_tokens=10), dict(max_new_tokens=4, do_sample=True, temperature=0.1),
+        dict(max_new_tokens=8), dict(max_new_tokens=3, do_sample=True, temperature=0.1),
         dict(max_new_tokens=3, repetition_penalty=1.1),
     ]  # fmt: skip
     for options in steps:

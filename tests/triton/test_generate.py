@@ -114,7 +114,7 @@ def test_graphs_are_of_all_their_caches() -> None:
     """One cache that is another now: launches with its old addresses are not started again."""
     made: list[Any] = []
 
-    def graph(call: Any, caches: Any) -> Any:
+    def graph(call: Any, caches: Any, entries: Any) -> Any:
         made.append(caches)
         return lambda: None
 

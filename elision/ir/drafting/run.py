@@ -163,7 +163,8 @@ class DraftRun:
         self._sources = {r: np.ones(n + 1, np.int64) for r, n in zip(rows, drafted, strict=True) if n}
         self._count(paths, len(rows) + sum(drafted), size)
         self._round += time.perf_counter() - start
-        self._all.policy.took(self._round)
+        if self._sources:
+            self._all.policy.took(self._round)
         self.seconds += self._round
 
     def finish(self, row: int, history: Array, prompt: int) -> None:

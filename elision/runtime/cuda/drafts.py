@@ -19,7 +19,7 @@ class Tables:
     host do."""
 
     def __init__(self, device: Device, drafter: Drafter) -> None:
-        self._device, self._drafter, self.here = device, drafter, False
+        self._device, self.drafter, self.here = device, drafter, False
         self.address = {n: device.allocate(max(1, table.nbytes)) for n, table in drafter.tables().items()}
         weakref.finalize(self, free_all, device, tuple(self.address.values())).atexit = False  # the device may be gone by then
 
@@ -27,14 +27,14 @@ class Tables:
         """To the device."""
         if not self.here:
             self.here = True
-            for name, table in self._drafter.tables().items():
+            for name, table in self.drafter.tables().items():
                 self._device.write(self.address[name], torch.from_numpy(table))
 
     def take_home(self) -> None:
         """To the host."""
         if self.here:
             self.here = False
-            for name, table in self._drafter.tables().items():
+            for name, table in self.drafter.tables().items():
                 self._device.read(self.address[name], torch.from_numpy(table))
 
 

@@ -137,7 +137,8 @@ class Natives:
                 tokens = self._drafted(step, drafts, requests, last, at, caches)
             return (tokens, torch.tensor([tokens[r][-1] for r in at.row.tolist()]), *caches.values(), drafts)
         if self._tables is not None:
-            self._tables.take_home()
+            with self._lock:
+                self._tables.take_home()
         ids, nodes = (last, roots(at)) if drafts is None else drafts.propose(last, requests, at)
         with self._lock:
             start = time.perf_counter()
@@ -169,7 +170,7 @@ class Natives:
         sequence."""
         engine, rows, drafter = self.engine, at.row.tolist(), drafts.alone
         assert drafter is not None and drafter.template is not None
-        if self._tables is None:
+        if self._tables is None or self._tables.drafter is not drafter:
             self._tables = Tables(engine.device, drafter)
         if drafts not in self._drafts:
             capacity = next(iter(caches.values())).capacity
