@@ -19,7 +19,7 @@ from elision.codegen.triton.compile import plan_program
 from elision.codegen.triton.forms import form as form_of
 from elision.codegen.triton.project import project
 from elision.codegen.triton.project_rules import projections
-from elision.ir.flatten import generating_entries
+from elision.ir.flatten import flat_entries
 from elision.ir.ops.dense import norm, rope
 from elision.ir.parser import parse_program
 from elision.ir.printer import print_program
@@ -197,8 +197,8 @@ def _text() -> str:
 )
 def test_what_differs_is_not_one_launch(edits: dict[str, str]) -> None:
     text = _text()
-    assert len(projections(generating_entries(parse_program(text))["step"])) == 1
+    assert len(projections(flat_entries(parse_program(text))["step"])) == 1
     for old, new in edits.items():
         text, times = re.subn(old, new, text)
         assert times
-    assert not projections(generating_entries(parse_program(text))["step"])
+    assert not projections(flat_entries(parse_program(text))["step"])

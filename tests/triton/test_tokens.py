@@ -220,8 +220,8 @@ def test_encoders_of_fewer_tokens(name: str, text: str) -> None:
 
 
 PROMPTED = [
-    (3, ("insert-cache:dtype=int8", "g-search:layers=1+2,keep=80+40")),
-    pytest.param(2, ("fastv:layer=1,keep=0.5",), marks=pytest.mark.nightly),
+    (2, ("insert-cache:dtype=int8", "fastv:layer=1,keep=0.5")),
+    pytest.param(3, ("g-search:layers=1+2,keep=80+40",), marks=pytest.mark.nightly),
     pytest.param(1, ("tcra:keep=0.6,segment=4,first=1,last=1",), marks=pytest.mark.nightly),
 ]
 
@@ -234,10 +234,10 @@ def test_prompts_of_fewer_tokens(layers: int, passes: tuple[str, ...]) -> None:
 
 
 def test_positions_are_known_on_the_device() -> None:
-    """Of the last token of a prompt that tokens have been left out of."""
-    made = engine(compiled("LlamaConfig", ("fastv:layer=1,keep=0.5",), num_hidden_layers=2))
+    """Of the last token of a prompt that tokens have been left out of, twice: each time a share of all that there were."""
+    made = engine(compiled("LlamaConfig", ("g-search:layers=1+2,keep=80+40",), num_hidden_layers=3))
     Decoder(made, 2, 48).prefill(PROMPTS)
     call, pos = made.known("prefill", Tokens.chunk([8, 3], [0, 0])), torch.full((2,), -1)
-    assert call is not None and call.schedule.axes[-1] == "last"
+    assert call is not None and call.schedule.axes[-1] == "last" and list(call.counts.values()) == [11, 10, 6, 2]
     made.device.read(call.axes[len(call.schedule.axes) - 1, "pos"], pos)
     assert pos.tolist() == [7, 2]
