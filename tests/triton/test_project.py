@@ -202,3 +202,9 @@ def test_what_differs_is_not_one_launch(edits: dict[str, str]) -> None:
         text, times = re.subn(old, new, text)
         assert times
     assert not projections(flat_entries(parse_program(text))["step"])
+
+
+def test_parts_of_one_weight_begin_where_they_are_sliced() -> None:
+    program = compiled("GPT2Config", n_embd=32, n_layer=1, n_head=2, n_positions=64).program
+    (found,) = projections(flat_entries(program)["step"]).values()
+    assert [part.first for part in (found.q, found.k, found.v)] == [0, 32, 64]
