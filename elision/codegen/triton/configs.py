@@ -56,7 +56,7 @@ def heads(shape: str, outputs: int, dim: int, whole: bool, codes: int, halves: i
     if not whole and tile.n <= dim:
         return tile
     n = max(16, power(dim))
-    k = (128 if shape == "one" and halves == 1 else 64) * 2 // max(2, itemsize)
+    k = (128 if shape == "one" else 64) // halves * 2 // max(2, itemsize)
     warps = 4 if n <= 64 else 16 if shape == "one" else 8
     return Tile(tile.m, n, max(16, min(k, power(codes))), warps, tile.stages)
 
