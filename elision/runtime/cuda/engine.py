@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from elision.ir.value import Value
 from elision.runtime.cuda.device import Device, Held, Number
 
 Caches = Mapping[str, Held]
-
+_ALIGNED = 256  # bytes
 
 #: The tokens of an axis, and further arrays of it: ``index``, of one that was chosen from another which of its tokens they are.
 Made = tuple[Tokens, dict[str, torch.Tensor]]
@@ -97,7 +98,7 @@ class Engine:
         need_kernels(program.name, code)
         self.program, self.code, self.device, self._weights = program, code, device, weights
         self.graphs = flat_entries(program)
-        self._addresses: dict[tuple[str, int], int] = {}
+        self._addresses, self._arena = dict[tuple[str, int], int](), 0
         self._calls: dict[tuple[str, str], Call] = {}
         self._round: dict[tuple[str, int, int], int] = {}
         self._most = 0
@@ -217,20 +218,35 @@ class Engine:
         raise AssertionError(operand)
 
     def weight(self, name: str, plane: int) -> int:
-        """The address of a weight's plane; all of them are put there at the first use."""
-        if (name, plane) not in self._addresses:
-            type = self.program.params[name]
-            form = plane_form(type.encoding, type.row if type.axes else 1)
-            if plane < 0 or form is None:
-                assert type.encoding is not None
-                parts: tuple[torch.Tensor, ...] = (type.encoding.decode(self._weights[name], type.row).to(DTYPES[type.dtype]),)
-            else:
-                parts = planes(self._weights[name], type.encoding, form)
-            for i, part in enumerate(parts):
-                address = self.device.allocate(max(1, part.numel() * part.element_size()))
-                self.device.write(address, part.contiguous())
-                self._addresses[name, i if plane >= 0 else -1] = address
+        """The address of a weight's plane; of -1, of its decoded numbers."""
+        if not self._addresses:
+            self._place()
         return self._addresses[name, plane]
+
+    def _place(self) -> None:
+        """All weights that launches read, in one piece of memory."""
+        schedules = [s for shapes in self.code.schedules.values() for s in shapes.values()]
+        used = {(o[1], o[2] < 0) for s in schedules for row in s.rows for o in row.operands if o[0] == "weight"}
+        sizes = {key: self._weight_bytes(*key) + 3 * _ALIGNED for key in sorted(used)}
+        at = self._arena = self.device.allocate(max(1, sum(sizes.values())))
+        for name, decoded in sizes:
+            for i, part in enumerate(self._parts(name, decoded)):
+                self.device.write(at, part.contiguous())
+                self._addresses[name, -1 if decoded else i] = at
+                at += -(-part.numel() * part.element_size() // _ALIGNED) * _ALIGNED
+
+    def _weight_bytes(self, name: str, decoded: bool) -> int:
+        type, stored = self.program.params[name], self._weights[name]
+        return prod(type.sizes) * DTYPES[type.dtype].itemsize if decoded else stored.numel() * stored.element_size()
+
+    def _parts(self, name: str, decoded: bool) -> tuple[torch.Tensor, ...]:
+        type, stored = self.program.params[name], self._weights[name]
+        if decoded:
+            assert type.encoding is not None
+            return (type.encoding.decode(stored, type.row).to(DTYPES[type.dtype]),)
+        form = plane_form(type.encoding, type.row if type.axes else 1)
+        assert form is not None
+        return planes(stored, type.encoding, form)
 
     def round(self, array: str, rows: int, width: int = 0) -> int:
         """The address of an array of a round, of the tokens that plain decoding leaves, or of ``width`` numbers a sequence."""
@@ -251,8 +267,8 @@ class Engine:
     def free(self) -> None:
         """Give back all memory, that of the weights too."""
         self.begin(0, 0)
-        for address in self._addresses.values():
-            self.device.free(address)
+        if self._addresses:
+            self.device.free(self._arena)
         self._addresses = {}
 
     def output(self, call: Call, index: int) -> torch.Tensor:
