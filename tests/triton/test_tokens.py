@@ -89,8 +89,9 @@ def test_match(heads: bool, n: int, share: float, protect: int) -> None:
     assert torch.equal(assign, matching.match(k, n=n, share=share, protect=protect, heads=heads, at=AT))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep,protect", [(0.4, 1), (0.9, 0), (1.0, 2)])
+@pytest.mark.parametrize(
+    "keep,protect,dtype", [(0.4, 1, torch.float32), (0.9, 0, torch.bfloat16), (1.0, 2, torch.float32)], ids=str
+)
 def test_fuse_and_foremost(keep: float, protect: int, dtype: torch.dtype) -> None:
     score = randn(30).to(dtype)
     score[[3, 9]], score[22:] = 1.0, torch.tensor([-0.0, 0.0] * 4, dtype=dtype)  # equal ones: the first stay
