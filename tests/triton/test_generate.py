@@ -106,8 +106,8 @@ def test_rounds_of_more_nodes_than_a_word_has_bits() -> None:
     for each in (model, gpu):
         assert each.drafting is not None
         each.max_batch, each.drafting.policy = 33, Always(1)
-    options = dict[str, Any](max_new_tokens=2, eos_token_id=[])
-    ids = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=24, eos_token_id=[])[:, -4:].repeat(33, 1)  # it repeats itself
+    options = dict[str, Any](max_new_tokens=3, eos_token_id=[])
+    ids = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=34, eos_token_id=[])[:, -4:].repeat(33, 1)  # it repeats itself
     assert gpu.generate(ids, **options).tolist() == model.generate(ids, **options).tolist()
     assert gpu.stats is not None and max(gpu.stats.sizes) == 66
 
