@@ -90,13 +90,12 @@ def need_entry(name: str, code: DeviceCode, entry: str) -> None:
 #: In the place of a cache's name: what drafts on the device (`elision.runtime.cuda.drafts`).
 DRAFTS = "drafts"
 
-#: Classes of shapes: the most tokens of a call (0: any number).
+#: Classes of shapes: the most tokens of a call for which its tiles are (0: any number).
 SHAPES = {"one": 1, "few": 16, "some": 64, "many": 0}
 
 
 def shape_of(tokens: int, there: Mapping[str, Any]) -> str:
-    """The smallest class that a call of so many tokens fits, of those that are there. Raises KeyError if there is none."""
-    for name, most in SHAPES.items():
-        if name in there and (tokens <= most or most == 0):
-            return name
-    raise KeyError(f"{tokens} tokens fit none of {', '.join(there)}")
+    """The smallest class that is for calls of so many tokens, of those that are there; if none is, the largest: its launches are
+    as many as tokens ask for."""
+    known = [name for name in SHAPES if name in there]
+    return next((name for name in known if tokens <= SHAPES[name] or SHAPES[name] == 0), known[-1])

@@ -150,3 +150,22 @@ def test_batches() -> None:
     found, expected = both(model, gpu, max_new_tokens=6, eos_token_id=plain[0][10], pad_token_id=39)
     assert found == expected and gpu.stats is not None and gpu.stats.drafted > 0
     assert gpu.stats.turns < 2 * gpu.stats.rounds
+
+
+def test_what_is_on_the_device_is_of_so_many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two sequences, of which the first was the last to end, one by itself: launches for two would write beyond its
+    memory."""
+    gpu, _ = on_gpu(compiled("LlamaConfig", PASSES[1:]))  # type: ignore[arg-type]
+    assert gpu.drafting is not None
+    gpu.drafting.policy = Always(2)
+    made: list[set[int]] = []
+
+    def graph(engine: Engine, call: Any, caches: Any, entries: Any = ()) -> Any:
+        made.append({call.rows, *(cache.rows for cache in caches.values())})
+        return whole(engine, call, caches, entries)
+
+    whole = Engine.graph
+    monkeypatch.setattr(Engine, "graph", graph)
+    gpu.generate(PADDED, MASK, max_new_tokens=6, eos_token_id=[], streamer=lambda row, *_: row == 0)
+    gpu.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=6, eos_token_id=[])
+    assert {2} in made and all(len(rows) == 1 for rows in made), made

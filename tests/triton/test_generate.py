@@ -99,6 +99,19 @@ def test_drafts_of_tables(sampled: bool) -> None:
     assert gpu.stats.accepted == model.stats.accepted and gpu.stats.rounds == model.stats.rounds
 
 
+def test_rounds_of_more_nodes_than_a_word_has_bits() -> None:
+    """Beyond the largest class of shapes, and more sequences than those that the device drafts for."""
+    model = compiled("LlamaConfig", ("prompt-lookup:match=1",))
+    gpu, _ = on_gpu(model)
+    for each in (model, gpu):
+        assert each.drafting is not None
+        each.max_batch, each.drafting.policy = 33, Always(1)
+    options = dict[str, Any](max_new_tokens=3, eos_token_id=[])
+    ids = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=34, eos_token_id=[])[:, -4:].repeat(33, 1)  # it repeats itself
+    assert gpu.generate(ids, **options).tolist() == model.generate(ids, **options).tolist()
+    assert gpu.stats is not None and max(gpu.stats.sizes) == 66
+
+
 def test_memory_of_a_run_is_given_back() -> None:
     model = compiled("LlamaConfig")
     gpu, fake = on_gpu(model)

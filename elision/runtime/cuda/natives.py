@@ -182,7 +182,7 @@ class Natives:
         most[rows] = 1 + np.minimum(here.begin(rows, requests), n)
         _need_room(caches, most)
         nodes = _blank(rows, n + 1, at.rows)
-        call, fed = engine.known(entry, nodes), ("drafted", rows, n)
+        call, fed = engine.known(entry, nodes), ("drafted", at.rows, rows, n)
         if call is None or call.fed != fed:
             call = engine.call(entry, nodes, torch.zeros_like(nodes.row))
             call.fed = fed
