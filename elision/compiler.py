@@ -136,7 +136,7 @@ def finish(
 
         kernels = Kernels(load_table(tuned, gpus).tiles if tuned is not None else {})
         gpu = plan_program(program, kernels)
-        if tuned is not None and not kernels.tiles.keys() & kernels.asked.keys():
+        if tuned is not None and kernels.tiles and not kernels.tiles.keys() & kernels.asked.keys():
             raise BadInput(f"{os.fspath(tuned)} has nothing for {program.name}: measure this model with `elision tune`")
         need_kernels(program.name, gpu)
         build(gpu, gpus)

@@ -3,16 +3,18 @@
 A schedule is as on the CPU (`elision.ir.schedule`), one for each entry and class of shapes, and its rows are launches in the
 order of one stream. The first operand of a row is its grid, the others are the parameters of its kernel, in order. Operand kinds:
 
-    ("grid", (a, b, c))        sizes: a number, or ("tokens", axis, per): programs for the tokens of an axis, ``per`` each;
-                               ("longest", axis, per): for the sequence with most tokens; ("rows", n): n for each sequence;
-                               ("entries", state, per): for the entries that a cache has room for; ("over", state, n, per):
-                               for those of them that can move when n are kept
+    ("grid", (a, b, c))        sizes: a number, or ("tokens", axis, per): programs for the tokens of an axis, ``per`` each, or so
+                               many ``times`` behind it; ("longest", axis, per): for the sequence with most tokens; ("rows", n):
+                               n for each sequence, perhaps ``per`` of all a program; ("entries", state, per): for the entries
+                               that a cache has room for; ("slots", state, per): for those that may join it; ("over", state, n,
+                               per): for those that can move when n are kept
     ("tensor", buffer, bytes)  address in a buffer; a buffer has its tokens one after the other, without gaps
     ("weight", name, i)        a plane of a weight (`elision.ir.planes`); -1: the weight decoded to the type of its type
-    ("axis", i, array)         an array of a token axis, int64: row, pos, anc, node, start, index, ahead, parent
-    ("state", name, array)     an array of a cache (`elision.ir.layout`): k, v, k_scale, v_scale of the segment that is appended
-                               to, the same with draft_ in Scratch, and what lies in the index: pos, len_k, ...
-    ("size", name, what)       of a cache: blocks, entries, slots
+    ("axis", i, array)         an array of a token axis, int64: row, pos, anc, node, start, index, ahead, parent, twins
+    ("state", name, array)     an array of a cache (`elision.ir.layout`): k, v, their scales and minima (k_scale, k_low) of the
+                               segment that is appended to, the same with older_ in the one before and with draft_ in Scratch,
+                               and what lies in the index: pos, len_k, ...; of `DRAFTS`, an array of a run's drafts
+    ("size", name, what)       of a cache: blocks, entries, slots, ...; of "round", the most tokens of a generation
     ("input", i), ("output", i) where an input or an output of the call lies
     ("round", array)           of a round, by sequence: path, accepted, next; how tokens are drawn: numbers, whole
     ("round", array, n)        n numbers for each sequence, int64

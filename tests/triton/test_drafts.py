@@ -24,7 +24,7 @@ from elision.ir.requests import Requests
 from elision.ir.tokens import Tokens
 from elision.runtime.cuda.drafts import DeviceDrafts, Tables
 from elision.runtime.cuda.engine import Engine
-from elision.runtime.cuda.natives import _blank
+from elision.runtime.cuda.natives import Natives, _blank
 
 V = 40
 PASSES = ["prompt-lookup:match=3,length=5", "token-recycling:nodes=12,k=3,depth=3"]
@@ -169,3 +169,19 @@ def test_what_is_on_the_device_is_of_so_many_sequences(monkeypatch: pytest.Monke
     gpu.generate(PADDED, MASK, max_new_tokens=6, eos_token_id=[], streamer=lambda row, *_: row == 0)
     gpu.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=6, eos_token_id=[])
     assert {2} in made and all(len(rows) == 1 for rows in made), made
+
+
+def test_how_to_draw_is_told_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of other threads would tell the device otherwise between that and the round."""
+    gpu, _ = on_gpu(compiled("LlamaConfig", PASSES[1:]))  # type: ignore[arg-type]
+    assert gpu.drafting is not None
+    gpu.drafting.policy = Always(2)
+    asked, turns = Natives._asked, list[bool]()
+
+    def told(natives: Natives, requests: Requests, at: Tokens) -> bool:
+        turns.append(natives._lock._is_owned())  # type: ignore[attr-defined]
+        return asked(natives, requests, at)
+
+    monkeypatch.setattr(Natives, "_asked", told)
+    gpu.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=3, eos_token_id=[])
+    assert turns and all(turns)

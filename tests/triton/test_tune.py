@@ -25,7 +25,7 @@ from elision.codegen.triton.tuned import SCHEMA, Places, Table, load, neighbours
 from elision.errors import BadInput
 from elision.ir.launch import DeviceCode
 
-TILES = {"gemm few float 32 64": Tile(16, 64, 32, 4, 2), "attend one one 2 1 16 Float(f32)": Tile(2, 64, 8, 2, 2)}
+TILES = {"gemm few f32 float 32 64": Tile(16, 64, 32, 4, 2), "attend one one f32 2 1 16 f32 f32": Tile(2, 64, 8, 2, 2)}
 
 
 def test_the_search_walks_uphill_and_past_what_does_not_run() -> None:
@@ -82,6 +82,7 @@ def test_tables_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("{", "is not a table"), ([], "not a table of the form"), ({"schema": "elision-tuned-0"}, "not a table of the form"),
         ({"target": None}, "damaged"), ({"tiles": None}, "damaged"), ({"tiles": {"gemv one": [1, 4, 64, 4]}}, "damaged"),
         ({"tiles": {"gemv one": [1, 3, 64, 4, 3]}}, "powers of two"), ({"tiles": {"gemv one": [1, 4, 64, True, 3]}}, "damaged"),
+        ({"tiles": {"attend one": [16, 64, 0, 4, 3]}}, "damaged"),
         ({"tiles": {"rm one": [1, 4, 64, 4, 3]}}, "damaged"), ({"target": "hip:gfx942"}, "says nothing of cuda:sm_90"),
     ],
 )  # fmt: skip
@@ -103,16 +104,21 @@ def test_code_is_made_by_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     asked = Kernels()
     plan_program(elision.compile(model, target="reference").program, asked)
     key, first = next((k, t) for k, t in asked.asked.items() if k.startswith("gemm few"))
-    Table("Made Up", "cuda:sm_90", {key: Tile(16, 128, 16, 2, 4)}).save(path)
+    half = Kernels()
+    plan_program(elision.compile(model, target="reference", dtype="bfloat16").program, half)
+    assert not asked.asked.keys() & half.asked.keys(), "what is twice as wide takes other tiles"
+    Table("Made Up", "cuda:sm_90", {key: Tile(64, 128, 16, 2, 4)}).save(path)
     made = elision.compile(model, target="cuda:sm_90", tuned=path).gpu
     assert made is not None and first != Tile(16, 128, 16, 2, 4)
     found = [k for k in made.kernels.values() if k.template == "gemm" and k.constants["BN"] == 128 and k.stages == 4]
-    assert found and {(k.constants["BK"], k.warps) for k in found} == {(16, 2)}
+    assert found and {(k.constants["BM"], k.constants["BK"], k.warps) for k in found} == {(first.m, 16, 2)}
     with pytest.raises(BadInput, match="says nothing of hip:gfx942"):
         elision.compile(model, target=["cuda:sm_90", "hip:gfx942"], tuned=path)
     with pytest.raises(BadInput, match="for code for a GPU"):
         elision.compile(model, target="cpu", tuned=path)
-    Table("Made Up", "cuda:sm_90", {"gemm few float 9999 9999": first}).save(path)
+    Table("Made Up", "cuda:sm_90", {}).save(path)
+    assert elision.compile(model, target="cuda:sm_90", tuned=path).gpu is not None, "nothing was faster"
+    Table("Made Up", "cuda:sm_90", {"gemm few f32 float 9999 9999": first}).save(path)
     with pytest.raises(BadInput, match="has nothing for"):
         elision.compile(model, target="cuda:sm_90", tuned=path)
 

@@ -144,8 +144,9 @@ def attend(to: Launches, value: Value) -> None:
     single |= "pages" in named
     coded = any(isinstance(e, Int) and (e.bits < 8 or e.zero) for s in state.main for e in (s.k, s.v))
     tile = attention(to.shape, power(per), single, state.dim, DTYPES[q.tensor.dtype].itemsize, coded)
+    stored = " ".join(str(e) for s in state.main for e in (s.k, s.v))
     asks = "pages" if "pages" in named else "one" if single else "several"
-    tile = to.tile("attend", f"{asks} {per} {state.heads} {state.dim} {state.main[0].k} {state.main[-1].k}", tile)
+    tile = to.tile("attend", f"{asks} {q.tensor.dtype} {per} {state.heads} {state.dim} {stored}", tile)
     splits = tile.k
     slots, padded, pages = state.main[-1].slots, power(per), named.get("pages")
     if pages is not None:  # a program has one token

@@ -58,14 +58,15 @@ def products(to: Launches, region: Products) -> None:
     )  # fmt: skip
     tokens = plan.axis(source)
     codes = k // max(form.codes for _, form in made if form)
+    asks = f"{source.tensor.dtype} {' '.join(filter(None, forms.values()))} {n} {codes}"
     if to.shape == "one":
-        tile = to.tile("gemv", f"{forms['FORMAT0']} {n} {codes}", gemv(n, codes))
+        tile = to.tile("gemv", asks, gemv(n, codes))
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, 1)), fixed | {"BN": tile.n, "BK": tile.k}
         to.launch("gemv", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)
     else:
         decoded = any(form.layout for _, form in made if form)
         first = product(to.shape, codes, DTYPES[source.tensor.dtype].itemsize, decoded)
-        tile = to.tile("gemm", f"{forms['FORMAT0']} {n} {codes}", first)
+        tile = to.tile("gemm", asks, first)
         grid, fixed = (-(-n // tile.n), ("tokens", tokens, tile.m)), fixed | {"BM": tile.m, "BN": tile.n, "BK": tile.k}
         args["tokens"] = count(tokens)
         to.launch("gemm", grid, args, fixed, writes=[out.operand[1]], warps=tile.warps, stages=tile.stages)

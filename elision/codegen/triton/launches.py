@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -148,11 +148,12 @@ class Launches:
         self.plan.launch(name, [("grid", tuple(grid)), *(given[n].operand for n in order)], reads, writes)
 
     def tile(self, template: str, key: str, first: Tile) -> Tile:
-        """How the kernel is cut into programs: as the table says, ``first``, unless another tile was measured for ``key``."""
+        """How the kernel is cut into programs: as the table says, ``first``, unless another tile was measured for ``key``, which
+        says all that a tile must suit. ``m`` is always the table's."""
         key = f"{template} {self.shape} {key}"
         self.kernels.asked.setdefault(key, first)
         self.kernels.places[key].add((self.plan.graph.name, self.shape))
-        return self.kernels.tiles.get(key, first)
+        return replace(self.kernels.tiles.get(key, first), m=first.m)
 
     def new(self, value: Value) -> Ref:
         """A buffer for a value."""

@@ -50,7 +50,7 @@ def experts(to: Launches, value: Value) -> None:
     def product(y: int, source: Arg, w: Value, n: int, k: int, shared: bool, weighted: bool, of: int, expression: str) -> None:
         planes, form = weight(w)
         codes = k // form.codes
-        tile = to.tile("expert_gemv", f"{form.text} {n} {codes}", gemv(n, codes))
+        tile = to.tile("expert_gemv", f"{dtype} {form.text} {n} {codes}", gemv(n, codes))
         args: dict[str, Arg | None] = {
             "y": piece(y, dtype), "x": source, "gate": gates if weighted else None, "index": chosen,
             **dict(zip("wdm", planes, strict=True)),

@@ -79,8 +79,7 @@ def load(path: str | os.PathLike[str], targets: Iterable[str]) -> Table:
 
 def _tile(key: str, numbers: Any) -> Tile:
     m, n, k, warps, stages = numbers
-    sizes = (m, n, warps, stages, max(k, 1))
-    if key.split()[0] not in _BOUNDS or not all(type(x) is int and x > 0 for x in sizes) or k < 0:
+    if key.split()[0] not in _BOUNDS or not all(type(x) is int and x > 0 for x in numbers):
         raise ValueError(f"{key}: {numbers}")
     if any(x & (x - 1) for x in (m, n, k, warps)):
         raise ValueError(f"{key}: {numbers}, which should be powers of two")

@@ -132,12 +132,11 @@ class Natives:
         requests, drafts, last = given["requests"], given.get("drafts"), given["last"]
         caches = {name: a for name, a in given.items() if isinstance(a, DeviceCache)}
         step = running(graph).attr("target")
-        if isinstance(drafts, DraftRun) and self._drafts_here(step, drafts, requests, at):
-            with self._lock:
+        with self._lock:
+            if isinstance(drafts, DraftRun) and self._drafts_here(step, drafts, requests, at):
                 tokens = self._drafted(step, drafts, requests, last, at, caches)
-            return (tokens, torch.tensor([tokens[r][-1] for r in at.row.tolist()]), *caches.values(), drafts)
-        if self._tables is not None:
-            with self._lock:
+                return (tokens, torch.tensor([tokens[r][-1] for r in at.row.tolist()]), *caches.values(), drafts)
+            if self._tables is not None:
                 self._tables.take_home()
         ids, nodes = (last, roots(at)) if drafts is None else drafts.propose(last, requests, at)
         with self._lock:
