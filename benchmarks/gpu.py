@@ -105,7 +105,7 @@ class Bench:
 
 
 def checks(bench: Bench) -> Iterator[Row]:
-    """Products and attention launch by launch against float64, of one layer: for one token, for few, some and many."""
+    """Products, projections and attention launch by launch against float64, of one layer: for one token, few, some and many."""
     for variant in VARIANTS:
         dry = bench.dry
         if dry and variant in ("Q4_K", "int8"):  # blocks of 256 take the interpreter long: one of the two

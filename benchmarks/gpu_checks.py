@@ -10,7 +10,7 @@ import torch
 
 from elision.ir import expr
 from elision.ir.launch import Kernel
-from elision.ir.ops.dense import norm
+from elision.ir.ops.dense import norm, rope
 from elision.ir.schedule import Row
 from elision.ir.store import KVStore
 from elision.ir.tokens import Tokens
@@ -98,6 +98,23 @@ def attention_error(launch: Launched, q: torch.Tensor, store: KVStore, at: Token
     return error(launch.tensor("out", *expected.shape), expected)
 
 
+def projection_error(launch: Launched, weights: Mapping[str, torch.Tensor], at: Tokens) -> float:
+    """Of ``project`` (`elision.codegen.triton.project`) of heads that are turned and nothing else: the worst of queries, and of
+    what the cache has then."""
+    fixed, dim = launch.kernel.constants, launch.kernel.constants["D"]
+    assert not fixed["BIAS"] and not fixed["HEAD_NORM"] and fixed["NORM"] and fixed["R"]
+    x = launch.tensor("x", len(at), fixed["K"])
+    x = norm(x, launch.weight("g", weights), kind="rms", eps=launch.number("eps"), offset=fixed["OFFSET"])
+    expected = [torch.unflatten(x @ launch.weight(f"w{part}", weights).T, 1, (-1, dim)) for part in "qkv"]
+    freq, scale = launch.weight("freq", weights), launch.number("factor")
+    expected[:2] = [rope(each, freq, style=fixed["STYLE"], scale=scale, at=at) for each in expected[:2]]
+    launch.run()
+    store = cached(launch.caches, launch.row, at.rows)
+    k, v = (store.segments[0].read_all(what, int(at.pos.max()) + 1, torch.float64) for what in "kv")
+    found = launch.tensor("q", len(at), fixed["HEADS"], dim), k[at.row, :, at.pos], v[at.row, :, at.pos]
+    return max(error(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def cached(caches: Caches, row: Row, rows: int) -> KVStore:
     """What a launch's cache has on the device."""
     name = next(o[1] for o in row.operands if o[0] == "state")
@@ -110,8 +127,8 @@ def cached(caches: Caches, row: Row, rows: int) -> KVStore:
 
 
 def errors(engine: Engine, weights: Mapping[str, torch.Tensor], rows: int, prompt: int) -> Iterator[tuple[str, float, float]]:
-    """Of every product and every attention what it was, its error and the most that is right: of prompts of so many tokens of
-    some sequences, then of the next token of each."""
+    """Of every product, projection and attention what it was, its error and the most that is right: of prompts of so many tokens
+    of some sequences, then of the next token of each."""
     tokens = torch.Generator().manual_seed(rows)
     vocabulary = engine.program.params["lm_head.weight"].sizes[0]
     decoder = Decoder(engine, rows, prompt + 8)
@@ -129,6 +146,9 @@ def errors(engine: Engine, weights: Mapping[str, torch.Tensor], rows: int, promp
             label = f"{entry}, {len(at)} tokens: {template}"
             if template in ("gemv", "gemm"):
                 yield label, product_error(launch, weights), launch.limit("y")
+                continue
+            if template == "project":
+                yield label, projection_error(launch, weights, at), launch.limit("q")
                 continue
             if template == "attend":
                 shape = len(at), fixed["H"] * fixed["G"], fixed["D"]

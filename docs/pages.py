@@ -35,7 +35,7 @@ def pages() -> dict[str, str]:
 def page(family: str, passes: list[type[Pass]]) -> str:
     about = CORE if family == "core" else inspect.getdoc(importlib.import_module(f"elision.passes.{family}"))
     drawn = (HERE / "figures" / f"{family}.svg").exists()
-    picture = [f"![quality against speed, by `benchmarks/run.py`](../figures/{family}.svg)"] if drawn else []
+    picture = [f"![what methods gain and cost, by `benchmarks/run.py`](../figures/{family}.svg)"] if drawn else []
     return "\n\n".join([f"# {family}", prose(about or ""), *picture, *map(section, passes)]) + "\n"
 
 

@@ -29,7 +29,7 @@ def test_checks_against_float64_find_what_is_wrong(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpu, "VARIANTS", {"bf16": gpu.VARIANTS["bf16"]})
     (part,) = gpu.run(gpu.Bench(SMALL), ["checks"], 9)["parts"]
     assert set(part["rows"][0]["errors"]) == {f"{e}: {k}" for e in ("prefill, 2 tokens", "decode, 1 tokens") for k in (
-        ("gemm", "attend") if "prefill" in e else ("gemv", "combine"))}  # fmt: skip
+        ("gemm", "attend") if "prefill" in e else ("project", "gemv", "combine"))}  # fmt: skip
     monkeypatch.setattr(gpu_checks, "LIMITS", {"bf16": 1e-4})
     with pytest.raises(SystemExit, match="wrong: bf16, prefill, 2 tokens: gemm: differs by"):
         gpu.run(gpu.Bench(SMALL), ["checks"], 9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +104,14 @@ def test_what_has_no_kernel_is_refused_by_name() -> None:
     model = compiled("LlamaConfig", ("gear:block=16,rank=1",))
     with pytest.raises(BadInput, match="append.*has no kernel.*older entries stored as Repaired"):
         engine(model)
+
+
+def test_launches_of_long_prompts() -> None:
+    """CUDA takes any number of programs along the first axis of a grid, and 65535 along the others."""
+    made, n = engine(compiled("MixtralConfig", num_local_experts=4, num_experts_per_tok=2)), 1 << 16
+    call: Any = SimpleNamespace(counts=defaultdict(lambda: n), longest=defaultdict(lambda: n), rows=1)
+    for entry in ("score", "prefill"):
+        for row in made.code.schedules[entry]["many"].rows:
+            if row.host < 0:
+                sizes = [made._programs(part, call, {}) for part in row.operands[0][1]]
+                assert max(sizes[1:], default=1) <= 65535, (row.kernel, sizes)

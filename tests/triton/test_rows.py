@@ -114,11 +114,11 @@ def test_experts(weighted: str, formats: tuple[str, str], inner: int) -> None:
     (ups, form, up), (downs, other, down) = expert_weight(formats[0], 2 * inner, 32, 2), expert_weight(formats[1], 32, inner, 3)
     h, parts, y = torch.full((4, 2, inner), torch.nan), torch.full((4, 2, 32), torch.nan), torch.full((4, 32), torch.nan)
     fixed = dict(EXPERTS=3, PICKED=2, BN=16 if inner < 256 else 64, BK=32 if inner < 256 else 128)
-    expert_gemv[(-(-inner // fixed["BN"]), 8)](
+    expert_gemv[(8, -(-inner // fixed["BN"]))](
         h, x, gate, index, *ups, FORMAT=form, N=inner, K=32, SHARED=True, WEIGHTED=weighted == "input", PARTS=2,
         EXPR=expression("silu(x0) * x1", 2), **fixed,
     )  # fmt: skip
-    expert_gemv[(2, 8)](
+    expert_gemv[(8, 2)](
         parts, h, gate, index, *downs, FORMAT=other, N=32, K=inner, SHARED=False, WEIGHTED=False, PARTS=1,
         EXPR=expression("x0", 2), **fixed,
     )  # fmt: skip

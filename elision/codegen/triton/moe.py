@@ -59,11 +59,11 @@ def expert_gemv(
     WEIGHTED: tl.constexpr, PARTS: tl.constexpr, EXPR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``y [tokens, PICKED, N] = EXPR(w[e] x)`` of the experts ``e = index [tokens, PICKED]``, ``w [EXPERTS, PARTS N, K]``, whose
-    rows are the operands of the expression one after the other; program (outputs / BN, pair). ``SHARED``: x is the token's, else
+    rows are the operands of the expression one after the other; program (pair, outputs / BN). ``SHARED``: x is the token's, else
     the pair's own; ``WEIGHTED``: x is multiplied with ``gate`` first."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(index + pair)
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
     x += (pair // PICKED if SHARED else pair) * K
     first = _dot(x, w, d, m, expert * (PARTS * N), column, N, K, FORMAT, BN, BK)
     second = first

@@ -59,7 +59,7 @@ def experts(to: Launches, value: Value) -> None:
             N=n, K=k, FORMAT=form.text, EXPERTS=count, PICKED=picked, SHARED=shared, WEIGHTED=weighted, PARTS=of,
             EXPR={"expression": expression, "operands": 2}, BN=tile.n, BK=tile.k,
         )  # fmt: skip
-        to.launch("expert_gemv", (-(-n // tile.n), ("tokens", tokens, 1, picked)), args, fixed, writes=[y], warps=tile.warps)
+        to.launch("expert_gemv", (("tokens", tokens, 1, picked), -(-n // tile.n)), args, fixed, writes=[y], warps=tile.warps)
 
     product(hidden, to.whole(x), up, inner, width, True, on_input, parts, expr)
     product(partial, piece(hidden, dtype), down, out, inner, False, False, 1, "x0")
