@@ -64,6 +64,7 @@ class FakeCuda:
         address._obj.value = self.device.allocate(size.value)
 
     def do_cuMemFree_v2(self, address: Any) -> None:
+        assert self.capturing is None, "memory cannot be freed while launches are captured"
         self.device.free(address.value)
 
     def do_cuMemsetD8Async(self, address: Any, byte: Any, size: Any, stream: Any) -> None:

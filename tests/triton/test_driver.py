@@ -54,6 +54,19 @@ def test_no_gpu_and_no_driver_are_told(code: DeviceCode, monkeypatch: pytest.Mon
         open_driver()
 
 
+def test_memory_goes_after_launches_are_recorded(code: DeviceCode) -> None:
+    """What nothing refers to any more is freed at any time, which would end a recording."""
+    named(code)
+    fake = FakeCuda(code)
+    cuda = Cuda(code, fake)
+    address = cuda.allocate(64)
+    cuda.record(lambda: cuda.free(address))
+    assert fake.calls["cuMemFree_v2"] == 1 and address not in fake.device._memory
+    other = cuda.allocate(64)
+    cuda.free(other)
+    assert other not in fake.device._memory
+
+
 def test_failures_have_the_words_of_the_driver(code: DeviceCode) -> None:
     named(code)
     fake = FakeCuda(code)

@@ -39,6 +39,7 @@ class Cuda:
     def __init__(self, code: DeviceCode, library: Any = None) -> None:
         self._library = open_driver() if library is None else library
         self._context: c_void_p | None = None
+        self._late: list[int] | None = None  # what is freed while launches are recorded, which forbids it: objects go at any time
         self._here = threading.local()  # whether the context is that of the thread, which each has to say
         self._turn = threading.RLock()  # what another thread asked for while launches are recorded would be recorded too
         self._do("cuInit", 0)
@@ -74,7 +75,11 @@ class Cuda:
         return address.value
 
     def free(self, address: int) -> None:
-        self._do("cuMemFree_v2", c_uint64(address))
+        with self._turn:
+            if self._late is None:
+                self._do("cuMemFree_v2", c_uint64(address))
+            else:
+                self._late.append(address)
 
     def write(self, address: int, data: torch.Tensor) -> None:
         if data.numel():
@@ -126,11 +131,16 @@ class Cuda:
             self._function(name)
         graph, ready = c_void_p(), c_void_p()
         with self._turn:
+            late: list[int] = []
             self._do("cuStreamBeginCapture_v2", self._stream, c_int(_THREAD_LOCAL))
+            self._late = late
             try:
                 launches()
             finally:
                 self._do("cuStreamEndCapture", self._stream, byref(graph))
+                self._late = None
+                for address in late:
+                    self.free(address)
         self._do("cuGraphInstantiateWithFlags", byref(ready), graph, ctypes.c_ulonglong(0))
         self._do("cuGraphDestroy", graph)
 
