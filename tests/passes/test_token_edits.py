@@ -115,8 +115,13 @@ def test_words_without_impact_go() -> None:
     assert left(compiled(TCRA), ids) == [i for i in range(30) if i not in gone]
 
 
-@pytest.mark.parametrize("texts", [(LINGUA,), (TCRA,), (LINGUA, TCRA), (TCRA, "fastv:keep=0.5"), (LINGUA, "int8", "kv-quant")])
-@pytest.mark.parametrize("target", ["reference", "cpu"])
+EDITED = [(LINGUA,), (TCRA,), (LINGUA, TCRA), (TCRA, "fastv:keep=0.5"), (LINGUA, "int8", "kv-quant")]
+
+
+@pytest.mark.parametrize(
+    "texts,target",
+    [*((t, "cpu") for t in EDITED), *(pytest.param(t, "reference", marks=pytest.mark.nightly) for t in EDITED)],
+)
 def test_the_model_reads_what_is_left(texts: tuple[str, ...], target: str) -> None:
     """As an ordinary prompt: new tokens are those of the edited prompt given to the model without the edit."""
     model, rest = compiled(*texts, target=target), [t for t in texts if not t.startswith(("llmlingua", "tcra"))]

@@ -152,13 +152,15 @@ def test_native_code_equals_the_reference(text: str, cuts: dict[int, float], las
 
 WITH = [
     ("skip-layers:layers=1",),
-    ("skip-layers:layers=2",),
-    ("kv-quant",),
     ("h2o:budget=12,recent=4,sinks=1",),
-    ("snapkv:budget=12,window=4",),
-    ("streaming-llm:window=12,sinks=2",),
-    ("int8",),
-]
+    *(
+        pytest.param(more, marks=pytest.mark.nightly)
+        for more in (
+            ("skip-layers:layers=2",), ("kv-quant",), ("snapkv:budget=12,window=4",), ("streaming-llm:window=12,sinks=2",),
+            ("int8",),
+        )
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("more", WITH)

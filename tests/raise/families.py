@@ -144,6 +144,9 @@ UNLIKE = {
 #: All families, to parametrise tests with.
 FAMILIES = [pytest.param(f, marks=pytest.mark.nightly) if f in NIGHTLY else f for f in DECODERS]
 LONG = [f if f in UNLIKE else pytest.param(f, marks=pytest.mark.nightly) for f in DECODERS]
+#: For what a few structures tell: norms of heads and windows, sinks and experts, latent heads, ALiBi.
+_FEW = {"llama", "gemma3", "gpt_oss", "deepseek_v3", "bloom"}
+FEW = [f if f in _FEW else pytest.param(f, marks=pytest.mark.nightly) for f in DECODERS]
 
 
 def decoder(family: str, **changes: Any) -> nn.Module:
