@@ -42,10 +42,11 @@ def test_a_ragged_prompt(mask: Mask, ordered: bool) -> None:
 @pytest.mark.parametrize(
     "encoding,splits",
     [
-        (F32, 1), (F32, 2), (BF16, 2), (Int(8, "channel", 48), 2), (Int(4, "channel", 16, zero=True), 1), (Int(2, "channel", 48), 2),
+        (F32, 1), (F32, 2), (BF16, 2), (Int(8, "channel", 48), 2), (Int(4, "channel", 16, zero=True), 1),
+        (Int(2, "channel", 48), 2),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_decoding_of_every_encoding(encoding: Float | Int, splits: int) -> None:
     type = kv(3, 48, 48, encoding)
     store = KVStore(type, 4, 80)
