@@ -38,7 +38,8 @@ def build(kernel: dict[str, Any], target: str) -> dict[str, Any]:
     elif not (used := of_cubin(found.asm["cubin"]))["stack"]:
         used["spills"] = 0
     else:  # only the assembler tells what of a stack is spilled
-        used = of_ptx(found.asm["ptx"], target)
+        told = of_ptx(found.asm["ptx"], target)
+        used |= {name: n for name, n in told.items() if n >= 0}
     return {
         "symbol": found.metadata.name, "code": base64.b64encode(found.asm[kind]).decode(), "shared": found.metadata.shared,
         "threads": made.warps * chip.warp_size, **used,
